@@ -1,0 +1,274 @@
+"""Where checkpoint files come from: a local folder, or a repository on the Hugging Face Hub.
+
+A source that exists on disk is read from there and the Hub is never asked. Anything else is taken for a Hub id, and
+the ordinary cache and the environment variables HF_HOME, HF_HUB_OFFLINE, HF_ENDPOINT and HF_TOKEN are honoured because
+all downloads go through ``huggingface_hub.hf_hub_download``, one file at a time and only for files that are used.
+"""
+
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
+
+from minidiff.config import read_json
+from minidiff.errors import CheckpointError, CheckpointNotFoundError
+
+PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".msgpack", ".h5")  # weight formats that minidiff does not open
+WHY_NO_PICKLES = (
+    "minidiff reads only safetensors, because unpickling a file runs whatever code it contains; convert the weights "
+    "to safetensors with a tool you trust (https://huggingface.co/spaces/safetensors/convert does it on the Hub) or "
+    "look for a repository or revision that has them"
+)
+
+
+class MissingFileError(CheckpointNotFoundError):
+    """The folder or repository is there, but it does not hold the file."""
+
+
+class NotCachedError(MissingFileError):
+    """The file is not in the cache and the Hub was not asked, or did not answer, so nobody knows whether it exists."""
+
+
+class Weights(NamedTuple):
+    """The weight files of one model, with the index that maps names to them (None if there is a single file)."""
+
+    files: dict[str, Path]  # file name in the repository -> file on this machine
+    index: dict[str, str] | None  # tensor name -> file name
+    index_name: str | None
+
+
+def weight_names(stem: str, variant: str | None) -> tuple[str, ...]:
+    """Return the names under which weights may be stored, in the order in which the reference looks for them.
+
+    diffusers prefers a sharded checkpoint to a single file, transformers (``stem="model"``) the other way round. The
+    index of a variant has had two spellings; the first is the one that is written today.
+    """
+    dotted = f".{variant}" if variant else ""
+    single = f"{stem}{dotted}.safetensors"
+    indices = (f"{stem}.safetensors.index{dotted}.json", f"{stem}.safetensors{dotted}.index.json")
+    indices = tuple(dict.fromkeys(indices))
+    return (single, *indices) if stem == "model" else (*indices, single)
+
+
+def _variant_of(name: str, stem: str) -> str | None:
+    """Return the variant of a weight file of ``stem`` ("" for none), or None for any other file."""
+    shard = r"(?:-\d{5}-of-\d{5})?"
+    for pattern in (
+        rf"{stem}(?:\.([\w-]+?))?{shard}\.safetensors",
+        rf"{stem}\.safetensors\.index(?:\.([\w-]+))?\.json",
+        rf"{stem}\.safetensors\.([\w-]+)\.index\.json",
+    ):
+        if match := re.fullmatch(pattern, name):
+            return match.group(1) or ""
+    return None
+
+
+def _looks_like_a_path(source: str) -> bool:
+    return source.startswith((".", "/", "~")) or "\\" in source or source.count("/") > 1
+
+
+@dataclass(frozen=True)
+class Repo:
+    """A folder or Hub repository, and how to reach it: the keyword arguments of every ``from_pretrained``."""
+
+    source: str | Path
+    subfolder: str | None = None
+    revision: str | None = None
+    cache_dir: str | Path | None = None
+    local_files_only: bool = False
+    token: str | bool | None = None
+    force_download: bool = False
+
+    def __post_init__(self) -> None:
+        if Path(self.source).is_file():
+            raise CheckpointError(
+                f"{self.source} is a single file; from_pretrained needs a folder in Hub layout (config.json beside "
+                "the weights) or a Hub id"
+            )
+
+    def __str__(self) -> str:
+        revision = f" (revision {self.revision})" if self.revision and not self.is_local else ""
+        return f"{PurePosixPath(str(self.source), self.subfolder or '')}{revision}"
+
+    @property
+    def is_local(self) -> bool:
+        """Tell whether the source exists on disk, so that the Hub plays no part."""
+        return Path(self.source).exists()
+
+    def at(self, subfolder: str) -> "Repo":
+        """Return the same repository one folder further down."""
+        return replace(self, subfolder=str(PurePosixPath(self.subfolder or "", subfolder)))
+
+    def file(self, filename: str) -> Path:
+        """Return the path of a file, downloading it if need be. Raises ``CheckpointNotFoundError``."""
+        if self.is_local:
+            path = Path(self.source, self.subfolder or "", filename)
+            if path.is_file():
+                return path
+            if not path.parent.is_dir():
+                raise MissingFileError(f"{self.source} has no folder {self.subfolder!r}, so no {filename} in it")
+            found = ", ".join(sorted(entry.name for entry in path.parent.iterdir())) or "nothing"
+            raise MissingFileError(f"{path.parent} has no {filename}; it holds {found}")
+        if isinstance(self.source, Path) or _looks_like_a_path(self.source):
+            raise CheckpointNotFoundError(f"there is no folder {str(self.source)!r} (looked from {Path.cwd()})")
+        return self._download(filename)
+
+    def optional_file(self, filename: str) -> Path | None:
+        """Return the path of a file, or None if the folder or repository (or, offline, the cache) lacks it."""
+        try:
+            return self.file(filename)
+        except MissingFileError:
+            return None
+
+    def names(self) -> list[str]:
+        """List the files of the subfolder, for error messages. The Hub is asked if the source is not local."""
+        if self.is_local:
+            folder = Path(self.source, self.subfolder or "")
+            return sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
+        from huggingface_hub import HfApi
+
+        info = HfApi(token=self.token).model_info(str(self.source), revision=self.revision)
+        folder = PurePosixPath(self.subfolder or "")
+        paths = [PurePosixPath(sibling.rfilename) for sibling in info.siblings or []]
+        return sorted(path.name for path in paths if path.parent == folder)
+
+    def weights(self, stem: str, variant: str | None = None) -> Weights:
+        """Find the safetensors files named ``stem``: one file, or the shards that an index lists.
+
+        Raises ``CheckpointNotFoundError`` that says what is there instead: other variants, or only pickles.
+        """
+        error = None
+        for name in weight_names(stem, variant):
+            try:
+                path = self.file(name)
+            except MissingFileError as missing:
+                error = missing
+                continue
+            return Weights({name: path}, None, None) if name.endswith(".safetensors") else self._shards(name, path)
+        raise self._no_weights(stem, variant, error) from error
+
+    def pinned(self, file: Path) -> "Repo":
+        """Return this repository at the commit that ``file``, downloaded from it, belongs to.
+
+        Later files then come from the same commit even if somebody pushes meanwhile, and cached ones need no request.
+        """
+        parts = file.parts
+        if self.is_local or "snapshots" not in parts:
+            return self
+        return replace(self, revision=parts[len(parts) - 1 - parts[::-1].index("snapshots") + 1])
+
+    def _shards(self, index_name: str, path: Path) -> Weights:
+        index = read_json(path).get("weight_map")
+        if not isinstance(index, dict) or not all(isinstance(value, str) for value in index.values()):
+            raise CheckpointError(f"{path} should have a 'weight_map' from tensor names to file names")
+        # An index may come from anywhere: a name with a folder in it could point outside the repository.
+        strange = sorted(
+            {name for name in index.values() if not name.endswith(".safetensors") or Path(name).name != name}
+        )
+        if strange:
+            raise CheckpointError(f"{path} names {', '.join(strange)}: shards must be .safetensors files beside it")
+        files, missing = {}, []
+        for name in sorted(set(index.values())):
+            try:
+                files[name] = self.file(name)
+            except MissingFileError:
+                missing.append(name)
+        if missing:
+            raise CheckpointNotFoundError(
+                f"{path} lists {len(files) + len(missing)} shards, and {self} lacks {', '.join(missing)}; download or "
+                "save the checkpoint again"
+            )
+        return Weights(files, index, index_name)
+
+    def _no_weights(self, stem: str, variant: str | None, error: MissingFileError | None) -> CheckpointNotFoundError:
+        wanted = f"{stem}{f'.{variant}' if variant else ''}.safetensors"
+        if isinstance(error, NotCachedError):
+            return error
+        names = self.names()
+        variants = sorted({found for name in names if (found := _variant_of(name, stem)) is not None} - {variant})
+        if variants:
+            spelled = ", ".join("no variant" if found == "" else f"variant={found!r}" for found in variants)
+            asked = f"variant={variant!r}" if variant else "no variant"
+            return CheckpointNotFoundError(f"{self} has no weights {wanted} ({asked}); it has {spelled}: ask for that")
+        pickles = [name for name in names if name.endswith(PICKLES)]
+        if pickles:
+            return CheckpointNotFoundError(f"{self} has only {', '.join(pickles)}, no {wanted}: {WHY_NO_PICKLES}")
+        return CheckpointNotFoundError(f"{self} has no {wanted}; it holds {', '.join(names) or 'nothing'}")
+
+    def _download(self, filename: str) -> Path:
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import (
+            EntryNotFoundError,
+            GatedRepoError,
+            HfHubHTTPError,
+            HFValidationError,
+            LocalEntryNotFoundError,
+            RepositoryNotFoundError,
+            RevisionNotFoundError,
+        )
+
+        full = str(PurePosixPath(self.subfolder or "", filename))
+        try:
+            return Path(
+                hf_hub_download(
+                    str(self.source),
+                    full,
+                    revision=self.revision,
+                    cache_dir=self.cache_dir,
+                    local_files_only=self.local_files_only,
+                    token=self.token,
+                    force_download=self.force_download,
+                    library_name="minidiff",
+                )
+            )
+        except HFValidationError as error:
+            raise CheckpointNotFoundError(
+                f"{self.source!r} is neither an existing folder (looked from {Path.cwd()}) nor a Hub id such as "
+                "'name/repository'"
+            ) from error
+        except GatedRepoError as error:
+            raise CheckpointNotFoundError(
+                f"{self.source} is a gated repository: accept its terms on its page on the Hub, then log in with "
+                "`hf auth login`, set HF_TOKEN or pass token="
+            ) from error
+        except RepositoryNotFoundError as error:
+            raise CheckpointNotFoundError(
+                f"there is no folder {str(self.source)!r} (looked from {Path.cwd()}) and the Hub has no such public "
+                "repository; check the spelling, and if it is private log in with `hf auth login`, set HF_TOKEN or "
+                "pass token="
+            ) from error
+        except RevisionNotFoundError as error:
+            raise CheckpointNotFoundError(
+                f"{self.source} has no revision {self.revision!r}; pass a branch, a tag or a commit that it has"
+            ) from error
+        except LocalEntryNotFoundError as error:
+            why = "local_files_only=True" if self.local_files_only else error.__cause__ or error
+            raise NotCachedError(
+                f"{full} of {self.source} is not in the Hugging Face cache and the Hub was not reached ({why}); "
+                "download it once with a connection, or pass the path of a local folder"
+            ) from error
+        except EntryNotFoundError as error:
+            raise MissingFileError(
+                f"{self} has no {filename} on the Hub; check subfolder=, revision= and variant="
+            ) from error
+        except HfHubHTTPError as error:
+            raise CheckpointNotFoundError(f"the Hub did not give {full} of {self.source}: {error}") from error
+
+
+def find_file(
+    source: str | Path,
+    filename: str,
+    *,
+    subfolder: str | None = None,
+    revision: str | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
+    token: str | bool | None = None,
+    force_download: bool = False,
+) -> Path:
+    """Return the path of a checkpoint file: in a local folder, in the cache, or downloaded from the Hub.
+
+    Raises ``MissingFileError`` if only the file is absent, another ``CheckpointNotFoundError`` if the whole folder or
+    repository is (not there, gated, private, or out of reach).
+    """
+    return Repo(source, subfolder, revision, cache_dir, local_files_only, token, force_download).file(filename)
