@@ -1,0 +1,82 @@
+"""Pictures as the world knows them: tensors of a decoder in [-1, 1] to NumPy, PIL and PNG files, and grids of them.
+
+    pixel = round(255 · clamp(x / 2 + 1/2, 0, 1)),  halves to the even number
+
+Checked bit for bit against ``diffusers.image_processor.VaeImageProcessor`` and ``diffusers.utils.make_image_grid``.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+from torch import Tensor
+
+
+def to_unit(x: Tensor) -> Tensor:
+    """Map decoded pixels from [-1, 1] to [0, 1], in the dtype and on the device of ``x``.
+
+    ``x``: (B, C, H, W). Raises ``ValueError`` naming the pictures that hold NaN or infinity: they would come out black.
+    """
+    if x.ndim != 4:
+        raise ValueError(f"pictures are a tensor of shape (B, C, H, W), found {tuple(x.shape)}")
+    broken = (~x.isfinite()).flatten(1).any(1)
+    if broken.any():
+        raise ValueError(
+            f"pictures {broken.nonzero().flatten().tolist()} of {len(x)} hold NaN or infinity after decoding in "
+            f"{x.dtype}. In float16 the decoder overflows: decode in float32 or bfloat16 (`pipe.vae.to(torch.float32)`)."
+        )
+    return (x * 0.5 + 0.5).clamp(0, 1)
+
+
+def to_numpy(x: Tensor) -> np.ndarray:
+    """Map decoded pixels (B, C, H, W) in [-1, 1] to a float32 array (B, H, W, C) in [0, 1]. Raises as ``to_unit``."""
+    return to_unit(x).permute(0, 2, 3, 1).float().cpu().numpy()
+
+
+def to_pil(x: Tensor) -> list[Image.Image]:
+    """Turn decoded pixels (B, C, H, W) in [-1, 1] into B pictures; C is 1 (grey), 3 or 4 (RGBA). Raises as ``to_unit``."""
+    if x.ndim == 4 and x.shape[1] not in (1, 3, 4):
+        raise ValueError(f"pictures have 1, 3 or 4 channels, found {x.shape[1]} in a tensor of shape {tuple(x.shape)}")
+    pixels = (to_numpy(x) * 255).round().astype(np.uint8)
+    return [Image.fromarray(picture.squeeze(-1) if picture.shape[-1] == 1 else picture) for picture in pixels]
+
+
+def make_image_grid(images: Sequence[Image.Image], rows: int, cols: int, resize: int | None = None) -> Image.Image:
+    """Lay ``rows * cols`` pictures out on one RGB sheet, row by row; the first picture's size is the size of a cell.
+
+    ``resize`` makes each picture a square of so many pixels first. Raises ``ValueError`` if the number does not fit.
+    """
+    if len(images) != rows * cols or not images:
+        raise ValueError(f"a grid of {rows} rows and {cols} columns needs {rows * cols} pictures, found {len(images)}")
+    if resize is not None:
+        images = [image.resize((resize, resize)) for image in images]
+    width, height = images[0].size
+    grid = Image.new("RGB", (cols * width, rows * height))
+    for k, image in enumerate(images):
+        row, col = divmod(k, cols)
+        grid.paste(image, (col * width, row * height))
+    return grid
+
+
+def save_png(image: Image.Image, path: str | Path, metadata: Mapping[str, object] | None = None) -> None:
+    """Write ``image`` as PNG with one text chunk for each entry of ``metadata`` (values as ``str``).
+
+    Raises ``ValueError`` for a name that PNG cannot hold: 1 to 79 characters of Latin-1.
+    """
+    chunks = PngInfo()
+    for name, value in (metadata or {}).items():
+        if not 1 <= len(name) <= 79 or not all(ord(character) < 256 for character in name):
+            raise ValueError(f"a PNG text chunk is named by 1 to 79 Latin-1 characters, found {name!r}")
+        chunks.add_itxt(name, str(value))
+    image.save(path, format="PNG", pnginfo=chunks)
+
+
+def read_metadata(path: str | Path) -> dict[str, str]:
+    """Return the text chunks of a PNG file by name. Raises ``ValueError`` if the file holds another format."""
+    with Image.open(path) as image:
+        if image.format != "PNG":
+            raise ValueError(f"{path} is a {image.format} file; metadata is written to PNG files only")
+        image.load()  # text may also stand behind the pixels
+        return dict(image.text)
