@@ -1,0 +1,404 @@
+"""CLIP's tokenizer: text -> token ids, by byte-level byte-pair encoding (BPE).
+
+1. normalise: Unicode NFC, white space -> one space, lower case
+2. split into words: letters | one digit | other signs | 's 't 're ... | special tokens
+3. each word: its UTF-8 bytes as printable characters, the last one with the suffix ``</w>``
+4. merge neighbouring symbols in the order in which the merges were learned; each final symbol is a token
+5. ``<|startoftext|> tokens <|endoftext|>``, cut to ``max_length``, filled up with the pad token
+
+Radford et al., "Learning Transferable Visual Models From Natural Language Supervision" (2021), section 2.4; BPE is
+Sennrich et al. (2016), algorithm 1. Checked against ``transformers.CLIPTokenizer`` token for token.
+
+Steps 1 to 4 are done by the `tokenizers` library, 5 here: the shared object is never changed, so any number of threads
+may use one tokenizer, and the text that was cut off can be named.
+"""
+
+import copy
+import logging
+import threading
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers
+from tokenizers.models import BPE
+
+from minidiff.errors import CheckpointError
+
+logger = logging.getLogger("minidiff")
+
+ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")
+END_OF_WORD = "</w>"
+NO_LIMIT = int(1e30)  # the reference's model_max_length of a tokenizer whose files do not say
+WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+_adding = threading.Lock()  # one for all tokenizers, so that a tokenizer can be copied and pickled
+
+NORMALIZER = normalizers.Sequence([normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()])
+# The byte level step splits by GPT-2's pattern once more, as the reference's does: it separates "don't" no further.
+PRE_TOKENIZER = pre_tokenizers.Sequence(
+    [
+        pre_tokenizers.Split(Regex(WORDS), behavior="removed", invert=True),
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+    ]
+)
+
+
+def split_into_words(text: str) -> list[str]:
+    """Return the words of ``text`` (steps 1 to 3), each as printable characters that stand for its bytes."""
+    return [word for word, _ in PRE_TOKENIZER.pre_tokenize_str(NORMALIZER.normalize_str(text))]
+
+
+@dataclass(frozen=True)
+class TokenizerOutput(Mapping):
+    """Token ids of one or several prompts; also a mapping of ``input_ids`` and ``attention_mask``.
+
+    ``input_ids`` and ``attention_mask`` (1 = token, 0 = padding) are (B, L) int64 tensors or arrays, or lists.
+    ``dropped`` holds, for each prompt, the part of its text that truncation removed ("" where nothing was).
+    """
+
+    input_ids: Any
+    attention_mask: Any
+    dropped: list[str]
+
+    def __getitem__(self, key: str) -> Any:
+        if key not in ("input_ids", "attention_mask"):
+            raise KeyError(f"{key!r}; the tokenizer returns 'input_ids' and 'attention_mask'")
+        return getattr(self, key)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(("input_ids", "attention_mask"))
+
+    def __len__(self) -> int:
+        return 2
+
+
+class CLIPTokenizer:
+    """Turn text into CLIP's token ids and back; see the module's head for the steps.
+
+    ``vocab`` maps each token to its id; ``merges`` are pairs of symbols ("a b" or ("a", "b")), most important first.
+    A special token is a string or an ``AddedToken``; ``added_tokens_decoder`` maps ids to tokens besides ``vocab``.
+    Raise ``CheckpointError`` if merges and vocabulary do not belong together.
+    """
+
+    padding_side = truncation_side = "right"
+
+    def __init__(
+        self,
+        vocab: Mapping[str, int],
+        merges: Sequence[str | tuple[str, str]],
+        unk_token: str | AddedToken = "<|endoftext|>",
+        bos_token: str | AddedToken = "<|startoftext|>",
+        eos_token: str | AddedToken = "<|endoftext|>",
+        pad_token: str | AddedToken = "<|endoftext|>",
+        *,
+        model_max_length: int = NO_LIMIT,
+        added_tokens_decoder: Mapping[int, AddedToken] | None = None,
+    ) -> None:
+        roles = {"bos_token": bos_token, "eos_token": eos_token, "unk_token": unk_token, "pad_token": pad_token}
+        self.model_max_length = model_max_length
+        self.bos_token, self.eos_token, self.unk_token, self.pad_token = (str(roles[role]) for role in ROLES)
+        self._merges = _checked_merges(vocab, merges)
+        self._backend = _backend(vocab, self._merges, self.unk_token)
+
+        added = dict(sorted((added_tokens_decoder or {}).items()))
+        self._backend.add_tokens([*added.values(), *_special_tokens(roles.values(), added.values())])
+        for i, token in added.items():
+            if (found := self._backend.token_to_id(token.content)) != i:
+                raise CheckpointError(f"added token {token.content!r} has id {i} in the files, but would get {found}")
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        *,
+        subfolder: str | None = None,
+        revision: str | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+        token: str | bool | None = None,
+        force_download: bool = False,
+    ) -> "CLIPTokenizer":
+        """Load a tokenizer from a folder or a Hub repository.
+
+        The vocabulary comes from ``tokenizer.json`` or from ``vocab.json`` and ``merges.txt``; what
+        ``special_tokens_map.json`` says comes before ``tokenizer_config.json`` (SD 2.x names its pad token only there).
+        Raise ``CheckpointNotFoundError`` if the vocabulary is missing, ``ConfigError`` if a field asks for another
+        kind of tokenizer, ``CheckpointError`` if a file is damaged.
+        """
+        from minidiff.tokenizer_files import read_tokenizer
+
+        where = {"subfolder": subfolder, "revision": revision, "cache_dir": cache_dir, "token": token}
+        where |= {"local_files_only": local_files_only, "force_download": force_download}
+        return cls(**read_tokenizer(pretrained_model_name_or_path, **where))
+
+    def save_pretrained(self, save_directory: str | Path) -> None:
+        """Write ``vocab.json``, ``merges.txt``, ``tokenizer_config.json`` and ``special_tokens_map.json``."""
+        from minidiff.tokenizer_files import write_tokenizer
+
+        backend = self._backend
+        write_tokenizer(
+            Path(save_directory),
+            vocab=backend.get_vocab(with_added_tokens=False),
+            merges=self._merges,
+            added=backend.get_added_tokens_decoder(),
+            fields={role: getattr(self, role) for role in ROLES} | {"model_max_length": self.model_max_length},
+        )
+
+    def __call__(
+        self,
+        text: str | Sequence[str],
+        *,
+        padding: bool | str = False,
+        truncation: bool | str | None = None,
+        max_length: int | None = None,
+        add_special_tokens: bool = True,
+        return_tensors: str | None = None,
+    ) -> TokenizerOutput:
+        """Turn one prompt or a list of prompts into ids.
+
+        ``padding``: "max_length", True or "longest" (to the longest prompt), False or "do_not_pad".
+        ``truncation``: True cuts to ``max_length`` tokens, the special ones included; None does so only if
+        ``max_length`` is given and nothing is padded. The cut text is logged and returned as ``.dropped``.
+        ``max_length`` defaults to ``model_max_length``. ``return_tensors``: "pt", "np" or None for lists.
+        Raise ``TypeError`` for what is not text, ``ValueError`` for a bad option, text that is not valid Unicode, or
+        tensors of prompts of different lengths.
+        """
+        texts = _checked_texts(text)
+        length = _checked_length(self.model_max_length if max_length is None else max_length)
+        padding = {True: "longest", False: "do_not_pad"}.get(padding, padding)
+        if padding not in ("max_length", "longest", "do_not_pad"):
+            raise ValueError(f"padding={padding!r}; expected 'max_length', 'longest' (True) or 'do_not_pad' (False)")
+        if truncation not in (True, False, None, "longest_first", "do_not_truncate"):
+            raise ValueError(f"truncation={truncation!r}; expected True ('longest_first') or False ('do_not_truncate')")
+        if return_tensors not in (None, "pt", "np"):
+            raise ValueError(f"return_tensors={return_tensors!r}; expected 'pt', 'np' or None")
+        if padding == "max_length" and length >= NO_LIMIT:
+            raise ValueError(
+                "padding='max_length' needs max_length=...: this tokenizer's files give no model_max_length"
+            )
+        if truncation is None:
+            truncation = max_length is not None and padding == "do_not_pad"
+
+        limit = length if truncation in (True, "longest_first") else None
+        backend = self._backend
+        rows, dropped = self._encode(backend, texts, limit, add_special_tokens)
+        width = {"max_length": length, "longest": max(map(len, rows)), "do_not_pad": 0}[padding]
+        pad = backend.token_to_id(self.pad_token)
+        ids = [row + [pad] * (width - len(row)) for row in rows]
+        mask = [[1] * len(row) + [0] * (width - len(row)) for row in rows]
+        if isinstance(text, str) and return_tensors is None:
+            ids, mask = ids[0], mask[0]
+        return TokenizerOutput(_as_tensor(ids, return_tensors), _as_tensor(mask, return_tensors), dropped)
+
+    def _encode(
+        self, backend: Tokenizer, texts: list[str], limit: int | None, add_special_tokens: bool
+    ) -> tuple[list[list[int]], list[str]]:
+        """Return the ids of each text, at most ``limit`` of them, and the text that did not fit."""
+        bos, eos = [backend.token_to_id(self.bos_token)], [backend.token_to_id(self.eos_token)]
+        if not add_special_tokens:
+            bos, eos = [], []
+        if limit is not None and limit < len(bos + eos):
+            raise ValueError(f"max_length={limit} leaves no room for the start and end tokens; give at least 2")
+        rows, dropped = [], []
+        for text, encoding in zip(texts, backend.encode_batch(texts, add_special_tokens=False), strict=True):
+            keep = len(encoding.ids) if limit is None else limit - len(bos + eos)
+            cut = encoding.offsets[keep:]
+            dropped.append(text[cut[0][0] :].strip() if cut else "")
+            rows.append(bos + encoding.ids[:keep] + eos)
+        for part in filter(None, dropped):
+            logger.warning("The prompt is longer than %d tokens; this part of it was dropped: %r", limit, part)
+        return rows, dropped
+
+    def encode(self, text: str, **options: Any) -> list[int]:
+        """Return the ids of one prompt; the options are those of a call."""
+        if not isinstance(text, str):
+            raise TypeError(f"encode takes one str, not {type(text).__name__}; call the tokenizer for several prompts")
+        return self(text, **options).input_ids
+
+    def tokenize(self, text: str) -> list[str]:
+        """Return the tokens of ``text`` as they are spelled in the vocabulary, without start and end."""
+        return self._backend.encode(_checked_texts(text)[0], add_special_tokens=False).tokens
+
+    def decode(
+        self,
+        token_ids: Any,
+        skip_special_tokens: bool = False,
+        clean_up_tokenization_spaces: bool | None = None,
+    ) -> str | list[str]:
+        """Turn ids (an int, a sequence, a tensor; or several sequences) back into text.
+
+        ``clean_up_tokenization_spaces`` has no effect, as in the reference, where byte-level BPE ignores it.
+        """
+        ids = token_ids.tolist() if hasattr(token_ids, "tolist") else token_ids
+        ids = [ids] if isinstance(ids, int) else list(ids)
+        if ids and not isinstance(ids[0], int):
+            return [self.decode(row, skip_special_tokens) for row in ids]
+        text = self._backend.decode(self._checked_ids(ids), skip_special_tokens=skip_special_tokens)
+        return text.replace(END_OF_WORD, " ").strip()
+
+    def batch_decode(
+        self,
+        sequences: Any,
+        skip_special_tokens: bool = False,
+        clean_up_tokenization_spaces: bool | None = None,
+    ) -> list[str]:
+        """Turn several sequences of ids back into text; see :meth:`decode`."""
+        return [self.decode(ids, skip_special_tokens) for ids in sequences]
+
+    def convert_tokens_to_ids(self, tokens: str | Sequence[str]) -> int | list[int]:
+        """Look up tokens as they are spelled in the vocabulary; an unknown one has the id of ``unk_token``."""
+        if not isinstance(tokens, str):
+            return [self.convert_tokens_to_ids(token) for token in tokens]
+        found = self._backend.token_to_id(tokens)
+        return self.unk_token_id if found is None else found
+
+    def convert_ids_to_tokens(self, ids: int | Sequence[int], skip_special_tokens: bool = False) -> str | list[str]:
+        """Return the spelling of ids in the vocabulary; raise ``ValueError`` for an id that it does not have."""
+        if isinstance(ids, int):
+            return self._backend.id_to_token(*self._checked_ids([ids]))
+        skipped = set(self.all_special_ids) if skip_special_tokens else set()
+        return [self._backend.id_to_token(i) for i in self._checked_ids([int(i) for i in ids]) if i not in skipped]
+
+    def add_tokens(
+        self, new_tokens: str | AddedToken | Sequence[str | AddedToken], special_tokens: bool = False
+    ) -> int:
+        """Add tokens that are never split and return how many were new.
+
+        Calls that are under way in other threads finish with the old vocabulary.
+        """
+        tokens = [new_tokens] if isinstance(new_tokens, str | AddedToken) else list(new_tokens)
+        with _adding:
+            backend = copy.deepcopy(self._backend)
+            count = backend.add_special_tokens(tokens) if special_tokens else backend.add_tokens(tokens)
+            self._backend = backend
+        return count
+
+    def get_vocab(self) -> dict[str, int]:
+        """Return all tokens with their ids, the added ones included."""
+        return self._backend.get_vocab(with_added_tokens=True)
+
+    def __len__(self) -> int:
+        return self._backend.get_vocab_size(with_added_tokens=True)
+
+    @property
+    def vocab_size(self) -> int:
+        """The number of tokens without the added ones."""
+        return self._backend.get_vocab_size(with_added_tokens=False)
+
+    @property
+    def bos_token_id(self) -> int:
+        """The id of ``bos_token``."""
+        return self._backend.token_to_id(self.bos_token)
+
+    @property
+    def eos_token_id(self) -> int:
+        """The id of ``eos_token``."""
+        return self._backend.token_to_id(self.eos_token)
+
+    @property
+    def unk_token_id(self) -> int:
+        """The id of ``unk_token``."""
+        return self._backend.token_to_id(self.unk_token)
+
+    @property
+    def pad_token_id(self) -> int:
+        """The id of ``pad_token``."""
+        return self._backend.token_to_id(self.pad_token)
+
+    @property
+    def all_special_tokens(self) -> list[str]:
+        """The special tokens, each once."""
+        return list(dict.fromkeys(getattr(self, role) for role in ROLES))
+
+    @property
+    def all_special_ids(self) -> list[int]:
+        """The ids of the special tokens, each once."""
+        return [self._backend.token_to_id(token) for token in self.all_special_tokens]
+
+    def _checked_ids(self, ids: list[int]) -> list[int]:
+        for i in ids:
+            if not 0 <= i < len(self):
+                raise ValueError(f"token id {i} is not in the vocabulary, which has ids 0 to {len(self) - 1}")
+        return ids
+
+
+def _backend(vocab: Mapping[str, int], merges: list[tuple[str, str]], unk_token: str) -> Tokenizer:
+    """Build steps 1 to 4."""
+    model = BPE(
+        vocab=dict(vocab),
+        merges=merges,
+        continuing_subword_prefix="",
+        end_of_word_suffix=END_OF_WORD,
+        fuse_unk=False,
+        unk_token=unk_token,
+    )
+    backend = Tokenizer(model)
+    backend.normalizer, backend.pre_tokenizer, backend.decoder = NORMALIZER, PRE_TOKENIZER, decoders.ByteLevel()
+    return backend
+
+
+def _checked_merges(vocab: Mapping[str, int], merges: Sequence[str | tuple[str, str]]) -> list[tuple[str, str]]:
+    pairs = []
+    for n, merge in enumerate(merges, start=1):
+        pair = tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge)
+        if len(pair) != 2:
+            raise CheckpointError(f"merge {n} is {merge!r}; expected two symbols with one space between them")
+        for symbol in (*pair, "".join(pair)):
+            if symbol not in vocab:
+                raise CheckpointError(f"merge {n} ({' + '.join(pair)}) uses {symbol!r}, which is not in the vocabulary")
+        pairs.append(pair)
+    return pairs
+
+
+def _special_tokens(roles: Iterable[str | AddedToken], known: Iterable[AddedToken]) -> list[AddedToken]:
+    """Return the tokens of ``roles`` that are not ``known``, in the order in which they must be added.
+
+    Where one role describes a token by its name and another by flags, the later of the two counts, and a description
+    that was met before does not count again: the reference's rule. SD 1.5 depends on it: with ``normalized`` unset,
+    "<|EndOfText|>" in a prompt is plain text; SD 2.x has it set, and there it is the end token.
+    """
+    names, found = {token.content for token in known}, []
+    for token in roles:
+        if str(token) not in names and token not in found:
+            found.append(token)
+    return [AddedToken(token, special=True) if isinstance(token, str) else token for token in found]
+
+
+def _checked_texts(text: str | Sequence[str]) -> list[str]:
+    """Return the prompts as a list; raise if one is not a str, or holds half of a surrogate pair."""
+    if not isinstance(text, str | list | tuple):
+        raise TypeError(f"a prompt is a str or a list of str, not {type(text).__name__}")
+    texts = [text] if isinstance(text, str) else list(text)
+    if not texts:
+        raise ValueError("the list of prompts is empty; for an unconditional prompt give ''")
+    for n, one in enumerate(texts):
+        if not isinstance(one, str):
+            raise TypeError(f"prompt {n} is a {type(one).__name__}, not a str")
+        try:
+            one.encode()
+        except UnicodeEncodeError as error:
+            found = f"{one[error.start]!r} at position {error.start}"
+            raise ValueError(
+                f"prompt {n} is not valid Unicode: lone surrogate {found}; decode the text again"
+            ) from None
+    return texts
+
+
+def _checked_length(length: int) -> int:
+    if isinstance(length, bool) or not isinstance(length, int):
+        raise TypeError(f"max_length={length!r}; expected an int")
+    if length < 1:
+        raise ValueError(f"max_length={length}; expected at least 1")
+    return length
+
+
+def _as_tensor(rows: list, kind: str | None) -> Any:
+    if kind is None:
+        return rows
+    if len({len(row) for row in rows}) > 1:
+        lengths = ", ".join(str(len(row)) for row in rows)
+        raise ValueError(f"prompts of {lengths} tokens make no tensor; give padding and truncation=True")
+    return torch.tensor(rows, dtype=torch.int64) if kind == "pt" else np.array(rows, dtype=np.int64)

@@ -1,0 +1,134 @@
+"""The files of a CLIP tokenizer: from the Hub's spellings to the arguments of ``CLIPTokenizer``, and back.
+
+Vocabulary: ``vocab.json`` and ``merges.txt``, or ``tokenizer.json`` alone (transformers 5 saves nothing else).
+Special tokens, the later wins: ``tokenizer_config.json``, then ``special_tokens_map.json``. SD 2.x needs the second:
+its configuration names "<|endoftext|>" as the pad token, its map "!". Where ``tokenizer_config.json`` carries
+``added_tokens_decoder``, that is the only source of the tokens' flags and the map is not read, as in the reference.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tokenizers import AddedToken
+
+from minidiff.checkpoints.hub import find_file
+from minidiff.config import read_json
+from minidiff.errors import CheckpointError, CheckpointNotFoundError, ConfigError
+from minidiff.tokenizer import END_OF_WORD, NO_LIMIT, ROLES
+
+_IMPLEMENTED = {  # fields that would change the tokens -> the values that describe what CLIPTokenizer does
+    "add_prefix_space": (False,),
+    "additional_special_tokens": ([], None),
+    "do_lower_case": (True,),
+    "errors": ("replace",),
+    "extra_special_tokens": ([], {}, None),
+    "padding_side": ("right",),
+    "split_special_tokens": (False,),
+    "tokenizer_class": ("CLIPTokenizer", "CLIPTokenizerFast"),
+    "truncation_side": ("right",),
+}
+
+
+def read_tokenizer(source: str | Path, **where: Any) -> dict[str, Any]:
+    """Return the arguments of ``CLIPTokenizer`` for a folder or repository; ``where`` goes to ``find_file``.
+
+    Raise ``CheckpointNotFoundError``, ``CheckpointError`` (a damaged file) or ``ConfigError`` (another kind).
+    """
+
+    def optional(name: str) -> Path | None:
+        try:
+            return find_file(source, name, **where)
+        except CheckpointNotFoundError:
+            return None
+
+    if (whole := optional("tokenizer.json")) is not None:
+        vocab, merges, added = _read_whole(whole)
+    else:
+        vocab = read_json(find_file(source, "vocab.json", **where))
+        merges = _read_merges(find_file(source, "merges.txt", **where))
+        extra = optional("added_tokens.json")
+        added = [{"id": i, "content": text} for text, i in (read_json(extra) if extra else {}).items()]
+    fields = _read_fields(optional("tokenizer_config.json"), optional("special_tokens_map.json"), added)
+    return {"vocab": vocab, "merges": merges, **fields}
+
+
+def write_tokenizer(
+    folder: Path,
+    vocab: Mapping[str, int],
+    merges: list[tuple[str, str]],
+    added: Mapping[int, AddedToken],
+    fields: Mapping[str, Any],
+) -> None:
+    """Write ``vocab.json``, ``merges.txt``, ``tokenizer_config.json`` and ``special_tokens_map.json``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    implemented = {name: values[0] for name, values in _IMPLEMENTED.items() if isinstance(values[0], bool | str)}
+    decoder = {str(i): token.__getstate__() for i, token in sorted(added.items())}
+    _write_json(folder / "vocab.json", dict(sorted(vocab.items(), key=lambda item: item[1])))
+    _write_json(folder / "tokenizer_config.json", {**implemented, **fields, "added_tokens_decoder": decoder})
+    _write_json(folder / "special_tokens_map.json", {role: fields[role] for role in ROLES})
+    lines = ["#version: 0.2", *(f"{a} {b}" for a, b in merges), ""]
+    (folder / "merges.txt").write_bytes("\n".join(lines).encode())
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _read_merges(path: Path) -> list[str]:
+    try:
+        text = path.read_bytes().decode()
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{path} is not UTF-8 text: {error}") from error
+    lines = text.replace("\r\n", "\n").split("\n")  # not splitlines(), which also splits at rarer characters
+    return [line for line in lines if line and not line.startswith("#version")]
+
+
+def _read_whole(path: Path) -> tuple[dict[str, int], list, list[dict]]:
+    """Return vocabulary, merges and added tokens of a ``tokenizer.json``."""
+    data = read_json(path)
+    model = data.get("model", {})
+    if model.get("type") != "BPE" or model.get("end_of_word_suffix") != END_OF_WORD:
+        found = f"{model.get('type')!r} with end_of_word_suffix={model.get('end_of_word_suffix')!r}"
+        raise ConfigError(f"{path}: the model is {found}; CLIPTokenizer needs 'BPE' with {END_OF_WORD!r}")
+    for name in ("vocab", "merges"):
+        if name not in model:
+            raise CheckpointError(f"{path}: 'model' has no {name!r}; it has {sorted(model)}")
+    return model["vocab"], model["merges"], data.get("added_tokens", [])
+
+
+def _read_fields(config: Path | None, special_map: Path | None, added: list[dict]) -> dict[str, Any]:
+    """Merge the two small files and the added tokens into keyword arguments of ``CLIPTokenizer``."""
+    fields = dict(read_json(config)) if config else {}
+    if "added_tokens_decoder" in fields:
+        added = [{**token, "id": int(i)} for i, token in fields["added_tokens_decoder"].items()]
+    elif special_map:
+        fields |= read_json(special_map)
+    for name, values in _IMPLEMENTED.items():
+        if name in fields and fields[name] not in values:
+            raise ConfigError(f"{config}: {name}={fields[name]!r} is not implemented, only {values[0]!r}; convert it")
+
+    roles = {role: _special_token(role, fields[role], special_map or config) for role in ROLES if role in fields}
+    special = {str(token) for token in roles.values()}
+    decoder = {token["id"]: _added_token(token, special) for token in added}
+    described = {token.content: token for token in decoder.values()}
+    roles = {role: described.get(str(token), token) for role, token in roles.items()}
+    return {**roles, "model_max_length": fields.get("model_max_length", NO_LIMIT), "added_tokens_decoder": decoder}
+
+
+def _special_token(role: str, value: Any, path: Path) -> str | AddedToken:
+    """Read a special token, which is a string or a record of flags."""
+    if isinstance(value, str) and value:
+        return value
+    if isinstance(value, dict) and isinstance(value.get("content"), str):
+        return _added_token({**value, "special": True}, set())
+    raise ConfigError(f"{path}: {role}={value!r}; expected a string, or an object with 'content'")
+
+
+def _added_token(record: Mapping[str, Any], special: set[str]) -> AddedToken:
+    """Build an ``AddedToken``; the oldest files give the name only, and it is special if it has a role."""
+    content = record["content"]
+    is_special = record.get("special", content in special)
+    flags = {name: record.get(name, False) for name in ("single_word", "lstrip", "rstrip")}
+    return AddedToken(content, special=is_special, normalized=record.get("normalized", not is_special), **flags)
