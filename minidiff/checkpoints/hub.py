@@ -50,7 +50,7 @@ def weight_names(stem: str, variant: str | None) -> tuple[str, ...]:
     return (single, *indices) if stem == "model" else (*indices, single)
 
 
-def _variant_of(name: str, stem: str) -> str | None:
+def variant_of(name: str, stem: str) -> str | None:
     """Return the variant of a weight file of ``stem`` ("" for none), or None for any other file."""
     shard = r"(?:-\d{5}-of-\d{5})?"
     for pattern in (
@@ -185,7 +185,7 @@ class Repo:
         if isinstance(error, NotCachedError):
             return error
         names = self.names()
-        variants = sorted({found for name in names if (found := _variant_of(name, stem)) is not None} - {variant})
+        variants = sorted({found for name in names if (found := variant_of(name, stem)) is not None} - {variant})
         if variants:
             spelled = ", ".join("no variant" if found == "" else f"variant={found!r}" for found in variants)
             asked = f"variant={variant!r}" if variant else "no variant"

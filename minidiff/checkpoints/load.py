@@ -1,0 +1,213 @@
+"""Fill a network that was built on the meta device with the tensors of safetensors files.
+
+Three stages. The headers are read first (names, dtypes, shapes, positions: a few kilobytes) and compared with what the
+network expects, so that everything that is wrong is reported together before any weight is read. Then each tensor is
+taken from its file: memory-mapped and not copied where the stored dtype is the wanted one, otherwise converted on its
+own through a small buffer, so that the stored and the converted weights are never in memory together. Last, the
+tensors become the network's parameters (``assign=True``, ``strict=True``).
+"""
+
+import json
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from minidiff.checkpoints.hub import Weights
+from minidiff.checkpoints.remap import Row
+from minidiff.errors import CheckpointError
+
+STORED_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+CHUNK = 4 * 2**20  # bytes converted at a time: a chunk and its result stay in the processor's cache
+
+
+class Stored(NamedTuple):
+    """One tensor in a safetensors file, as its header describes it."""
+
+    name: str
+    file: str  # file name, as in the repository
+    path: Path
+    dtype: str
+    shape: tuple[int, ...]
+    start: int  # position of the first byte in the file
+
+
+class Loadable(Protocol):
+    """What the loader needs to know of a network."""
+
+    def rows(self) -> list[Row]: ...
+
+    def canonical_hub_name(self, name: str) -> str | None: ...
+
+
+def as_dtype(torch_dtype: torch.dtype | str | None, dtype: torch.dtype | str | None = None) -> torch.dtype:
+    """Return the dtype to load in, given under either of the reference's two names; float32 if neither is given.
+
+    float32 is the default even where the files hold float16, as in diffusers. Raises ``ValueError`` for "auto", for
+    what is not one of the four floating types, and if the two names are given different values.
+    """
+    asked = [_one_dtype(value) for value in (torch_dtype, dtype) if value is not None]
+    if len(set(asked)) > 1:
+        raise ValueError(f"dtype={dtype} and torch_dtype={torch_dtype} are two names of one argument; give one of them")
+    return asked[0] if asked else torch.float32
+
+
+def _one_dtype(value: torch.dtype | str) -> torch.dtype:
+    allowed = {str(dtype).removeprefix("torch."): dtype for dtype in STORED_DTYPES.values()}
+    name = str(value).removeprefix("torch.")
+    if name not in allowed:
+        raise ValueError(f"torch_dtype={value!r} is not one of {', '.join(allowed)} (a torch.dtype or its name)")
+    return allowed[name]
+
+
+def read_header(name: str, path: Path) -> list[Stored]:
+    """List the tensors of a safetensors file without reading them.
+
+    Raises:
+        CheckpointError: if the file is empty, cut short, a Git LFS pointer, a web page or anything else.
+    """
+    try:
+        with safe_open(path, framework="pt"):  # validates the header, and that the file is as long as it says
+            pass
+    except SafetensorError as error:
+        raise CheckpointError(f"{path} is not a complete safetensors file: {_what_is(path, error)}") from error
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header: dict[str, Any] = json.loads(file.read(length))
+    header.pop("__metadata__", None)
+    return [
+        Stored(key, name, path, entry["dtype"], tuple(entry["shape"]), 8 + length + entry["data_offsets"][0])
+        for key, entry in header.items()
+    ]
+
+
+def _what_is(path: Path, error: SafetensorError) -> str:
+    with path.open("rb") as file:
+        head = file.read(64).lstrip()
+    if not head:
+        return "it is empty; download or save it again (force_download=True)"
+    if head.startswith(b"version https://git-lfs"):
+        return "it is a Git LFS pointer, not the weights themselves; run `git lfs pull` in that folder"
+    if head[:1] == b"<":
+        return "it is a web page; download the weights again (force_download=True)"
+    if head.startswith((b"PK\x03\x04", b"\x80\x02")):
+        return "it is a pickle with another name, which minidiff does not open because it can run code"
+    return f"{error}; if it was cut short, download or save it again (force_download=True)"
+
+
+def load_weights(model: nn.Module, weights: Weights, dtype: torch.dtype) -> None:
+    """Fill ``model``, built on the meta device, with the Hub checkpoint ``weights``, in ``dtype``.
+
+    Raises:
+        CheckpointError: one error with all tensors that are missing, unexpected, stored twice, of a wrong shape or of a
+            dtype that is not floating, and the names of their files.
+    """
+    stored = [tensor for name, path in weights.files.items() for tensor in read_header(name, path)]
+    rows = model.rows()
+    found, problems = _match(model, stored, rows)
+    problems += _index_problems(weights, stored)
+    if problems:
+        where = stored[0].path.parent if stored else next(iter(weights.files.values())).parent
+        raise CheckpointError(
+            f"{', '.join(weights.files)} in {where} do not fit {type(model).__name__} as its config.json describes "
+            "it; is it the configuration of another model?\n" + "\n".join(problems)
+        )
+    with ExitStack() as stack:
+        reader = _Reader(stack, dtype)
+        state: dict[str, Tensor] = {}
+        for row in rows:
+            state.update(zip(row.ours, row.hub_op.to_ours(tuple(reader(found[name]) for name in row.hub)), strict=True))
+    model.load_state_dict(state, strict=True, assign=True)
+    unfilled = [name for name, tensor in [*model.named_parameters(), *model.named_buffers()] if tensor.is_meta]
+    if unfilled:  # a buffer that is not saved would stay without data: networks here compute such things when needed
+        raise AssertionError(f"{type(model).__name__} has tensors that no checkpoint fills: {', '.join(unfilled)}")
+
+
+def _match(model: Loadable, stored: Iterable[Stored], rows: Iterable[Row]) -> tuple[dict[str, Stored], list[str]]:
+    """Pair the modern Hub names with the stored tensors, and describe everything that does not fit."""
+    expected = _expected_shapes(model, rows)
+    found: dict[str, Stored] = {}
+    wrong: dict[str, list[str]] = defaultdict(list)
+    for tensor in stored:
+        name = model.canonical_hub_name(tensor.name)
+        if name is None:
+            continue
+        if name not in expected:
+            wrong["unexpected"].append(f"{tensor.name} {tensor.shape} in {tensor.file}")
+        elif name in found:
+            both = f"{found[name].name} in {found[name].file} and {tensor.name} in {tensor.file}"
+            wrong["stored twice"].append(both)
+        elif tensor.dtype not in STORED_DTYPES:
+            accepted = ", ".join(STORED_DTYPES)
+            wrong["of a wrong dtype"].append(f"{tensor.name} in {tensor.file} is {tensor.dtype}, not {accepted}")
+        elif tensor.shape != expected[name]:
+            shapes = f"{tensor.shape} in {tensor.file}, expected {expected[name]}"
+            wrong["of a wrong shape"].append(f"{tensor.name} is {shapes}")
+        found.setdefault(name, tensor)
+    wrong["missing"] = [f"{name} {shape}" for name, shape in expected.items() if name not in found]
+    problems = [
+        f"{len(lines)} {kind}:\n" + "\n".join(f"  {line}" for line in lines) for kind, lines in wrong.items() if lines
+    ]
+    return found, problems
+
+
+def _expected_shapes(model: nn.Module, rows: Iterable[Row]) -> dict[str, tuple[int, ...]]:
+    """Return the shape of each tensor under its modern Hub name, by laying the meta tensors out as the Hub does."""
+    ours: Mapping[str, Tensor] = model.state_dict()
+    expected: dict[str, tuple[int, ...]] = {}
+    for row in rows:
+        for name, tensor in zip(row.hub, row.hub_op.from_ours(tuple(ours[key] for key in row.ours)), strict=True):
+            expected[name] = tuple(tensor.shape)
+    return expected
+
+
+def _index_problems(weights: Weights, stored: Iterable[Stored]) -> list[str]:
+    if weights.index is None:
+        return []
+    actual = {tensor.name: tensor.file for tensor in stored}
+    lines = [
+        f"  {name}: {weights.index.get(name, 'not listed')} in {weights.index_name}, {actual.get(name, 'in no shard')}"
+        for name in sorted(weights.index.keys() | actual.keys())
+        if weights.index.get(name) != actual.get(name)
+    ]
+    return [f"{len(lines)} where the index and the shards disagree:\n" + "\n".join(lines)] if lines else []
+
+
+class _Reader:
+    """Reads tensors in one dtype, keeping each file open until the ``ExitStack`` closes."""
+
+    def __init__(self, stack: ExitStack, dtype: torch.dtype) -> None:
+        self.stack = stack
+        self.dtype = dtype
+        self.mapped: dict[Path, Any] = {}
+        self.opened: dict[Path, Any] = {}
+        self.buffer = bytearray(CHUNK)
+
+    def __call__(self, tensor: Stored) -> Tensor:
+        return self._map(tensor) if STORED_DTYPES[tensor.dtype] == self.dtype else self._convert(tensor)
+
+    def _map(self, tensor: Stored) -> Tensor:
+        """Return a view of the file's pages. They are private: training such a weight does not change the file."""
+        if tensor.path not in self.mapped:
+            self.mapped[tensor.path] = self.stack.enter_context(safe_open(tensor.path, framework="pt"))
+        return self.mapped[tensor.path].get_tensor(tensor.name)
+
+    def _convert(self, tensor: Stored) -> Tensor:
+        """Read and convert piece by piece. Mapped pages would count as memory of this process until unmapped."""
+        if tensor.path not in self.opened:
+            self.opened[tensor.path] = self.stack.enter_context(tensor.path.open("rb"))
+        file = self.opened[tensor.path]
+        file.seek(tensor.start)
+        result = torch.empty(tensor.shape, dtype=self.dtype)
+        source = torch.frombuffer(self.buffer, dtype=STORED_DTYPES[tensor.dtype])
+        for piece in result.view(-1).split(len(source)) if result.numel() else ():
+            size = len(piece) * source.itemsize
+            if file.readinto(memoryview(self.buffer)[:size]) != size:
+                raise CheckpointError(f"{tensor.path} became shorter while {tensor.name} was read from it")
+            piece.copy_(source[: len(piece)])
+        return result
