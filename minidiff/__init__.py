@@ -1,0 +1,38 @@
+"""minidiff: the core of diffusers in plain PyTorch, checked against it number for number.
+
+The public names below are imported on first use, so ``import minidiff`` costs next to nothing: networks, schedulers
+and the Hub client are loaded only by the code that asks for them.
+"""
+
+from importlib import import_module
+from typing import Any
+
+__version__ = "0.1.0"
+
+_HOME = {  # public name -> module that defines it
+    "AutoencoderKL": "minidiff.vae",
+    "CLIPTextConfig": "minidiff.clip",
+    "CLIPTextModel": "minidiff.clip",
+    "CLIPTokenizer": "minidiff.tokenizer",
+    "DDPMScheduler": "minidiff.schedulers.ddpm",
+    "DiffusionPipeline": "minidiff.pipelines.base",
+    "PNDMScheduler": "minidiff.schedulers.pndm",
+    "StableDiffusionPipeline": "minidiff.pipelines.stable_diffusion",
+    "UNet2DConditionModel": "minidiff.unet",
+    "UniPCMultistepScheduler": "minidiff.schedulers.unipc",
+    "make_image_grid": "minidiff.images",
+}
+
+__all__ = ["__version__", *_HOME]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"minidiff has no {name!r}; it has {', '.join(__all__)}")
+    value = getattr(import_module(_HOME[name]), name)
+    globals()[name] = value  # the next access does not come here
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

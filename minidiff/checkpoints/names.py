@@ -1,0 +1,292 @@
+"""The name table: every weight of every network in our spelling, the Hub's, and the original single file's.
+
+Each generator walks an architecture once, in the order data flows through it, and emits ``(ours, hub, ldm)`` rows.
+Indices only ever count forwards, so nothing has to be parsed and the inverse is a dict.
+
+============================  =======================================  ==============================
+ours                          hub (diffusers / transformers)           ldm (CompVis / Stability)
+============================  =======================================  ==============================
+down.0.res.1.conv1            down_blocks.0.resnets.1.conv1            input_blocks.2.0.in_layers.2
+down.0.attn.1.blocks.0        down_blocks.0.attentions.1               input_blocks.2.1
+  .self_attn.q                  .transformer_blocks.0.attn1.to_q         .transformer_blocks.0.attn1.to_q
+mid.res.0.conv1               mid_block.resnets.0.conv1                middle_block.0.in_layers.2
+up.1.resample.conv            up_blocks.1.upsamplers.0.conv            output_blocks.5.2.conv
+============================  =======================================  ==============================
+"""
+
+import re
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from minidiff.checkpoints.remap import CONV1X1, SAME, STACKED, Op, Row
+
+if TYPE_CHECKING:
+    from minidiff.clip import CLIPSpec
+    from minidiff.config import Config
+    from minidiff.unet import UNetSpec
+    from minidiff.vae import VAESpec
+
+UNET_PREFIX = "model.diffusion_model."
+VAE_PREFIX = "first_stage_model."
+CLIP_PREFIX = "cond_stage_model.transformer."  # SD 1.x: transformers' own names under a prefix
+OPENCLIP_PREFIX = "cond_stage_model.model."  # SD 2.x: OpenCLIP's names
+
+
+def _tensor(ours: str, hub: str, ldm: str, hub_op: Op = SAME, ldm_op: Op = SAME) -> Row:
+    """Make the row of a tensor that has one name in each spelling."""
+    return Row((ours,), (hub,), (ldm,), hub_op, ldm_op)
+
+
+def _layer(ours: str, hub: str, ldm: str, *, bias: bool = True, hub_op: Op = SAME, ldm_op: Op = SAME) -> Iterator[Row]:
+    """Emit weight and bias of one layer; the ops concern the weight, a bias is laid out alike everywhere."""
+    yield _tensor(f"{ours}.weight", f"{hub}.weight", f"{ldm}.weight", hub_op, ldm_op)
+    if bias:
+        yield _tensor(f"{ours}.bias", f"{hub}.bias", f"{ldm}.bias")
+
+
+# --- UNet ------------------------------------------------------------------------------------------------------------
+
+_UNET_RES = (  # ours, hub, ldm
+    ("norm1", "norm1", "in_layers.0"),
+    ("conv1", "conv1", "in_layers.2"),
+    ("time", "time_emb_proj", "emb_layers.1"),
+    ("norm2", "norm2", "out_layers.0"),
+    ("conv2", "conv2", "out_layers.3"),
+    ("skip", "conv_shortcut", "skip_connection"),
+)
+
+
+def _res_rows(ours: str, hub: str, ldm: str, parts: Sequence[tuple[str, str, str]], skip: bool) -> Iterator[Row]:
+    for our_part, hub_part, ldm_part in parts:
+        if our_part != "skip" or skip:
+            yield from _layer(f"{ours}.{our_part}", f"{hub}.{hub_part}", f"{ldm}.{ldm_part}")
+
+
+def _transformer_rows(ours: str, hub: str, ldm: str, depth: int, linear: bool) -> Iterator[Row]:
+    """Emit a spatial transformer: below its prefix the Hub and the original file agree in everything."""
+
+    def both(our_part: str, part: str, *, bias: bool = True, op: Op = SAME) -> Iterator[Row]:
+        return _layer(f"{ours}.{our_part}", f"{hub}.{part}", f"{ldm}.{part}", bias=bias, hub_op=op, ldm_op=op)
+
+    proj = SAME if linear else CONV1X1
+    yield from both("norm", "norm")
+    yield from both("proj_in", "proj_in", op=proj)
+    for k in range(depth):
+        a, b = f"blocks.{k}", f"transformer_blocks.{k}"
+        for n, attn in ((1, "self_attn"), (2, "cross_attn")):
+            yield from both(f"{a}.norm{n}", f"{b}.norm{n}")
+            for s in "qkv":
+                yield from both(f"{a}.{attn}.{s}", f"{b}.attn{n}.to_{s}", bias=False)
+            yield from both(f"{a}.{attn}.out", f"{b}.attn{n}.to_out.0")
+        yield from both(f"{a}.norm3", f"{b}.norm3")
+        yield from both(f"{a}.mlp.fc1", f"{b}.ff.net.0.proj")
+        yield from both(f"{a}.mlp.fc2", f"{b}.ff.net.2")
+    yield from both("proj_out", "proj_out", op=proj)
+
+
+def unet_rows(spec: "UNetSpec") -> list[Row]:
+    """Return the name table of a conditional UNet."""
+    return list(_unet_rows(spec))
+
+
+def _unet_rows(spec: "UNetSpec") -> Iterator[Row]:
+    p, last = UNET_PREFIX, len(spec.levels) - 1
+    yield from _layer("time_embed.fc1", "time_embedding.linear_1", f"{p}time_embed.0")
+    yield from _layer("time_embed.fc2", "time_embedding.linear_2", f"{p}time_embed.2")
+    yield from _layer("conv_in", "conv_in", f"{p}input_blocks.0.0")
+
+    def level(side: str, i: int, j: int, n: int, skip: bool, depth: int) -> Iterator[Row]:
+        """Emit residual block j of a level and the transformer behind it; n counts the original file's blocks."""
+        hub = f"{side}_blocks.{i}"
+        ldm = f"{p}{'input' if side == 'down' else 'output'}_blocks.{n}"
+        yield from _res_rows(f"{side}.{i}.res.{j}", f"{hub}.resnets.{j}", f"{ldm}.0", _UNET_RES, skip)
+        if depth:
+            yield from _transformer_rows(
+                f"{side}.{i}.attn.{j}", f"{hub}.attentions.{j}", f"{ldm}.1", depth, spec.linear_projection
+            )
+
+    n = 1  # input_blocks.0 is conv_in
+    skips = [spec.levels[0].channels]
+    C = spec.levels[0].channels
+    for i, lv in enumerate(spec.levels):
+        for j in range(lv.layers):
+            yield from level("down", i, j, n, C != lv.channels, lv.depth)
+            C = lv.channels
+            skips.append(C)
+            n += 1
+        if i < last:
+            yield from _layer(
+                f"down.{i}.resample.conv", f"down_blocks.{i}.downsamplers.0.conv", f"{p}input_blocks.{n}.0.op"
+            )
+            skips.append(C)
+            n += 1
+
+    yield from _res_rows("mid.res.0", "mid_block.resnets.0", f"{p}middle_block.0", _UNET_RES, False)
+    yield from _transformer_rows(
+        "mid.attn.0", "mid_block.attentions.0", f"{p}middle_block.1", spec.mid_depth, spec.linear_projection
+    )
+    yield from _res_rows("mid.res.1", "mid_block.resnets.1", f"{p}middle_block.2", _UNET_RES, False)
+
+    n = 0
+    for i, lv in enumerate(reversed(spec.levels)):
+        for j in range(lv.layers + 1):
+            # A skip connection is concatenated to the input, so the channels always change and `skip` always exists.
+            yield from level("up", i, j, n, True, lv.up_depth)
+            n += 1
+        if i < last:
+            yield from _layer(
+                f"up.{i}.resample.conv",
+                f"up_blocks.{i}.upsamplers.0.conv",
+                f"{p}output_blocks.{n - 1}.{2 if lv.up_depth else 1}.conv",
+            )
+
+    yield from _layer("norm_out", "conv_norm_out", f"{p}out.0")
+    yield from _layer("conv_out", "conv_out", f"{p}out.2")
+
+
+# --- Autoencoder -----------------------------------------------------------------------------------------------------
+
+_VAE_RES = tuple(
+    (part, "conv_shortcut", "nin_shortcut") if part == "skip" else (part, part, part)
+    for part in ("norm1", "conv1", "norm2", "conv2", "skip")
+)
+
+
+def _vae_middle_rows(half: str, attention: bool) -> Iterator[Row]:
+    ours, hub, ldm = f"{half}.mid", f"{half}.mid_block", f"{VAE_PREFIX}{half}.mid"
+    yield from _res_rows(f"{ours}.res.0", f"{hub}.resnets.0", f"{ldm}.block_1", _VAE_RES, False)
+    if attention:
+        a, b, c = f"{ours}.attn", f"{hub}.attentions.0", f"{ldm}.attn_1"
+        yield from _layer(f"{a}.norm", f"{b}.group_norm", f"{c}.norm")
+        for part, hub_part, ldm_part in (
+            ("q", "to_q", "q"),
+            ("k", "to_k", "k"),
+            ("v", "to_v", "v"),
+            ("out", "to_out.0", "proj_out"),
+        ):
+            yield from _layer(f"{a}.self_attn.{part}", f"{b}.{hub_part}", f"{c}.{ldm_part}", ldm_op=CONV1X1)
+    yield from _res_rows(f"{ours}.res.1", f"{hub}.resnets.1", f"{ldm}.block_2", _VAE_RES, False)
+
+
+def _vae_level_rows(side: str, i: int, ldm_i: int, channels: list[int], resample: bool) -> Iterator[Row]:
+    half, way = ("encoder", "down") if side == "down" else ("decoder", "up")
+    ours, hub, ldm = f"{half}.{way}.{i}", f"{half}.{way}_blocks.{i}", f"{VAE_PREFIX}{half}.{way}.{ldm_i}"
+    for j, (C_in, C_out) in enumerate(zip(channels, channels[1:], strict=False)):
+        yield from _res_rows(f"{ours}.res.{j}", f"{hub}.resnets.{j}", f"{ldm}.block.{j}", _VAE_RES, C_in != C_out)
+    if resample:
+        yield from _layer(f"{ours}.resample.conv", f"{hub}.{way}samplers.0.conv", f"{ldm}.{way}sample.conv")
+
+
+def vae_rows(spec: "VAESpec", config: "Config") -> list[Row]:
+    """Return the name table of an autoencoder."""
+    return list(_vae_rows(spec, config))
+
+
+def _vae_rows(spec: "VAESpec", config: "Config") -> Iterator[Row]:
+    last = len(spec.channels) - 1
+
+    def same(name: str) -> Iterator[Row]:
+        return _layer(name, name, VAE_PREFIX + name)
+
+    def out(half: str) -> Iterator[Row]:
+        yield from _layer(f"{half}.norm_out", f"{half}.conv_norm_out", f"{VAE_PREFIX}{half}.norm_out")
+        yield from same(f"{half}.conv_out")
+
+    yield from same("encoder.conv_in")
+    for i, C in enumerate(spec.channels):
+        channels = [spec.channels[max(i - 1, 0)]] + [C] * spec.layers
+        yield from _vae_level_rows("down", i, i, channels, i < last)
+    yield from _vae_middle_rows("encoder", spec.mid_attention)
+    yield from out("encoder")
+    if config.use_quant_conv:
+        yield from same("quant_conv")
+    if config.use_post_quant_conv:
+        yield from same("post_quant_conv")
+
+    yield from same("decoder.conv_in")
+    yield from _vae_middle_rows("decoder", spec.mid_attention)
+    up = spec.channels[::-1]
+    for i, C in enumerate(up):
+        channels = [up[max(i - 1, 0)]] + [C] * (spec.layers + 1)
+        yield from _vae_level_rows("up", i, last - i, channels, i < last)  # the original counts from the finest level
+    yield from out("decoder")
+
+
+# --- CLIP text encoder -----------------------------------------------------------------------------------------------
+
+
+def clip_rows(spec: "CLIPSpec", *, openclip: bool) -> list[Row]:
+    """Return the name table of a CLIP text encoder.
+
+    Args:
+        spec: the architecture.
+        openclip: whether the original single file spells it as OpenCLIP does (SD 2.x), with q, k and v in one matrix,
+            or as transformers does under a prefix (SD 1.x).
+    """
+    return list(_clip_rows(spec, openclip))
+
+
+def _clip_rows(spec: "CLIPSpec", openclip: bool) -> Iterator[Row]:
+    hub = "text_model."
+
+    def layer(ours: str, hub_part: str, openclip_part: str) -> Iterator[Row]:
+        ldm = OPENCLIP_PREFIX + openclip_part if openclip else CLIP_PREFIX + hub + hub_part
+        return _layer(ours, hub + hub_part, ldm)
+
+    for ours, part, openclip_name in (
+        ("token_embed.weight", "embeddings.token_embedding.weight", "token_embedding.weight"),
+        ("position_embed.weight", "embeddings.position_embedding.weight", "positional_embedding"),
+    ):
+        yield _tensor(ours, hub + part, OPENCLIP_PREFIX + openclip_name if openclip else CLIP_PREFIX + hub + part)
+
+    for i in range(spec.layers):
+        a, b, c = f"layers.{i}", f"encoder.layers.{i}", f"transformer.resblocks.{i}"
+        yield from layer(f"{a}.norm1", f"{b}.layer_norm1", f"{c}.ln_1")
+        yield from _clip_attention_rows(f"{a}.attn", f"{hub}{b}.self_attn", f"{OPENCLIP_PREFIX}{c}.attn", openclip)
+        yield from layer(f"{a}.attn.out", f"{b}.self_attn.out_proj", f"{c}.attn.out_proj")
+        yield from layer(f"{a}.norm2", f"{b}.layer_norm2", f"{c}.ln_2")
+        yield from layer(f"{a}.fc1", f"{b}.mlp.fc1", f"{c}.mlp.c_fc")
+        yield from layer(f"{a}.fc2", f"{b}.mlp.fc2", f"{c}.mlp.c_proj")
+    yield from layer("norm_out", "final_layer_norm", "ln_final")
+
+
+def _clip_attention_rows(ours: str, hub: str, ldm: str, openclip: bool) -> Iterator[Row]:
+    for kind in ("weight", "bias"):
+        our_names = tuple(f"{ours}.{s}.{kind}" for s in "qkv")
+        hub_names = tuple(f"{hub}.{s}_proj.{kind}" for s in "qkv")
+        if openclip:
+            yield Row(our_names, hub_names, (f"{ldm}.in_proj_{kind}",), SAME, STACKED)
+        else:
+            for our_name, hub_name in zip(our_names, hub_names, strict=True):
+                yield _tensor(our_name, hub_name, CLIP_PREFIX + hub_name)
+
+
+# --- Older spellings on the Hub --------------------------------------------------------------------------------------
+
+_OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}  # diffusers before 0.15
+_OLD_ATTENTION_NAME = re.compile(r"(.*\battentions\.\d+\.)(query|key|value|proj_attn)(\.(?:weight|bias))")
+
+# Hub tensors that are not weights of a CLIP text encoder, by the pattern of their name.
+CLIP_DROPPED = {
+    r"(text_model\.)?embeddings\.position_ids": "a constant 0..76, saved as a buffer by transformers before 4.31",
+    r"vision_model\..*|visual_projection\..*|logit_scale": "the picture half of a whole CLIP checkpoint",
+    r"text_projection\.weight": "CLIPTextModel returns the state before the projection",
+}
+
+
+def canonical_vae_name(name: str) -> str | None:
+    """Return the modern Hub spelling of an autoencoder's tensor."""
+    match = _OLD_ATTENTION_NAME.fullmatch(name)
+    return f"{match[1]}{_OLD_ATTENTION[match[2]]}{match[3]}" if match else name
+
+
+def canonical_unet_name(name: str) -> str | None:
+    """Return the modern Hub spelling of a UNet's tensor (conditional UNets were never spelled otherwise)."""
+    return name
+
+
+def canonical_clip_name(name: str) -> str | None:
+    """Return the modern Hub spelling of a text encoder's tensor; None for those in ``CLIP_DROPPED``."""
+    if any(re.fullmatch(pattern, name) for pattern in CLIP_DROPPED):
+        return None
+    return name if name.startswith("text_model.") else f"text_model.{name}"  # transformers 5 writes no prefix

@@ -1,0 +1,238 @@
+"""The CLIP text transformer: token ids (B, L) -> one embedding per token (B, L, D), and one for the whole text (B, D).
+
+A GPT-like stack: learned positions, causal self-attention (each token sees itself and what stands before it), pre-norm,
+and a final normalisation. The pooled embedding is the state at the end-of-text token, the first place that has seen the
+whole text.
+
+Paper: Radford et al. 2021 (CLIP, https://arxiv.org/abs/2103.00020), section 2.4. SD 1.x uses OpenAI's ViT-L/14 (12
+layers, quick_gelu), SD 2.x the first 23 layers of OpenCLIP's ViT-H/14 (gelu).
+Checked against ``transformers.CLIPTextModel``.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from minidiff.checkpoints.model import Model
+from minidiff.checkpoints.names import canonical_clip_name, clip_rows
+from minidiff.checkpoints.remap import Row
+from minidiff.config import Config, complete
+from minidiff.errors import ConfigError
+from minidiff.layers import Attention
+from minidiff.outputs import Output
+
+_LEGACY_EOS = 2  # published configs say eos_token_id 2, which never was the id of the end-of-text token (49407)
+
+
+def quick_gelu(x: Tensor) -> Tensor:
+    """Return x * sigmoid(1.702 x), the approximation of GELU that OpenAI's CLIP was trained with."""
+    return x * torch.sigmoid(1.702 * x)
+
+
+_ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": F.gelu}
+
+
+class CLIPSpec(NamedTuple):
+    """What the network is built from."""
+
+    D: int
+    mlp: int  # width of the hidden layer of the feed-forward networks
+    layers: int
+    heads: int
+    vocabulary: int
+    positions: int  # the longest text, in tokens
+    activation: str
+    eps: float
+
+
+class Layer(nn.Module):
+    """Causal self-attention and a feed-forward network, each pre-normed and residual."""
+
+    def __init__(self, spec: CLIPSpec) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(spec.D, eps=spec.eps)
+        self.attn = Attention(spec.D, spec.D, heads=spec.heads, qkv_bias=True)
+        self.norm2 = nn.LayerNorm(spec.D, eps=spec.eps)
+        self.fc1 = nn.Linear(spec.D, spec.mlp)
+        self.fc2 = nn.Linear(spec.mlp, spec.D)
+        self.activation = _ACTIVATIONS[spec.activation]
+
+    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        x = x + self.attn(self.norm1(x), mask=mask, causal=mask is None)
+        return x + self.fc2(self.activation(self.fc1(self.norm2(x))))
+
+
+@dataclass
+class CLIPTextOutput(Output):
+    """What the text encoder returns.
+
+    ``last_hidden_state`` (B, L, D) is normalised, ``pooler_output`` (B, D) is its row at the end of the text;
+    ``hidden_states`` holds the embeddings and the state after each layer, not normalised: ``hidden_states[-2]`` is
+    what clip-skip 1 conditions on.
+    """
+
+    last_hidden_state: Tensor
+    pooler_output: Tensor
+    hidden_states: tuple[Tensor, ...] | None = None
+
+
+class CLIPTextConfig(Config):
+    """The fields of a text encoder's ``config.json``, with the reference's defaults.
+
+    Raises:
+        ConfigError: naming each field that is unknown or has a value that is not implemented.
+    """
+
+    def __init__(self, **fields: Any) -> None:
+        super().__init__(clip_config(fields))
+
+
+class CLIPTextModel(Model):
+    """Encode token ids to text embeddings.
+
+    Args:
+        config: a ``CLIPTextConfig`` or any mapping of its fields.
+    """
+
+    weights_stem = "model"
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.config = config if isinstance(config, CLIPTextConfig) else CLIPTextConfig(**config)
+        self.spec = spec = clip_spec(self.config)
+        self.token_embed = nn.Embedding(spec.vocabulary, spec.D)
+        self.position_embed = nn.Embedding(spec.positions, spec.D)
+        self.layers = nn.ModuleList(Layer(spec) for _ in range(spec.layers))
+        self.norm_out = nn.LayerNorm(spec.D, eps=spec.eps)
+        for embed in (self.token_embed, self.position_embed):
+            nn.init.normal_(embed.weight, std=0.02)  # torch's default, std 1, drowns the position in the token
+
+    @classmethod
+    def from_config(cls, fields: Mapping[str, Any], **overrides: Any) -> "CLIPTextModel":
+        """Build a network with new weights from a configuration."""
+        return cls({**fields, **overrides})
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        output_hidden_states: bool = False,
+        return_dict: bool = True,
+    ) -> CLIPTextOutput | tuple[Any, ...]:
+        """Encode texts.
+
+        Args:
+            input_ids: token ids, (B, L) integers below ``vocab_size``, L at most ``max_position_embeddings``.
+            attention_mask: (B, L), 1 where a token may be looked at; default: everywhere.
+            position_ids: (B, L) or (1, L); default 0, 1, 2...
+            output_hidden_states: whether to return the state after every layer too.
+            return_dict: whether to return a record or a tuple.
+
+        Raises:
+            ValueError: if the text is longer than the positions the network has.
+        """
+        if input_ids.ndim != 2 or input_ids.shape[1] > self.spec.positions:
+            raise ValueError(
+                f"input_ids should be (B, L) with L at most {self.spec.positions}, found {tuple(input_ids.shape)}; "
+                "tokenize with truncation=True"
+            )
+        L = input_ids.shape[1]
+        if position_ids is None:
+            position_ids = torch.arange(L, device=input_ids.device)[None]
+        mask = None
+        if attention_mask is not None:
+            causal = torch.ones(L, L, dtype=torch.bool, device=input_ids.device).tril()
+            mask = causal & attention_mask.bool()[:, None, None, :]  # (B, 1, L, L)
+
+        x = self.token_embed(input_ids) + self.position_embed(position_ids)
+        states = [x]
+        for layer in self.layers:
+            x = layer(x, mask)
+            states.append(x)
+        x = self.norm_out(x)
+        pooled = x[torch.arange(len(x), device=x.device), self._end_of_text(input_ids)]
+        out = CLIPTextOutput(x, pooled, tuple(states) if output_hidden_states else None)
+        return out if return_dict else out.to_tuple()
+
+    def _end_of_text(self, input_ids: Tensor) -> Tensor:
+        """Return the position of the end-of-text token in each text, (B,).
+
+        With the legacy ``eos_token_id`` 2 it is where the largest id stands, which is wrong as soon as a token with a
+        larger id has been added; with the true id it is its first occurrence.
+        """
+        if self.config.eos_token_id == _LEGACY_EOS:
+            return input_ids.argmax(dim=-1)
+        return (input_ids == self.config.eos_token_id).int().argmax(dim=-1)
+
+    def rows(self) -> list[Row]:
+        """Return the name table of this configuration: ours, Hub, original single file."""
+        return clip_rows(self.spec, openclip=self.config.hidden_act == "gelu")
+
+    @classmethod
+    def canonical_hub_name(cls, name: str) -> str | None:
+        """Return the modern Hub spelling of a tensor name; None if it is dropped on purpose."""
+        return canonical_clip_name(name)
+
+
+# Fields that transformers writes into every config.json and that do not describe this network: initialisation,
+# provenance, ids that only generation uses. `torch_dtype` is provenance too: a load is float32 unless asked otherwise.
+_ANNOTATIONS = (
+    "architectures model_type torch_dtype dtype transformers_version initializer_factor initializer_range "
+    "projection_dim pad_token_id bos_token_id"
+).split()
+
+
+def clip_config(fields: Mapping[str, Any]) -> Config:
+    """Complete the fields of a text encoder's Hub configuration; refuse what is not implemented.
+
+    The file of a whole CLIP (text and picture half) keeps them under ``text_config``.
+    """
+    if "text_config" in fields:
+        fields = fields["text_config"]
+    defaults = {
+        "vocab_size": 49408,
+        "hidden_size": 512,
+        "intermediate_size": 2048,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 8,
+        "max_position_embeddings": 77,
+        "hidden_act": "quick_gelu",
+        "layer_norm_eps": 1e-5,
+        "eos_token_id": 49407,
+        "bos_token_id": 49406,
+        "pad_token_id": 1,
+        "projection_dim": 512,
+    }
+    annotations = {name: fields[name] for name in _ANNOTATIONS if name in fields}
+    described = {name: value for name, value in fields.items() if name not in annotations}
+    only = {"attention_dropout": (0.0,), "dropout": (0.0,)}
+    config = complete("CLIPTextModel", described, defaults, only)
+    if config.hidden_act not in _ACTIVATIONS:
+        raise ConfigError(
+            f"CLIPTextModel: hidden_act should be one of {', '.join(_ACTIVATIONS)}, found {config.hidden_act!r}"
+        )
+    if config.hidden_size % config.num_attention_heads:
+        raise ConfigError(
+            f"CLIPTextModel: hidden_size {config.hidden_size} should be divisible by num_attention_heads "
+            f"{config.num_attention_heads}"
+        )
+    return Config({**config, **annotations})
+
+
+def clip_spec(config: Config) -> CLIPSpec:
+    """Turn the Hub's fields into the record that the network and its name table are built from."""
+    return CLIPSpec(
+        D=config.hidden_size,
+        mlp=config.intermediate_size,
+        layers=config.num_hidden_layers,
+        heads=config.num_attention_heads,
+        vocabulary=config.vocab_size,
+        positions=config.max_position_embeddings,
+        activation=config.hidden_act,
+        eps=config.layer_norm_eps,
+    )

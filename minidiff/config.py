@@ -1,0 +1,98 @@
+"""Configurations: Hub JSON in, frozen records out. What minidiff does not implement is refused by name.
+
+Two things live here. ``Config`` is the public ``.config`` of every model, scheduler and pipeline: it answers with the
+Hub's own field names. The ``*Spec`` records are what the networks are built from: the Hub's parallel lists
+(``block_out_channels``, ``down_block_types``, ``attention_head_dim``...) turned once into one record per level.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from minidiff.errors import ConfigError
+
+
+class Config(Mapping[str, Any]):
+    """An immutable mapping whose fields are also attributes: ``config.sample_size == config["sample_size"]``."""
+
+    def __init__(self, fields: Mapping[str, Any]) -> None:
+        object.__setattr__(self, "_fields", dict(fields))
+
+    def __getitem__(self, name: str) -> Any:
+        return self._fields[name]
+
+    def __getattr__(self, name: str) -> Any:
+        # Python asks for dunders and, while unpickling or copying, for `_fields` itself before __init__ has run.
+        if name == "_fields" or name.startswith("__") or name not in self._fields:
+            raise AttributeError(f"the configuration has no field {name!r}")
+        return self._fields[name]
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        raise AttributeError(f"configurations are frozen: build a new object with {name}={value!r} instead")
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._fields)
+
+    def __len__(self) -> int:
+        return len(self._fields)
+
+    def __repr__(self) -> str:
+        return f"Config({json.dumps(self._fields, indent=2, default=str)})"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as a new plain dict."""
+        return dict(self._fields)
+
+
+def read_json(path: str | Path) -> dict[str, Any]:
+    """Read a JSON object from ``path``. Raises ``ConfigError`` naming the file if it is not one."""
+    try:
+        fields = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(fields, dict):
+        raise ConfigError(f"{path} should hold a JSON object, found {type(fields).__name__}")
+    return fields
+
+
+# Keys that say who wrote a file, or that an EMA wrapper left behind; they do not describe the network.
+_ANNOTATIONS = frozenset("decay inv_gamma min_decay optimization_step power update_after_step use_ema_warmup".split())
+
+
+def complete(
+    network: str, given: Mapping[str, Any], defaults: Mapping[str, Any], only: Mapping[str, tuple[Any, ...]]
+) -> Config:
+    """Return ``given`` with absent fields at the reference's class defaults; refuse what minidiff does not implement.
+
+    Args:
+        network: class name for the messages.
+        given: fields of a Hub config or keyword arguments. Keys that begin with ``_`` and EMA leftovers are kept as
+            annotations but mean nothing.
+        defaults: every field that is honoured, with the reference's default.
+        only: fields that are accepted with these values alone (the first is the default), because only these values
+            leave the network as minidiff builds it.
+
+    Raises:
+        ConfigError: naming every field that is unknown or has a value outside ``only``.
+    """
+    problems = [
+        f"{name} = {json.dumps(value, default=str)} (implemented: {', '.join(map(json.dumps, only[name]))})"
+        if name in only
+        else f"{name} = {json.dumps(value, default=str)} (unknown field)"
+        for name, value in given.items()
+        if not (name in defaults or name.startswith("_") or name in _ANNOTATIONS)
+        and not (name in only and value in only[name])
+    ]
+    if problems:
+        raise ConfigError(f"{network} does not implement: " + "; ".join(problems))
+    fields = {**defaults, **{name: values[0] for name, values in only.items()}, **given}
+    return Config({name: list(value) if isinstance(value, tuple) else value for name, value in fields.items()})
+
+
+def per_level(network: str, name: str, value: Any, levels: int) -> list[Any]:
+    """Spread a field that may be one value or a list over the levels. Raises ``ConfigError`` on a wrong length."""
+    values = list(value) if isinstance(value, (list, tuple)) else [value] * levels
+    if len(values) != levels:
+        raise ConfigError(f"{network}: {name} has {len(values)} entries, but block_out_channels has {levels}: {values}")
+    return values

@@ -1,0 +1,204 @@
+"""The building blocks shared by the UNet and the autoencoder.
+
+Axis letters, here and in every einops pattern of the library::
+
+    B  batch            C  channels          H W  height, width of the feature map
+    L  sequence length  D  feature width     N  attention heads   K  width of one head
+    E  width of the time embedding
+
+Papers: residual block and timestep embedding, Ho et al. 2020 (DDPM, https://arxiv.org/abs/2006.11239, appendix B);
+transformer inside a UNet, Rombach et al. 2022 (LDM, https://arxiv.org/abs/2112.10752, appendix E.2.1);
+GEGLU, Shazeer 2020 (https://arxiv.org/abs/2002.05202).
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+
+def timestep_embedding(
+    t: Tensor, width: int, *, flip_sin_to_cos: bool = True, freq_shift: float = 0, max_period: float = 10_000.0
+) -> Tensor:
+    """Encode timesteps as sines and cosines of geometrically spaced frequencies.
+
+    f_i = max_period^(-i / (width/2 - freq_shift)),  emb = [sin(t f), cos(t f)]
+
+    Args:
+        t: timesteps, (B,), integer or fractional.
+        width: size of the result; an odd width ends in a zero.
+        flip_sin_to_cos: put the cosines first (Stable Diffusion) instead of the sines (DDPM).
+        freq_shift: 0 in Stable Diffusion, 1 in DDPM.
+
+    Returns:
+        (B, width), float32 whatever the model's dtype: the frequencies are computed in float32 and in this order in
+        the reference also for float64 models, so anything more precise would differ from it by 1e-5 at t = 999.
+    """
+    half = width // 2
+    exponent = -math.log(max_period) * torch.arange(half, dtype=torch.float32, device=t.device)
+    angle = t[:, None].float() * torch.exp(exponent / (half - freq_shift))[None, :]  # (B, half)
+    waves = [angle.cos(), angle.sin()] if flip_sin_to_cos else [angle.sin(), angle.cos()]
+    return F.pad(torch.cat(waves, dim=-1), (0, width % 2))
+
+
+class TimeMLP(nn.Module):
+    """Two linear layers that turn the sinusoidal embedding (B, width) into ``temb`` (B, E)."""
+
+    def __init__(self, width: int, E: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(width, E)
+        self.fc2 = nn.Linear(E, E)
+
+    def forward(self, emb: Tensor) -> Tensor:
+        return self.fc2(F.silu(self.fc1(emb)))
+
+
+class ResBlock(nn.Module):
+    """Two 3x3 convolutions with a residual connection; the time embedding is added between them.
+
+    h = conv1(silu(norm1(x))) + time(silu(temb));  y = skip(x) + conv2(silu(norm2(h)))
+
+    ``E=None`` leaves the time out (autoencoder). ``skip`` is a 1x1 convolution where the channels change.
+    """
+
+    def __init__(self, C_in: int, C_out: int, *, groups: int, eps: float, E: int | None = None) -> None:
+        super().__init__()
+        self.norm1 = nn.GroupNorm(groups, C_in, eps=eps)
+        self.conv1 = nn.Conv2d(C_in, C_out, 3, padding=1)
+        self.time = nn.Linear(E, C_out) if E is not None else None
+        self.norm2 = nn.GroupNorm(groups, C_out, eps=eps)
+        self.conv2 = nn.Conv2d(C_out, C_out, 3, padding=1)
+        self.skip = nn.Conv2d(C_in, C_out, 1) if C_in != C_out else nn.Identity()
+
+    def forward(self, x: Tensor, temb: Tensor | None = None) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x)))  # (B, C_out, H, W)
+        if self.time is not None:
+            h = h + self.time(F.silu(temb))[:, :, None, None]
+        return self.skip(x) + self.conv2(F.silu(self.norm2(h)))
+
+
+class Downsample(nn.Module):
+    """Halve height and width with a strided 3x3 convolution.
+
+    ``padding=1`` pads all four sides (Stable Diffusion UNet); ``padding=0`` pads one row below and one column at the
+    right only (autoencoder, DDPM UNets). Both give ceil(H / 2) resp. floor(H / 2) rows.
+    """
+
+    def __init__(self, C: int, *, padding: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(C, C, 3, stride=2, padding=padding)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.conv.padding == (0, 0):
+            x = F.pad(x, (0, 1, 0, 1))
+        return self.conv(x)
+
+
+class Upsample(nn.Module):
+    """Repeat each pixel to ``size`` (default: twice the height and width), then smooth with a 3x3 convolution."""
+
+    def __init__(self, C: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(C, C, 3, padding=1)
+
+    def forward(self, x: Tensor, size: torch.Size | None = None) -> Tensor:
+        H, W = size if size is not None else (2 * x.shape[-2], 2 * x.shape[-1])
+        return self.conv(F.interpolate(x, size=(H, W), mode="nearest"))
+
+
+class Attention(nn.Module):
+    """Multi-head attention: softmax(q k^T / sqrt(K)) v, over the sequence itself or over a condition ``ctx``.
+
+    Args:
+        D: width of the sequence that asks.
+        D_ctx: width of the sequence that answers (D for self-attention).
+        heads: N; D must be divisible by it.
+        qkv_bias: whether q, k and v have a bias (autoencoder: yes, transformer: no).
+    """
+
+    def __init__(self, D: int, D_ctx: int, *, heads: int, qkv_bias: bool = False) -> None:
+        super().__init__()
+        self.heads = heads
+        self.q = nn.Linear(D, D, bias=qkv_bias)
+        self.k = nn.Linear(D_ctx, D, bias=qkv_bias)
+        self.v = nn.Linear(D_ctx, D, bias=qkv_bias)
+        self.out = nn.Linear(D, D)
+
+    def forward(
+        self, x: Tensor, ctx: Tensor | None = None, *, mask: Tensor | None = None, causal: bool = False
+    ) -> Tensor:
+        """Attend from ``x`` (B, L, D) to ``ctx`` (B, L_ctx, D_ctx), default ``x``; ``mask`` is True where it may look."""
+        ctx = x if ctx is None else ctx
+        q, k, v = (rearrange(s, "B L (N K) -> B N L K", N=self.heads) for s in (self.q(x), self.k(ctx), self.v(ctx)))
+        # The fused kernels keep scores and softmax in float32, so `upcast_attention` (SD 2.1) has nothing left to do.
+        h = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
+        return self.out(rearrange(h, "B N L K -> B L (N K)"))
+
+
+class GEGLU(nn.Module):
+    """A feed-forward layer whose hidden units are gated: fc2(a * gelu(b)) with (a, b) = fc1(x), hidden width 4 D."""
+
+    def __init__(self, D: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(D, 8 * D)
+        self.fc2 = nn.Linear(4 * D, D)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = self.fc1(x).chunk(2, dim=-1)
+        return self.fc2(a * F.gelu(b))
+
+
+class TransformerBlock(nn.Module):
+    """Self-attention, cross-attention to the condition, feed-forward; each pre-normed and residual."""
+
+    def __init__(self, D: int, D_ctx: int, *, heads: int) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(D)
+        self.self_attn = Attention(D, D, heads=heads)
+        self.norm2 = nn.LayerNorm(D)
+        self.cross_attn = Attention(D, D_ctx, heads=heads)
+        self.norm3 = nn.LayerNorm(D)
+        self.mlp = GEGLU(D)
+
+    def forward(self, x: Tensor, ctx: Tensor) -> Tensor:
+        x = x + self.self_attn(self.norm1(x))
+        x = x + self.cross_attn(self.norm2(x), ctx)
+        return x + self.mlp(self.norm3(x))
+
+
+class SpatialTransformer(nn.Module):
+    """A stack of transformer blocks over the pixels of a feature map, with one residual connection around it.
+
+    ``proj_in`` and ``proj_out`` act on each pixel alone. Stable Diffusion 1.x stores them as 1x1 convolutions and 2.x
+    as linear layers; they are the same product, so here they are always linear and the name table reshapes.
+    """
+
+    def __init__(self, C: int, D_ctx: int, *, depth: int, heads: int, groups: int) -> None:
+        super().__init__()
+        self.norm = nn.GroupNorm(groups, C, eps=1e-6)  # 1e-6 here even where the residual blocks use 1e-5
+        self.proj_in = nn.Linear(C, C)
+        self.blocks = nn.ModuleList(TransformerBlock(C, D_ctx, heads=heads) for _ in range(depth))
+        self.proj_out = nn.Linear(C, C)
+
+    def forward(self, x: Tensor, ctx: Tensor) -> Tensor:
+        H, W = x.shape[-2:]
+        h = self.proj_in(rearrange(self.norm(x), "B C H W -> B (H W) C"))
+        for block in self.blocks:
+            h = block(h, ctx)
+        return x + rearrange(self.proj_out(h), "B (H W) C -> B C H W", H=H, W=W)
+
+
+class PixelAttention(nn.Module):
+    """Self-attention over the pixels of a feature map with a residual connection (autoencoder)."""
+
+    def __init__(self, C: int, *, heads: int, groups: int, eps: float) -> None:
+        super().__init__()
+        self.norm = nn.GroupNorm(groups, C, eps=eps)
+        self.self_attn = Attention(C, C, heads=heads, qkv_bias=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        H, W = x.shape[-2:]
+        h = self.self_attn(rearrange(self.norm(x), "B C H W -> B (H W) C"))
+        return x + rearrange(h, "B (H W) C -> B C H W", H=H, W=W)

@@ -1,0 +1,364 @@
+"""The UNet that predicts the noise in a latent, given the time and a text.
+
+One loop down through levels of falling resolution, a middle, one loop up; what each step of the way down computed is
+concatenated on the way up (the skips, an explicit list). A level is residual blocks, each followed by a transformer
+that looks at the text where the level has ``depth > 0``.
+
+Papers: Ronneberger et al. 2015 (https://arxiv.org/abs/1505.04597); Ho et al. 2020 (DDPM,
+https://arxiv.org/abs/2006.11239), appendix B; Rombach et al. 2022 (LDM, https://arxiv.org/abs/2112.10752), section 3.3.
+Checked against ``diffusers.UNet2DConditionModel``.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from minidiff.checkpoints.model import Model
+from minidiff.checkpoints.names import canonical_unet_name, unet_rows
+from minidiff.checkpoints.remap import Row
+from minidiff.config import Config, complete, per_level
+from minidiff.errors import ConfigError
+from minidiff.layers import Downsample, ResBlock, SpatialTransformer, TimeMLP, Upsample, timestep_embedding
+from minidiff.outputs import Output
+
+
+class Level(NamedTuple):
+    """One resolution of the UNet, on the way down and on the way up."""
+
+    channels: int
+    layers: int  # residual blocks on the way down; one more on the way up
+    depth: int  # transformer blocks behind each residual block on the way down; 0 = none
+    up_depth: int  # the same on the way up
+    heads: int
+    D_ctx: int  # width of the text embeddings this level attends to
+
+
+class UNetSpec(NamedTuple):
+    """What the network is built from; ``levels`` run from the finest to the coarsest."""
+
+    in_channels: int
+    out_channels: int
+    levels: tuple[Level, ...]
+    mid_depth: int
+    groups: int
+    eps: float
+    flip_sin_to_cos: bool
+    freq_shift: float
+    linear_projection: bool  # how checkpoints store proj_in / proj_out; the product is the same
+    downsample_padding: int
+
+    @property
+    def E(self) -> int:
+        """Width of the time embedding."""
+        return 4 * self.levels[0].channels
+
+
+class Block(nn.Module):
+    """Residual blocks, each with its transformer (or none), then a change of resolution (or none)."""
+
+    def __init__(
+        self, res: Iterable[ResBlock], attn: Iterable[SpatialTransformer], resample: Downsample | Upsample | None
+    ) -> None:
+        super().__init__()
+        self.res = nn.ModuleList(res)
+        self.attn = nn.ModuleList(attn)
+        self.resample = resample
+
+    def layer(self, j: int, x: Tensor, temb: Tensor, ctx: Tensor) -> Tensor:
+        """Run residual block ``j`` and the transformer behind it."""
+        x = self.res[j](x, temb)
+        return self.attn[j](x, ctx) if self.attn else x
+
+
+@dataclass
+class UNet2DConditionOutput(Output):
+    """What the UNet returns: its prediction (B, out_channels, H, W)."""
+
+    sample: Tensor
+
+
+class UNet2DConditionModel(Model):
+    """Predict noise (or v, or x0, as the checkpoint was trained) from a noisy latent, the time and a text.
+
+    Keyword arguments are the fields of the Hub's ``unet/config.json``, with the reference's defaults.
+
+    Raises:
+        ConfigError: naming each field that is unknown or has a value that is not implemented.
+    """
+
+    weights_stem = "diffusion_pytorch_model"
+
+    def __init__(self, **fields: Any) -> None:
+        super().__init__()
+        self.config = unet_config(fields)
+        self.spec = spec = unet_spec(self.config)
+        levels, last = spec.levels, len(spec.levels) - 1
+
+        def res(C_in: int, C_out: int) -> ResBlock:
+            return ResBlock(C_in, C_out, groups=spec.groups, eps=spec.eps, E=spec.E)
+
+        def transformers(lv: Level, depth: int, count: int) -> list[SpatialTransformer]:
+            options = {"depth": depth, "heads": lv.heads, "groups": spec.groups}
+            return [SpatialTransformer(lv.channels, lv.D_ctx, **options) for _ in range(count if depth else 0)]
+
+        self.time_embed = TimeMLP(levels[0].channels, spec.E)
+        self.conv_in = nn.Conv2d(spec.in_channels, levels[0].channels, 3, padding=1)
+
+        C = levels[0].channels
+        skips = [C]  # channels of everything that is kept for the way up
+        self.down = nn.ModuleList()
+        for i, lv in enumerate(levels):
+            blocks = [res(C if j == 0 else lv.channels, lv.channels) for j in range(lv.layers)]
+            resample = Downsample(lv.channels, padding=spec.downsample_padding) if i < last else None
+            self.down.append(Block(blocks, transformers(lv, lv.depth, lv.layers), resample))
+            C = lv.channels
+            skips += [C] * (lv.layers + (i < last))
+
+        self.mid = Block([res(C, C), res(C, C)], transformers(levels[-1], spec.mid_depth, 1), None)
+
+        self.up = nn.ModuleList()
+        for i, lv in enumerate(reversed(levels)):
+            blocks = []
+            for _ in range(lv.layers + 1):
+                blocks.append(res(C + skips.pop(), lv.channels))
+                C = lv.channels
+            resample = Upsample(C) if i < last else None
+            self.up.append(Block(blocks, transformers(lv, lv.up_depth, lv.layers + 1), resample))
+
+        self.norm_out = nn.GroupNorm(spec.groups, C, eps=spec.eps)
+        self.conv_out = nn.Conv2d(C, spec.out_channels, 3, padding=1)
+
+    @classmethod
+    def from_config(cls, fields: Mapping[str, Any], **overrides: Any) -> "UNet2DConditionModel":
+        """Build a network with new weights from a configuration."""
+        return cls(**{**fields, **overrides})
+
+    def forward(
+        self,
+        sample: Tensor,
+        timestep: Tensor | float | int,
+        encoder_hidden_states: Tensor,
+        class_labels: None = None,
+        timestep_cond: None = None,
+        attention_mask: None = None,
+        cross_attention_kwargs: Mapping[str, Any] | None = None,
+        added_cond_kwargs: Mapping[str, Any] | None = None,
+        down_block_additional_residuals: None = None,
+        mid_block_additional_residual: None = None,
+        down_intrablock_additional_residuals: None = None,
+        encoder_attention_mask: None = None,
+        return_dict: bool = True,
+    ) -> UNet2DConditionOutput | tuple[Tensor]:
+        """Predict from a noisy latent.
+
+        Args:
+            sample: noisy latents, (B, in_channels, H, W), any H and W.
+            timestep: one time for all, or (B,) times; 0 is nearly clean, 999 nearly pure noise.
+            encoder_hidden_states: text embeddings, (B, L, D).
+            return_dict: whether to return a record or a tuple.
+
+        The other arguments of the reference belong to features that are not implemented and must be None.
+
+        Raises:
+            ValueError: naming an argument that is not implemented or a shape that does not fit.
+        """
+        self._refuse(
+            class_labels=class_labels,
+            timestep_cond=timestep_cond,
+            attention_mask=attention_mask,
+            cross_attention_kwargs=cross_attention_kwargs,
+            added_cond_kwargs=added_cond_kwargs,
+            down_block_additional_residuals=down_block_additional_residuals,
+            mid_block_additional_residual=mid_block_additional_residual,
+            down_intrablock_additional_residuals=down_intrablock_additional_residuals,
+            encoder_attention_mask=encoder_attention_mask,
+        )
+        self._check_shapes(sample, encoder_hidden_states)
+        if self.config.center_input_sample:
+            sample = 2 * sample - 1
+        x = self._body(sample, self._time(sample, timestep), encoder_hidden_states)
+        return UNet2DConditionOutput(x) if return_dict else (x,)
+
+    def _time(self, sample: Tensor, timestep: Tensor | float | int) -> Tensor:
+        """Return the time embedding, (B, E)."""
+        t = torch.as_tensor(timestep, device=sample.device)
+        if t.ndim > 1 or t.numel() not in (1, len(sample)):
+            raise ValueError(
+                f"timestep should be one time or one per sample: found shape {tuple(t.shape)} for a batch of "
+                f"{len(sample)}"
+            )
+        emb = timestep_embedding(
+            t.expand(len(sample)),
+            self.spec.levels[0].channels,
+            flip_sin_to_cos=self.spec.flip_sin_to_cos,
+            freq_shift=self.spec.freq_shift,
+        )
+        return self.time_embed(emb.to(sample.dtype))
+
+    def _body(self, x: Tensor, temb: Tensor, ctx: Tensor) -> Tensor:
+        """Run the network proper: down, middle, up."""
+        x = self.conv_in(x)
+        skips = [x]
+        for block in self.down:
+            for j in range(len(block.res)):
+                x = block.layer(j, x, temb, ctx)
+                skips.append(x)
+            if block.resample is not None:
+                x = block.resample(x)
+                skips.append(x)
+
+        x = self.mid.layer(0, x, temb, ctx)
+        x = self.mid.res[1](x, temb)
+
+        for block in self.up:
+            for j in range(len(block.res)):
+                x = block.layer(j, torch.cat([x, skips.pop()], dim=1), temb, ctx)
+            if block.resample is not None:
+                x = block.resample(x, skips[-1].shape[-2:])  # to the skip's size: odd sizes do not halve evenly
+
+        return self.conv_out(F.silu(self.norm_out(x)))
+
+    def _refuse(self, **arguments: Any) -> None:
+        """Raise on arguments of the reference whose feature is not implemented."""
+        found = [name for name, value in arguments.items() if value is not None]
+        if found:
+            raise ValueError(f"UNet2DConditionModel does not implement the argument(s) {', '.join(found)}; pass None")
+
+    def _check_shapes(self, sample: Tensor, ctx: Tensor) -> None:
+        """Raise if latents or text embeddings do not fit the network."""
+        spec = self.spec
+        if sample.ndim != 4 or sample.shape[1] != spec.in_channels:
+            raise ValueError(f"sample should be (B, {spec.in_channels}, H, W), found {tuple(sample.shape)}")
+        D = spec.levels[-1].D_ctx
+        if ctx.ndim != 3 or ctx.shape[-1] != D or len(ctx) != len(sample):
+            raise ValueError(
+                f"encoder_hidden_states should be ({len(sample)}, L, {D}), found {tuple(ctx.shape)}; a width other "
+                f"than {D} comes from the text encoder of another model family"
+            )
+
+    def rows(self) -> list[Row]:
+        """Return the name table of this configuration: ours, Hub, original single file."""
+        return unet_rows(self.spec)
+
+    @classmethod
+    def canonical_hub_name(cls, name: str) -> str | None:
+        """Return the modern Hub spelling of a tensor name; None if it is dropped on purpose."""
+        return canonical_unet_name(name)
+
+
+_DOWN_BLOCKS = {"DownBlock2D": False, "CrossAttnDownBlock2D": True}  # type -> has cross-attention
+_UP_BLOCKS = {"UpBlock2D": False, "CrossAttnUpBlock2D": True}
+
+
+def unet_config(fields: Mapping[str, Any]) -> Config:
+    """Complete the fields of a conditional UNet's Hub configuration; refuse what is not implemented."""
+    defaults = {
+        "sample_size": None,
+        "in_channels": 4,
+        "out_channels": 4,
+        "center_input_sample": False,
+        "flip_sin_to_cos": True,
+        "freq_shift": 0,
+        "down_block_types": ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
+        "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3,
+        "block_out_channels": [320, 640, 1280, 1280],
+        "layers_per_block": 2,
+        "downsample_padding": 1,
+        "norm_num_groups": 32,
+        "norm_eps": 1e-5,
+        "cross_attention_dim": 1280,
+        "transformer_layers_per_block": 1,
+        "attention_head_dim": 8,
+        "use_linear_projection": False,
+        "upcast_attention": False,
+    }
+    only = {
+        "mid_block_type": ("UNetMidBlock2DCrossAttn",),
+        "only_cross_attention": (False,),
+        "mid_block_scale_factor": (1,),
+        "dropout": (0.0,),
+        "act_fn": ("silu",),
+        "reverse_transformer_layers_per_block": (None,),
+        "encoder_hid_dim": (None,),
+        "encoder_hid_dim_type": (None,),
+        "num_attention_heads": (None,),
+        "dual_cross_attention": (False,),
+        "class_embed_type": (None,),
+        "addition_embed_type": (None,),
+        "addition_time_embed_dim": (None,),
+        "num_class_embeds": (None,),
+        "resnet_time_scale_shift": ("default",),
+        "resnet_skip_time_act": (False,),
+        "resnet_out_scale_factor": (1.0,),
+        "time_embedding_type": ("positional",),
+        "time_embedding_dim": (None,),
+        "time_embedding_act_fn": (None,),
+        "timestep_post_act": (None,),
+        "time_cond_proj_dim": (None,),
+        "conv_in_kernel": (3,),
+        "conv_out_kernel": (3,),
+        "projection_class_embeddings_input_dim": (None,),
+        "attention_type": ("default",),
+        "class_embeddings_concat": (False,),
+        "mid_block_only_cross_attention": (None,),
+        "cross_attention_norm": (None,),
+        "addition_embed_type_num_heads": (64,),  # of an addition_embed_type that is refused above
+    }
+    return complete("UNet2DConditionModel", fields, defaults, only)
+
+
+def unet_spec(config: Config) -> UNetSpec:
+    """Turn the Hub's parallel lists into one record per level.
+
+    Raises:
+        ConfigError: if a list has the wrong length, a block type is not implemented, or a width is not divisible.
+    """
+    name = "UNet2DConditionModel"
+    channels = config.block_out_channels
+    count = len(channels)
+    down = _has_attention("down_block_types", config.down_block_types, _DOWN_BLOCKS, count)
+    up = _has_attention("up_block_types", config.up_block_types, _UP_BLOCKS, count)[::-1]
+    # In the Hub's files of conditional UNets `attention_head_dim` is the number of heads, not their width: the field
+    # was misnamed in 2022, and thousands of checkpoints carry it. SD 1.x: 8 everywhere; SD 2.x: [5, 10, 20, 20].
+    heads = per_level(name, "attention_head_dim", config.attention_head_dim, count)
+    layers = per_level(name, "layers_per_block", config.layers_per_block, count)
+    depths = per_level(name, "transformer_layers_per_block", config.transformer_layers_per_block, count)
+    widths = per_level(name, "cross_attention_dim", config.cross_attention_dim, count)
+    levels = tuple(
+        Level(C, layers[i], depths[i] * down[i], depths[i] * up[i], heads[i], widths[i]) for i, C in enumerate(channels)
+    )
+    if config.downsample_padding not in (0, 1):
+        raise ConfigError(f"{name}: downsample_padding should be 0 or 1, found {config.downsample_padding}")
+    for C, N in zip(channels, heads, strict=True):
+        if C % config.norm_num_groups or C % N:
+            raise ConfigError(
+                f"{name}: {C} channels should be divisible by norm_num_groups {config.norm_num_groups} and by the "
+                f"number of heads {N} (attention_head_dim)"
+            )
+    return UNetSpec(
+        in_channels=config.in_channels,
+        out_channels=config.out_channels,
+        levels=levels,
+        mid_depth=depths[-1],
+        groups=config.norm_num_groups,
+        eps=config.norm_eps,
+        flip_sin_to_cos=config.flip_sin_to_cos,
+        freq_shift=config.freq_shift,
+        linear_projection=config.use_linear_projection,
+        downsample_padding=config.downsample_padding,
+    )
+
+
+def _has_attention(field: str, types: list[str], known: Mapping[str, bool], count: int) -> list[bool]:
+    """Return for each block type whether it has cross-attention."""
+    unknown = [block for block in types if block not in known]
+    if unknown or len(types) != count:
+        raise ConfigError(
+            f"UNet2DConditionModel: {field} should be {count} of {', '.join(known)}, one per entry of "
+            f"block_out_channels; found {types}"
+        )
+    return [known[block] for block in types]

@@ -1,0 +1,275 @@
+"""The KL-regularised autoencoder: pictures (B, 3, H, W) in [-1, 1] <-> latents (B, 4, H/8, W/8).
+
+The encoder ends in the mean and log-variance of a diagonal Gaussian over latents, the decoder turns a latent back
+into a picture. Diffusion runs on ``latent * scaling_factor``, which has about unit variance.
+
+Paper: Rombach et al. 2022 (LDM, https://arxiv.org/abs/2112.10752), section 3.1, appendices D.1 and G.
+Checked against ``diffusers.AutoencoderKL``.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from minidiff.checkpoints.model import Model
+from minidiff.checkpoints.names import canonical_vae_name, vae_rows
+from minidiff.checkpoints.remap import Row
+from minidiff.config import Config, complete
+from minidiff.errors import ConfigError
+from minidiff.layers import Downsample, PixelAttention, ResBlock, Upsample
+from minidiff.outputs import Output
+from minidiff.random import randn
+
+_EPS = 1e-6  # of every normalisation in the autoencoder; not a configuration field
+
+
+class VAESpec(NamedTuple):
+    """What the two halves are built from."""
+
+    in_channels: int
+    out_channels: int
+    latent_channels: int
+    channels: tuple[int, ...]  # one entry per resolution level, finest first
+    layers: int  # residual blocks per level in the encoder; the decoder has one more
+    groups: int  # of the group normalisation
+    mid_attention: bool
+
+
+class Level(nn.Module):
+    """Residual blocks at one resolution, then a change of resolution (none at the coarsest / finest level)."""
+
+    def __init__(self, channels: list[int], groups: int, resample: nn.Module | None) -> None:
+        super().__init__()
+        self.res = nn.ModuleList(
+            ResBlock(C_in, C_out, groups=groups, eps=_EPS) for C_in, C_out in zip(channels, channels[1:], strict=False)
+        )
+        self.resample = resample
+
+    def forward(self, x: Tensor) -> Tensor:
+        for res in self.res:
+            x = res(x)
+        return self.resample(x) if self.resample is not None else x
+
+
+class Middle(nn.Module):
+    """Residual block, attention over all pixels, residual block, at the coarsest resolution."""
+
+    def __init__(self, C: int, groups: int, attention: bool) -> None:
+        super().__init__()
+        self.res = nn.ModuleList(ResBlock(C, C, groups=groups, eps=_EPS) for _ in range(2))
+        self.attn = PixelAttention(C, heads=1, groups=groups, eps=_EPS) if attention else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.res[1](self.attn(self.res[0](x)))
+
+
+class Encoder(nn.Module):
+    """Pictures (B, 3, H, W) -> moments (B, 2 Z, H / f, W / f), with f = 2^(levels - 1) and Z latent channels."""
+
+    def __init__(self, spec: VAESpec) -> None:
+        super().__init__()
+        channels, last = spec.channels, len(spec.channels) - 1
+        self.conv_in = nn.Conv2d(spec.in_channels, channels[0], 3, padding=1)
+        self.down = nn.ModuleList(
+            Level(
+                [channels[max(i - 1, 0)]] + [C] * spec.layers,
+                spec.groups,
+                Downsample(C, padding=0) if i < last else None,
+            )
+            for i, C in enumerate(channels)
+        )
+        self.mid = Middle(channels[-1], spec.groups, spec.mid_attention)
+        self.norm_out = nn.GroupNorm(spec.groups, channels[-1], eps=_EPS)
+        self.conv_out = nn.Conv2d(channels[-1], 2 * spec.latent_channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv_in(x)
+        for level in self.down:
+            x = level(x)
+        return self.conv_out(F.silu(self.norm_out(self.mid(x))))
+
+
+class Decoder(nn.Module):
+    """Latents (B, Z, H / f, W / f) -> pictures (B, 3, H, W)."""
+
+    def __init__(self, spec: VAESpec) -> None:
+        super().__init__()
+        channels, last = spec.channels[::-1], len(spec.channels) - 1
+        self.conv_in = nn.Conv2d(spec.latent_channels, channels[0], 3, padding=1)
+        self.mid = Middle(channels[0], spec.groups, spec.mid_attention)
+        self.up = nn.ModuleList(
+            Level([channels[max(i - 1, 0)]] + [C] * (spec.layers + 1), spec.groups, Upsample(C) if i < last else None)
+            for i, C in enumerate(channels)
+        )
+        self.norm_out = nn.GroupNorm(spec.groups, channels[-1], eps=_EPS)
+        self.conv_out = nn.Conv2d(channels[-1], spec.out_channels, 3, padding=1)
+
+    def forward(self, z: Tensor) -> Tensor:
+        x = self.mid(self.conv_in(z))
+        for level in self.up:
+            x = level(x)
+        return self.conv_out(F.silu(self.norm_out(x)))
+
+
+class DiagonalGaussian:
+    """A Gaussian with independent components, q(z | x) = N(mean, exp(logvar)).
+
+    Args:
+        moments: (B, 2 Z, H, W), the mean and the log-variance stacked along the channels; the log-variance is
+            clamped to [-30, 20].
+    """
+
+    def __init__(self, moments: Tensor) -> None:
+        self.parameters = moments
+        self.mean, logvar = moments.chunk(2, dim=1)
+        self.logvar = logvar.clamp(-30.0, 20.0)
+        self.std = (0.5 * self.logvar).exp()
+        self.var = self.logvar.exp()
+
+    def sample(self, generator: torch.Generator | list[torch.Generator] | None = None) -> Tensor:
+        """Draw mean + std * noise, (B, Z, H, W)."""
+        noise = randn(self.mean.shape, generator, device=self.parameters.device, dtype=self.parameters.dtype)
+        return self.mean + self.std * noise
+
+    def mode(self) -> Tensor:
+        """Return the most likely latent, which is the mean."""
+        return self.mean
+
+    def kl(self, other: "DiagonalGaussian | None" = None) -> Tensor:
+        """Return KL(self || other), or to the standard normal if ``other`` is None, summed per picture: (B,)."""
+        if other is None:
+            return 0.5 * (self.mean**2 + self.var - 1.0 - self.logvar).sum(dim=(1, 2, 3))
+        squared = (self.mean - other.mean) ** 2
+        return 0.5 * ((squared + self.var) / other.var - 1.0 - self.logvar + other.logvar).sum(dim=(1, 2, 3))
+
+    def nll(self, sample: Tensor, dims: tuple[int, ...] = (1, 2, 3)) -> Tensor:
+        """Return the negative log-likelihood of ``sample``, summed over ``dims``."""
+        return 0.5 * (math.log(2.0 * math.pi) + self.logvar + (sample - self.mean) ** 2 / self.var).sum(dim=dims)
+
+
+@dataclass
+class AutoencoderKLOutput(Output):
+    """What ``encode`` returns: the distribution over latents."""
+
+    latent_dist: DiagonalGaussian
+
+
+@dataclass
+class DecoderOutput(Output):
+    """What ``decode`` returns: pictures (B, 3, H, W), about in [-1, 1]."""
+
+    sample: Tensor
+
+
+class AutoencoderKL(Model):
+    """Encode pictures to latent Gaussians and decode latents to pictures.
+
+    Keyword arguments are the fields of the Hub's ``vae/config.json``, with the reference's defaults.
+
+    Raises:
+        ConfigError: naming each field that is unknown or has a value that is not implemented.
+    """
+
+    weights_stem = "diffusion_pytorch_model"
+
+    def __init__(self, **fields: Any) -> None:
+        super().__init__()
+        self.config = vae_config(fields)
+        spec = vae_spec(self.config)
+        self.encoder = Encoder(spec)
+        self.decoder = Decoder(spec)
+        Z = spec.latent_channels
+        self.quant_conv = nn.Conv2d(2 * Z, 2 * Z, 1) if self.config.use_quant_conv else nn.Identity()
+        self.post_quant_conv = nn.Conv2d(Z, Z, 1) if self.config.use_post_quant_conv else nn.Identity()
+
+    @classmethod
+    def from_config(cls, fields: Mapping[str, Any], **overrides: Any) -> "AutoencoderKL":
+        """Build a network with new weights from a configuration."""
+        return cls(**{**fields, **overrides})
+
+    def encode(self, x: Tensor, return_dict: bool = True) -> AutoencoderKLOutput | tuple[DiagonalGaussian]:
+        """Encode pictures (B, 3, H, W) in [-1, 1] to a Gaussian over latents (B, Z, H / f, W / f)."""
+        posterior = DiagonalGaussian(self.quant_conv(self.encoder(x)))
+        return AutoencoderKLOutput(posterior) if return_dict else (posterior,)
+
+    def decode(self, z: Tensor, return_dict: bool = True, generator: None = None) -> DecoderOutput | tuple[Tensor]:
+        """Decode latents (B, Z, H / f, W / f), already divided by ``config.scaling_factor``, to pictures.
+
+        ``generator`` is part of the reference's signature; decoding draws nothing, there and here.
+        """
+        x = self.decoder(self.post_quant_conv(z))
+        return DecoderOutput(x) if return_dict else (x,)
+
+    def forward(
+        self,
+        sample: Tensor,
+        sample_posterior: bool = False,
+        return_dict: bool = True,
+        generator: torch.Generator | None = None,
+    ) -> DecoderOutput | tuple[Tensor]:
+        """Encode pictures and decode the mode of the latents, or a sample of them if ``sample_posterior``."""
+        posterior = self.encode(sample).latent_dist
+        return self.decode(posterior.sample(generator) if sample_posterior else posterior.mode(), return_dict)
+
+    def rows(self) -> list[Row]:
+        """Return the name table of this configuration: ours, Hub, original single file."""
+        return vae_rows(vae_spec(self.config), self.config)
+
+    @classmethod
+    def canonical_hub_name(cls, name: str) -> str | None:
+        """Return the modern Hub spelling of a tensor name; None if it is dropped on purpose."""
+        return canonical_vae_name(name)
+
+
+def vae_config(fields: Mapping[str, Any]) -> Config:
+    """Complete the fields of a VAE's Hub configuration; refuse what is not implemented."""
+    defaults = {
+        "in_channels": 3,
+        "out_channels": 3,
+        "down_block_types": ["DownEncoderBlock2D"],
+        "up_block_types": ["UpDecoderBlock2D"],
+        "block_out_channels": [64],
+        "layers_per_block": 1,
+        "latent_channels": 4,
+        "norm_num_groups": 32,
+        "sample_size": 32,
+        "scaling_factor": 0.18215,
+        "force_upcast": True,
+        "use_quant_conv": True,
+        "use_post_quant_conv": True,
+        "mid_block_add_attention": True,
+    }
+    only = {"act_fn": ("silu",), "shift_factor": (None,), "latents_mean": (None,), "latents_std": (None,)}
+    config = complete("AutoencoderKL", fields, defaults, only)
+    levels = len(config.block_out_channels)
+    for name, block in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):
+        if list(config[name]) != [block] * levels:
+            raise ConfigError(
+                f"AutoencoderKL: {name} should be {levels} x {block!r}, one per entry of block_out_channels "
+                f"{config.block_out_channels}; found {config[name]}"
+            )
+    for C in config.block_out_channels:
+        if C % config.norm_num_groups:
+            raise ConfigError(
+                f"AutoencoderKL: block_out_channels {config.block_out_channels} must be divisible by "
+                f"norm_num_groups {config.norm_num_groups}"
+            )
+    return config
+
+
+def vae_spec(config: Config) -> VAESpec:
+    """Turn the Hub's fields into the record that the network and its name table are built from."""
+    return VAESpec(
+        in_channels=config.in_channels,
+        out_channels=config.out_channels,
+        latent_channels=config.latent_channels,
+        channels=tuple(config.block_out_channels),
+        layers=config.layers_per_block,
+        groups=config.norm_num_groups,
+        mid_attention=config.mid_block_add_attention,
+    )
