@@ -23,9 +23,10 @@ def to_unit(x: Tensor) -> Tensor:
         raise ValueError(f"pictures are a tensor of shape (B, C, H, W), found {tuple(x.shape)}")
     broken = (~x.isfinite()).flatten(1).any(1)
     if broken.any():
+        which = broken.nonzero().flatten().tolist()
         raise ValueError(
-            f"pictures {broken.nonzero().flatten().tolist()} of {len(x)} hold NaN or infinity after decoding in "
-            f"{x.dtype}. In float16 the decoder overflows: decode in float32 or bfloat16 (`pipe.vae.to(torch.float32)`)."
+            f"pictures {which} of {len(x)} hold NaN or infinity after decoding in {x.dtype}. In float16 the decoder "
+            "overflows: decode in float32 or bfloat16 (`pipe.vae.to(torch.float32)`)."
         )
     return (x * 0.5 + 0.5).clamp(0, 1)
 
@@ -36,7 +37,7 @@ def to_numpy(x: Tensor) -> np.ndarray:
 
 
 def to_pil(x: Tensor) -> list[Image.Image]:
-    """Turn decoded pixels (B, C, H, W) in [-1, 1] into B pictures; C is 1 (grey), 3 or 4 (RGBA). Raises as ``to_unit``."""
+    """Turn decoded pixels (B, C, H, W) in [-1, 1] into B pictures, C = 1 grey, 3 RGB, 4 RGBA. Raises as ``to_unit``."""
     if x.ndim == 4 and x.shape[1] not in (1, 3, 4):
         raise ValueError(f"pictures have 1, 3 or 4 channels, found {x.shape[1]} in a tensor of shape {tuple(x.shape)}")
     pixels = (to_numpy(x) * 255).round().astype(np.uint8)
