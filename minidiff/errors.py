@@ -1,4 +1,4 @@
-"""The exceptions minidiff raises on bad input. All are ``ValueError``, so code written for diffusers keeps catching them."""
+"""The exceptions minidiff raises on bad input: all ``ValueError``, which code written for diffusers catches."""
 
 
 class ConfigError(ValueError):

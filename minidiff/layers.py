@@ -129,7 +129,7 @@ class Attention(nn.Module):
     def forward(
         self, x: Tensor, ctx: Tensor | None = None, *, mask: Tensor | None = None, causal: bool = False
     ) -> Tensor:
-        """Attend from ``x`` (B, L, D) to ``ctx`` (B, L_ctx, D_ctx), default ``x``; ``mask`` is True where it may look."""
+        """Attend from ``x`` (B, L, D) to ``ctx`` (B, L_ctx, D_ctx), by default itself; ``mask``: True = may look."""
         ctx = x if ctx is None else ctx
         q, k, v = (rearrange(s, "B L (N K) -> B N L K", N=self.heads) for s in (self.q(x), self.k(ctx), self.v(ctx)))
         # The fused kernels keep scores and softmax in float32, so `upcast_attention` (SD 2.1) has nothing left to do.

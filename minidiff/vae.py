@@ -7,6 +7,7 @@ Paper: Rombach et al. 2022 (LDM, https://arxiv.org/abs/2112.10752), section 3.1,
 Checked against ``diffusers.AutoencoderKL``.
 """
 
+import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -46,7 +47,7 @@ class Level(nn.Module):
     def __init__(self, channels: list[int], groups: int, resample: nn.Module | None) -> None:
         super().__init__()
         self.res = nn.ModuleList(
-            ResBlock(C_in, C_out, groups=groups, eps=_EPS) for C_in, C_out in zip(channels, channels[1:], strict=False)
+            ResBlock(C_in, C_out, groups=groups, eps=_EPS) for C_in, C_out in itertools.pairwise(channels)
         )
         self.resample = resample
 

@@ -14,6 +14,7 @@ up.1.resample.conv            up_blocks.1.upsamplers.0.conv            output_bl
 ============================  =======================================  ==============================
 """
 
+import itertools
 import re
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
@@ -110,7 +111,7 @@ def _unet_rows(spec: "UNetSpec") -> Iterator[Row]:
     C = spec.levels[0].channels
     for i, lv in enumerate(spec.levels):
         for j in range(lv.layers):
-            yield from level("down", i, j, n, C != lv.channels, lv.depth)
+            yield from level("down", i, j, n, lv.channels != C, lv.depth)
             C = lv.channels
             skips.append(C)
             n += 1
@@ -171,7 +172,7 @@ def _vae_middle_rows(half: str, attention: bool) -> Iterator[Row]:
 def _vae_level_rows(side: str, i: int, ldm_i: int, channels: list[int], resample: bool) -> Iterator[Row]:
     half, way = ("encoder", "down") if side == "down" else ("decoder", "up")
     ours, hub, ldm = f"{half}.{way}.{i}", f"{half}.{way}_blocks.{i}", f"{VAE_PREFIX}{half}.{way}.{ldm_i}"
-    for j, (C_in, C_out) in enumerate(zip(channels, channels[1:], strict=False)):
+    for j, (C_in, C_out) in enumerate(itertools.pairwise(channels)):
         yield from _res_rows(f"{ours}.res.{j}", f"{hub}.resnets.{j}", f"{ldm}.block.{j}", _VAE_RES, C_in != C_out)
     if resample:
         yield from _layer(f"{ours}.resample.conv", f"{hub}.{way}samplers.0.conv", f"{ldm}.{way}sample.conv")
