@@ -83,8 +83,11 @@ def save_json(fields: Mapping[str, Any], path: Path) -> None:
 def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
     """Let ``write`` make a file under a temporary name beside ``path``, then rename it to ``path``."""
     temporary = path.with_name(f".{path.name}.{uuid4().hex}.tmp")
+    temporary.touch()
+    mode = temporary.stat().st_mode  # what the user's umask asks for; safetensors makes files that only the owner reads
     try:
         write(temporary)
+        temporary.chmod(mode)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -1,0 +1,301 @@
+"""``DiffusionPipeline``: components that belong together, loaded from and saved to a folder with a model_index.json.
+
+The file names the pipeline's class and, for each component, a library and a class; each component lies in a subfolder
+of its own name. Library and class only choose among minidiff's own classes: no code is ever taken from a checkpoint.
+"""
+
+import inspect
+import logging
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import nn
+
+import minidiff
+from minidiff.checkpoints.hub import Repo
+from minidiff.checkpoints.load import as_dtype
+from minidiff.checkpoints.model import REFERENCE_VERSION, Model, refuse_pickles, refuse_unless_harmless
+from minidiff.checkpoints.save import save_json
+from minidiff.config import Config, read_json
+from minidiff.errors import CheckpointError, ConfigError
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
+
+logger = logging.getLogger("minidiff")
+
+INDEX = "model_index.json"
+RENAMED = {"CLIPTokenizerFast": "CLIPTokenizer"}  # written by transformers 4; both read the same files
+TRANSFORMERS = ("minidiff.clip", "minidiff.tokenizer")  # our modules whose classes the reference has in transformers
+_said: set[str] = set()  # what this process has already been told
+
+
+class DiffusionPipeline:
+    """Base of every pipeline.
+
+    A subclass has a constructor with the reference's keyword arguments: first the components, those that a checkpoint
+    may lack with a default, then settings. It hands both to this constructor and adds ``__call__``.
+    """
+
+    optional_components: ClassVar[tuple[str, ...]] = ()  # those that a checkpoint may have and minidiff can do without
+
+    def __init__(self, components: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
+        self._component_names = tuple(components)
+        self._settings = dict(settings)
+        self._progress_bar_config: dict[str, Any] = {}
+        for name, component in components.items():
+            setattr(self, name, component)
+
+    # --- loading and saving ------------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        *,
+        torch_dtype: torch.dtype | str | None = None,
+        dtype: torch.dtype | str | None = None,
+        variant: str | None = None,
+        revision: str | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+        token: str | bool | None = None,
+        force_download: bool = False,
+        use_safetensors: bool | None = None,
+        **overrides: Any,
+    ) -> "DiffusionPipeline":
+        """Load a pipeline from a folder in Hub layout or from the Hub; only the files that it uses are downloaded.
+
+        ``DiffusionPipeline.from_pretrained`` makes the class that ``model_index.json`` names, a subclass makes itself.
+        A safety checker or feature extractor in the checkpoint is left out, and a warning says so once per process.
+
+        Args:
+            pretrained_model_name_or_path: a folder, or a Hub id.
+            torch_dtype: dtype of all networks, float32 by default; ``dtype`` is another name of it.
+            variant: which of several weight files to load, such as ``"fp16"``. It names files, not a dtype.
+            revision: branch, tag or commit on the Hub. All files come from the one commit that it means at the start.
+            overrides: components to use instead of the checkpoint's, which are then not loaded (``scheduler=...``,
+                ``text_encoder=None``), and settings of the pipeline's constructor.
+
+        Raises:
+            CheckpointNotFoundError: if the folder, repository or a file is not there.
+            CheckpointError: if weights do not fit their configuration or components do not fit together.
+            ConfigError: if the pipeline or a component is of a class that minidiff does not implement.
+            TypeError: if an argument is unknown.
+        """
+        refuse_pickles(use_safetensors)
+        wanted = as_dtype(torch_dtype, dtype)
+        source = pretrained_model_name_or_path
+        repo = Repo(source, None, revision, cache_dir, bool(local_files_only), token, force_download)
+        path = repo.file(INDEX)
+        index = read_json(path)
+        pipeline_class = cls._class_for(index, path)
+        given = pipeline_class._check_overrides(refuse_unless_harmless(overrides))
+        repo = repo.pinned(path)
+        parts = pipeline_class._from_index(index, path, given)
+        for name, value in parts.items():
+            if name not in given and isinstance(value, type):
+                parts[name] = _load_component(value, repo, name, wanted, variant)
+        return pipeline_class(**parts)
+
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        *,
+        variant: str | None = None,
+        max_shard_size: int | str = "10GB",
+        safe_serialization: bool = True,
+    ) -> None:
+        """Write all components and ``model_index.json``, so that diffusers loads the folder too.
+
+        Args: as in ``Model.save_pretrained``; ``variant`` and ``max_shard_size`` concern the networks.
+        """
+        if not safe_serialization:
+            raise CheckpointError("safe_serialization=False asks for pickles; minidiff writes only safetensors")
+        folder = Path(save_directory)
+        index = self.config.to_dict()  # raises if a component cannot be saved, before anything is written
+        for name, component in self.components.items():
+            if isinstance(component, Model):
+                component.save_pretrained(folder / name, variant=variant, max_shard_size=max_shard_size)
+            elif component is not None:
+                component.save_pretrained(folder / name)
+        save_json(index, folder / INDEX)
+
+    @classmethod
+    def _class_for(cls, index: Mapping[str, Any], path: Path) -> type["DiffusionPipeline"]:
+        if cls is not DiffusionPipeline:
+            return cls
+        name = index.get("_class_name")
+        found = _public(name)
+        if found is None or not issubclass(found, DiffusionPipeline) or found is DiffusionPipeline:
+            known = [other for other, home in minidiff._HOME.items() if home.startswith("minidiff.pipelines.")]
+            known.remove("DiffusionPipeline")
+            raise ConfigError(f"{path} asks for {name}, which minidiff does not implement; it has {', '.join(known)}")
+        return found
+
+    @classmethod
+    def _signature(cls) -> tuple[list[str], list[str]]:
+        """Return the names of the constructor's components and settings."""
+        parameters = [p for p in inspect.signature(cls.__init__).parameters.values() if p.name != "self"]
+        is_component = {p.name: p.default is p.empty or p.name in cls.optional_components for p in parameters}
+        return [name for name, yes in is_component.items() if yes], [
+            name for name, yes in is_component.items() if not yes
+        ]
+
+    @classmethod
+    def _check_overrides(cls, overrides: dict[str, Any]) -> dict[str, Any]:
+        components, settings = cls._signature()
+        if unknown := [name for name in overrides if name not in [*components, *settings]]:
+            raise TypeError(
+                f"{cls.__name__}.from_pretrained got unknown arguments {', '.join(unknown)}; besides those that choose "
+                f"files it takes the components {', '.join(components)} and the settings {', '.join(settings)}"
+            )
+        return overrides
+
+    @classmethod
+    def _from_index(cls, index: Mapping[str, Any], path: Path, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Return what to call the constructor with, where a class stands for a component that is yet to be loaded."""
+        components, settings = cls._signature()
+        entries = {name: value for name, value in index.items() if not name.startswith("_")}
+        foreign = [name for name in entries if name not in [*components, *settings] and entries[name] != [None, None]]
+        if foreign:
+            made_for = index.get("_class_name")
+            raise ConfigError(f"{path} is for {made_for}: {cls.__name__} has no place for its {', '.join(foreign)}")
+        parts = {name: entries[name] for name in settings if name in entries}
+        for name in components:
+            if name not in given and name not in entries and name not in cls.optional_components:
+                raise ConfigError(f"{path} names no {name}, which {cls.__name__} needs; pass {name}=...")
+            if name not in given:
+                parts[name] = _component_class(name, entries.get(name), name in cls.optional_components, path)
+        return {**parts, **given}
+
+    # --- what it is made of ------------------------------------------------------------------------------------------
+
+    @property
+    def components(self) -> dict[str, Any]:
+        """The components by name, None for one that is absent: ``Other(**pipe.components)`` shares them."""
+        return {name: getattr(self, name) for name in self._component_names}
+
+    @property
+    def config(self) -> Config:
+        """The content of ``model_index.json``: the class, each component's library and class, and the settings."""
+        parts = {name: _library_and_class(name, component) for name, component in self.components.items()}
+        head = {"_class_name": type(self).__name__, "_diffusers_version": REFERENCE_VERSION}
+        return Config({**head, **parts, **self._settings})
+
+    def _networks(self) -> list[nn.Module]:
+        return [part for _, part in sorted(self.components.items()) if isinstance(part, nn.Module)]
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the networks; the accelerator if some are on the CPU and some are not."""
+        devices = [network.device for network in self._networks()]
+        return next((d for d in devices if d.type != "cpu"), devices[0] if devices else torch.device("cpu"))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the networks; if they differ, of the first by name."""
+        return next((network.dtype for network in self._networks()), torch.float32)
+
+    def to(
+        self,
+        *args: torch.device | str | int | torch.dtype | None,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+        silence_dtype_warnings: bool = False,
+    ) -> "DiffusionPipeline":
+        """Move all networks to a device, a dtype or both, and return the pipeline itself.
+
+        Call it as ``to(device)``, ``to(dtype)``, ``to(device, dtype)`` or with keywords. ``silence_dtype_warnings`` is
+        part of the reference's signature; there are no such warnings here.
+        """
+        if len(args) > 2:
+            raise ValueError(f"to() takes a device and a dtype, found {len(args)} arguments")
+        if len(args) == 2 and isinstance(args[0], torch.dtype):
+            raise ValueError(f"to({args[0]}, {args[1]}): the device comes first, then the dtype")
+        for arg, role in zip(args, ("device", "dtype"), strict=False):
+            role = "dtype" if isinstance(arg, torch.dtype) else role
+            if arg is not None and (dtype if role == "dtype" else device) is not None:
+                raise ValueError(f"to() got {role} both as a positional and as a keyword argument")
+            if role == "dtype":
+                dtype = arg if arg is not None else dtype
+            else:
+                device = arg if arg is not None else device
+        if dtype is not None and not isinstance(dtype, torch.dtype):
+            raise ValueError(f"to() needs a torch.dtype, found {dtype!r}")
+        for network in self._networks():
+            network.to(device=device, dtype=dtype)
+        return self
+
+    # --- progress ----------------------------------------------------------------------------------------------------
+
+    def progress_bar(self, iterable: Iterable[Any] | None = None, total: int | None = None) -> "tqdm[Any]":
+        """Return a tqdm bar over ``iterable``, or one of ``total`` steps to be updated by hand."""
+        from tqdm.auto import tqdm
+
+        if iterable is None and total is None:
+            raise ValueError("progress_bar needs an iterable or a total")
+        return tqdm(iterable, total=total, **self._progress_bar_config)
+
+    def set_progress_bar_config(self, **options: Any) -> None:
+        """Set tqdm's options for this pipeline, such as ``disable=True`` or ``leave=False``."""
+        self._progress_bar_config = options
+
+
+def _public(name: object) -> type | None:
+    """Return minidiff's public class of this name, or None."""
+    name = RENAMED.get(name, name) if isinstance(name, str) else None
+    return getattr(minidiff, name) if name in minidiff._HOME else None
+
+
+def _component_class(name: str, entry: Any, optional: bool, path: Path) -> type | None:
+    """Return the class that an entry such as ``["diffusers", "AutoencoderKL"]`` means, None for an absent component."""
+    if entry is None or entry == [None, None]:
+        return None
+    if not (isinstance(entry, list) and len(entry) == 2):
+        raise ConfigError(f"{path}: {name} should be [library, class], found {entry!r}")
+    library, class_name = entry
+    found = _public(class_name) if library in ("diffusers", "transformers") else None
+    if isinstance(found, type):
+        return found
+    if optional:
+        _say_once(f"{name} ({class_name}) of the checkpoint is not loaded: minidiff does not implement it")
+        return None
+    raise ConfigError(
+        f"{path}: {name} is {library}.{class_name}, which minidiff does not implement; pass {name}=... with one that "
+        "it does"
+    )
+
+
+def _load_component(kind: type, repo: Repo, name: str, dtype: torch.dtype, variant: str | None) -> Any:
+    where = {
+        "subfolder": name,
+        "revision": repo.revision,
+        "cache_dir": repo.cache_dir,
+        "local_files_only": repo.local_files_only,
+        "token": repo.token,
+        "force_download": repo.force_download,
+    }
+    if issubclass(kind, Model):
+        where |= {"torch_dtype": dtype, "variant": variant}
+    return kind.from_pretrained(repo.source, **where)
+
+
+def _library_and_class(name: str, component: Any) -> list[str | None]:
+    """Return the entry of ``model_index.json``: where the reference has the class that is ours of the same name."""
+    if component is None:
+        return [None, None]
+    for kind in type(component).__mro__:  # a class derived from ours elsewhere is saved as ours
+        if minidiff._HOME.get(kind.__name__) == kind.__module__:
+            return ["transformers" if kind.__module__ in TRANSFORMERS else "diffusers", kind.__name__]
+    raise TypeError(
+        f"{name} is a {type(component).__name__}, which is not one of minidiff's classes and cannot be saved"
+    )
+
+
+def _say_once(message: str) -> None:
+    if message not in _said:
+        _said.add(message)
+        logger.warning(message)
