@@ -1,0 +1,346 @@
+"""What every scheduler is: a pure core, and the hand-written loop's face on top of it.
+
+The core is three pure functions. Any number of threads may use one scheduler through them::
+
+    plan = scheduler.plan(20)
+    x, past = plan.init_noise_sigma * noise, ()
+    for i in range(plan.start, len(plan.steps)):
+        out = network(scheduler.scale_input(plan, i, x), plan.timesteps[i])
+        x, past = scheduler.advance(plan, i, x, out, past, scheduler.draw_noise(plan, i, x, generator))
+
+The step index i is the clock. A ``Plan`` holds every number a run will need as Python floats, worked out before the
+run starts, so that a step is a few tensor operations and never waits for a device. ``past`` is an immutable tuple:
+what a multistep or multi-evaluation solver remembers.
+
+The second face is the one of tutorials (``set_timesteps``, ``scale_model_input``, ``step``), with its state.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
+
+import numpy as np
+import torch
+from torch import Generator, Tensor
+
+from minidiff.outputs import Output
+from minidiff.random import randn
+from minidiff.schedulers.configured import Configured
+
+KARRAS_SCHEDULERS = (  # the classes that may replace each other in a pipeline, by the reference's list
+    "DDIMScheduler DDPMScheduler PNDMScheduler LMSDiscreteScheduler EulerDiscreteScheduler HeunDiscreteScheduler "
+    "EulerAncestralDiscreteScheduler DPMSolverMultistepScheduler DPMSolverSinglestepScheduler KDPM2DiscreteScheduler "
+    "KDPM2AncestralDiscreteScheduler DEISMultistepScheduler UniPCMultistepScheduler"
+).split()
+
+
+class Plan(NamedTuple):
+    """All that a run will do, fixed before it starts and never changed."""
+
+    timesteps: Tensor  # (N,)      what the network is told, on the run's device
+    sigmas: Tensor  # (N + 1,)     noise level before each step and after the last, float32 on the CPU
+    steps: tuple[Any, ...]  # N    the solver's own numbers for each step
+    times: tuple[float, ...]  # N  the timesteps as Python numbers
+    num_inference_steps: int  #    what was asked for; N differs from it in solvers that evaluate more than once
+    init_noise_sigma: float = 1.0  # standard deviation of the x that a run starts from
+    start: int = 0  #              the first step of this run: image-to-image and the refiner begin later
+    options: Mapping[str, Any] = {}  # the solver's options of this run, such as eta
+
+
+class Grid(NamedTuple):
+    """The timesteps (N,) that the network is told and the noise levels (N + 1,), both on the CPU."""
+
+    timesteps: Tensor
+    sigmas: Tensor
+
+
+class Update(NamedTuple):
+    """What one step gives: the next x, what to remember, and the predicted x0 if the solver worked it out."""
+
+    x: Tensor
+    past: tuple[Any, ...]
+    x0: Tensor | None = None
+
+
+@dataclass
+class SchedulerOutput(Output):
+    """What ``step`` returns: the next sample and, from solvers that predict it, the clean one."""
+
+    prev_sample: Tensor
+    pred_original_sample: Tensor | None = None
+
+
+class Scheduler(Configured):
+    """Base of the schedulers. A solver provides ``_grid``, ``_steps``, ``_update`` and ``denoised``."""
+
+    order: ClassVar[int] = 1  # network evaluations per step that the caller asked for
+    looks_up: ClassVar[bool] = False  # step() finds its place by the timestep each time; others count
+    plan_inputs: ClassVar[tuple[str, ...]] = ()  # which of timesteps=, sigmas=, mu= the solver can plan from
+    run_options: ClassVar[Mapping[str, Any]] = {}  # options of a run and their defaults, such as eta
+
+    def __init__(self, betas: Tensor) -> None:
+        self.betas = betas  # (T,)
+        self.alphas = 1.0 - betas
+        self.alphas_cumprod = torch.cumprod(self.alphas, dim=0)  # alpha_bar
+        self._tables: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+        self._plan: Plan | None = None
+        self._past: tuple[Any, ...] = ()
+        self._step_index: int | None = None
+        self._begin_index: int | None = None
+
+    # ---- the pure core ------------------------------------------------------------------------------------------
+
+    def plan(
+        self,
+        steps: int | None = None,
+        *,
+        device: torch.device | str | None = None,
+        start: int = 0,
+        timesteps: Sequence[int] | None = None,
+        sigmas: Sequence[float] | None = None,
+        mu: float | None = None,
+        **options: Any,
+    ) -> Plan:
+        """Work out a run of ``steps`` steps (or of given ``timesteps`` or ``sigmas``, where the solver has them).
+
+        ``options`` are those in ``run_options``. Raises ValueError for counts and options that cannot be planned.
+        """
+        custom = {"timesteps": timesteps, "sigmas": sigmas, "mu": mu}
+        custom = {name: value for name, value in custom.items() if value is not None}
+        for name in (*custom, *options):
+            if name not in (*self.plan_inputs, *self.run_options):
+                raise ValueError(f"{type(self).__name__} cannot plan from {name}=")
+        given = [name for name in ("timesteps", "sigmas") if name in custom]
+        if len(given) + (steps is not None) != 1:
+            raise ValueError("give exactly one of num_inference_steps, timesteps and sigmas")
+        count = len(custom[given[0]]) if given else steps
+        if isinstance(count, bool) or not isinstance(count, (int, np.integer)) or count < 1:
+            raise ValueError(f"num_inference_steps should be a positive integer, found {count!r}")
+        return self._plan_of(self._grid(int(count), **custom), int(count), device, start, options)
+
+    def start_at(self, plan: Plan, start: int) -> Plan:
+        """Return the plan of a run that begins at step ``start`` of ``plan``: solvers warm up from there."""
+        return self._plan_of(Grid(*plan[:2]), plan.num_inference_steps, plan.timesteps.device, start, plan.options)
+
+    def advance(
+        self, plan: Plan, i: int, x: Tensor, out: Tensor, past: tuple[Any, ...] = (), noise: Tensor | None = None
+    ) -> tuple[Tensor, tuple[Any, ...]]:
+        """Take step ``i`` from x (B, ...) and the network's output; return the next x and what to remember.
+
+        ``noise`` is a standard normal tensor like x, needed where ``wants_noise(plan, i)``.
+        """
+        update = self._update(plan, i, x, out, past, noise)
+        return update.x, update.past
+
+    def denoised(self, plan: Plan, i: int, x: Tensor, out: Tensor) -> Tensor:
+        """Return the clean x0 that the network's output ``out`` at step ``i`` implies (for previews)."""
+        raise NotImplementedError
+
+    def scale_input(self, plan: Plan, i: int, x: Tensor) -> Tensor:
+        """Return what the network is shown at step ``i``: x itself unless the solver works on unscaled samples."""
+        return x
+
+    def wants_noise(self, plan: Plan, i: int) -> bool:
+        """Say whether step ``i`` draws noise."""
+        return False
+
+    def draw_noise(
+        self, plan: Plan, i: int, x: Tensor, generator: Generator | Sequence[Generator] | None = None
+    ) -> Tensor | None:
+        """Draw what step ``i`` needs, or None where it needs nothing, so that draws come in the reference's order."""
+        return randn(x.shape, generator, x.device, x.dtype) if self.wants_noise(plan, i) else None
+
+    # ---- what a solver provides ---------------------------------------------------------------------------------
+
+    def _grid(self, count: int, **custom: Any) -> Grid:
+        """Return the timesteps and noise levels of a run of ``count`` steps."""
+        raise NotImplementedError
+
+    def _steps(self, plan: Plan) -> tuple[Any, ...]:
+        """Return the numbers of each step of ``plan`` (whose own ``steps`` are still empty)."""
+        raise NotImplementedError
+
+    def _update(
+        self, plan: Plan, i: int, x: Tensor, out: Tensor, past: tuple[Any, ...], noise: Tensor | None
+    ) -> Update:
+        """Take step ``i``."""
+        raise NotImplementedError
+
+    def _init_noise_sigma(self, sigmas: Tensor) -> float:
+        """Return the standard deviation of the sample that a run over ``sigmas`` starts from."""
+        return 1.0
+
+    def _plan_of(
+        self, grid: Grid, count: int, device: torch.device | str | None, start: int, options: Mapping[str, Any]
+    ) -> Plan:
+        times = tuple(grid.timesteps.tolist())
+        if not 0 <= start < len(times):
+            raise ValueError(f"a run of {len(times)} steps cannot start at step {start}")
+        timesteps = grid.timesteps if device is None else grid.timesteps.to(device)
+        sigma = self._init_noise_sigma(grid.sigmas)
+        plan = Plan(timesteps, grid.sigmas, (), times, count, sigma, start, {**self.run_options, **options})
+        return plan._replace(steps=self._steps(plan))
+
+    # ---- the second face: the loop written by hand --------------------------------------------------------------
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: torch.device | str | None = None,
+        *,
+        timesteps: Sequence[int] | None = None,
+        sigmas: Sequence[float] | None = None,
+        mu: float | None = None,
+    ) -> None:
+        """Plan a run and forget the previous one; see ``plan``."""
+        plan = self.plan(num_inference_steps, device=device, timesteps=timesteps, sigmas=sigmas, mu=mu)
+        self._plan, self._past, self._step_index, self._begin_index = plan, (), None, None
+
+    @property
+    def timesteps(self) -> Tensor:
+        """The timesteps of the run (N,); before ``set_timesteps`` all those of training, last first."""
+        return self._training_grid().timesteps if self._plan is None else self._plan.timesteps
+
+    @property
+    def sigmas(self) -> Tensor:
+        """The noise levels before each step of the run and after the last (N + 1,), float32 on the CPU."""
+        return self._training_grid().sigmas if self._plan is None else self._plan.sigmas
+
+    @property
+    def num_inference_steps(self) -> int | None:
+        """The number that ``set_timesteps`` was asked for, None before it."""
+        return None if self._plan is None else self._plan.num_inference_steps
+
+    @property
+    def init_noise_sigma(self) -> float:
+        """The standard deviation of the sample that the run starts from."""
+        return (
+            self._init_noise_sigma(self._training_grid().sigmas) if self._plan is None else self._plan.init_noise_sigma
+        )
+
+    @property
+    def step_index(self) -> int | None:
+        """The step that comes next, None before the first."""
+        return self._step_index
+
+    @property
+    def begin_index(self) -> int | None:
+        """The step that the run begins with, None if the first call of ``step`` is to find it by its timestep."""
+        return self._begin_index
+
+    def set_begin_index(self, begin_index: int = 0) -> None:
+        """Begin the run at this step, as image-to-image does."""
+        self._plan = self.start_at(self._ready_plan(), begin_index)
+        self._begin_index = begin_index
+
+    def scale_model_input(self, sample: Tensor, timestep: float | Tensor | None = None) -> Tensor:
+        """Return what the network is to be shown at ``timestep``."""
+        if type(self).scale_input is Scheduler.scale_input:
+            return sample  # works before set_timesteps too, as in the reference
+        return self.scale_input(self._ready_plan(), self._clock(timestep), sample)
+
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: float | Tensor,
+        sample: Tensor,
+        generator: Generator | Sequence[Generator] | None = None,
+        return_dict: bool = True,
+    ) -> SchedulerOutput | tuple[Tensor, ...]:
+        """Take the step at ``timestep``: the network's output and the sample (B, ...) give the previous sample.
+
+        Raises ValueError before ``set_timesteps``, after the last step, and for a timestep that is not in the run.
+        """
+        return self._take_step(model_output, timestep, sample, generator, return_dict)
+
+    def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """Return sqrt(alpha_bar_t) x0 + sqrt(1 - alpha_bar_t) noise for timesteps (B,), as in training."""
+        alpha, sigma = self._alpha_sigma_at(timesteps, original_samples)
+        return alpha * original_samples + sigma * noise
+
+    def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """Return v = sqrt(alpha_bar_t) noise - sqrt(1 - alpha_bar_t) x0, the target of v-prediction."""
+        alpha, sigma = self._alpha_sigma_at(timesteps, sample)
+        return alpha * noise - sigma * sample
+
+    @property
+    def compatibles(self) -> list[type["Scheduler"]]:
+        """The scheduler classes that may take this one's place, itself included."""
+        import minidiff
+
+        names = dict.fromkeys([type(self).__name__, *KARRAS_SCHEDULERS])
+        return [getattr(minidiff, name) for name in names if name in minidiff.__all__]
+
+    def __len__(self) -> int:
+        return self.config.num_train_timesteps
+
+    # ---- how the second face keeps its place --------------------------------------------------------------------
+
+    def _take_step(
+        self,
+        out: Tensor,
+        timestep: float | Tensor,
+        x: Tensor,
+        generator: Generator | Sequence[Generator] | None,
+        return_dict: bool,
+        noise: Tensor | None = None,
+        **options: Any,
+    ) -> SchedulerOutput | tuple[Tensor, ...]:
+        plan = self._ready_plan()
+        i = self._clock(timestep)
+        if i >= len(plan.steps):
+            raise ValueError(f"all {len(plan.steps)} steps are done: call set_timesteps to begin another run")
+        late = self._step_index is None and not self.looks_up and i != plan.start  # the run begins in the middle
+        if late or (options and options != plan.options):
+            plan = plan._replace(options={**plan.options, **options})
+            plan = self._plan = self.start_at(plan, i if late else plan.start)
+        if noise is None:
+            noise = self.draw_noise(plan, i, x, generator)
+        update = self._update(plan, i, x, out, self._past, noise)
+        self._past, self._step_index = update.past, i + 1
+        result = self._output(update)
+        return result if return_dict else result.to_tuple()
+
+    def _output(self, update: Update) -> SchedulerOutput:
+        return SchedulerOutput(update.x, update.x0)
+
+    def _ready_plan(self) -> Plan:
+        if self._plan is None:
+            raise ValueError(f"{type(self).__name__}: call set_timesteps(num_inference_steps) before step")
+        return self._plan
+
+    def _clock(self, timestep: float | Tensor) -> int:
+        """Return the index of the step at ``timestep``."""
+        known = self._begin_index if self._step_index is None else self._step_index
+        return self._index_of(timestep) if known is None or self.looks_up else known
+
+    def _index_of(self, timestep: float | Tensor) -> int:
+        """Find a timestep in the run; of several equal ones the second, where a run that starts there begins."""
+        value = timestep.item() if isinstance(timestep, Tensor) else timestep
+        times = self._ready_plan().times
+        found = [i for i, time in enumerate(times) if time == value]
+        if not found:
+            raise ValueError(f"timestep {value} is not one of the run's {len(times)}: {_some(times)}")
+        return found[1] if len(found) > 1 else found[0]
+
+    def _training_grid(self) -> Grid:
+        """Return every training timestep, last first."""
+        sigmas = ((1 - self.alphas_cumprod) / self.alphas_cumprod) ** 0.5
+        last_first = torch.arange(len(self.alphas_cumprod) - 1, -1, -1)
+        return Grid(last_first, torch.cat([sigmas.flip(0), torch.zeros(1)]))
+
+    def _alpha_sigma_at(self, timesteps: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Return sqrt(alpha_bar_t) and sqrt(1 - alpha_bar_t), shaped to broadcast over ``like`` (B, ...)."""
+        if torch.is_floating_point(timesteps):
+            raise TypeError(f"timesteps should be integers (0 to {len(self) - 1}), found {timesteps.dtype}")
+        key = (like.device, like.dtype)
+        if key not in self._tables:  # one copy per device: a training loop must not upload the table at each step
+            self._tables[key] = self.alphas_cumprod.to(*key)
+        # Cast first and root after, as the reference does: in float16 the order decides the last bits.
+        alpha_bar = self._tables[key][timesteps.to(like.device)].reshape(-1, *[1] * (like.ndim - 1))
+        return alpha_bar**0.5, (1 - alpha_bar) ** 0.5
+
+
+def _some(times: Sequence[float]) -> str:
+    shown = [f"{time:g}" for time in times]
+    return ", ".join(shown if len(shown) <= 8 else [*shown[:4], "...", *shown[-3:]])

@@ -1,0 +1,179 @@
+"""DDPM: ancestral sampling of the diffusion process a network was trained on.
+
+With alpha_bar_t at this timestep, alpha_bar_s at the next (1 after the last) and beta = 1 - alpha_bar_t / alpha_bar_s:
+
+    x_s = sqrt(alpha_bar_s) beta / (1 - alpha_bar_t) x0
+        + sqrt(1 - beta) (1 - alpha_bar_s) / (1 - alpha_bar_t) x_t
+        + std noise
+
+Ho et al. 2020, https://arxiv.org/abs/2006.11239, eq. 6, 7 and 15. Checked against ``diffusers.DDPMScheduler``.
+It is DDIM with eta = 1 (variance_type ``fixed_small``).
+"""
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from minidiff import noise_schedule
+from minidiff.schedulers.base import Grid, Plan, Scheduler, Update
+from minidiff.schedulers.configured import records_config
+from minidiff.schedulers.prediction import Clip, predict_x0
+
+VARIANCES = ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", "learned", "learned_range")
+
+
+class Step(NamedTuple):
+    """The numbers of one DDPM step."""
+
+    alpha: float  # sqrt(alpha_bar_t)
+    sigma: float  # sqrt(1 - alpha_bar_t)
+    to_x0: float  # the coefficient of the predicted x0
+    to_x: float  # the coefficient of x
+    std: float  # of the noise, where the network does not predict it
+    log_small: float  # log variance of fixed_small and of fixed_large: the ends between which
+    log_large: float  # a network with learned_range chooses
+
+
+class DDPMScheduler(Scheduler):
+    """Sample by the reversed diffusion process of DDPM, drawing noise at every step but the last."""
+
+    looks_up = True
+    plan_inputs = ("timesteps",)
+
+    @records_config
+    def __init__(
+        self,
+        num_train_timesteps: int = 1000,
+        beta_start: float = 0.0001,
+        beta_end: float = 0.02,
+        beta_schedule: str = "linear",
+        trained_betas: Sequence[float] | None = None,
+        variance_type: str | None = "fixed_small",
+        clip_sample: bool = True,
+        prediction_type: str = "epsilon",
+        thresholding: bool = False,
+        dynamic_thresholding_ratio: float = 0.995,
+        clip_sample_range: float = 1.0,
+        sample_max_value: float = 1.0,
+        timestep_spacing: str = "leading",
+        steps_offset: int = 0,
+        rescale_betas_zero_snr: bool = False,
+    ) -> None:
+        self._require("beta_schedule", noise_schedule.BETA_SCHEDULES)
+        # DPM-Solver files say `variance_type: null`; it means fixed_small here, as it does in the reference.
+        self._require("variance_type", (*VARIANCES, None))
+        self._require("prediction_type", ("epsilon", "sample", "v_prediction"))
+        self._require("timestep_spacing", noise_schedule.SPACINGS)
+        super().__init__(
+            noise_schedule.training_betas(
+                beta_schedule, beta_start, beta_end, num_train_timesteps, trained_betas, rescale_betas_zero_snr
+            )
+        )
+        self.variance_type = variance_type
+        if thresholding:
+            self._clip = Clip(ratio=dynamic_thresholding_ratio, ceiling=sample_max_value)
+        else:
+            self._clip = Clip(limit=clip_sample_range if clip_sample else None)
+
+    def _grid(self, count: int, timesteps: Sequence[int] | None = None) -> Grid:
+        if timesteps is None:
+            config = self.config
+            times = noise_schedule.spaced_timesteps(
+                config.timestep_spacing, count, config.num_train_timesteps, config.steps_offset
+            )
+        else:
+            times = noise_schedule.custom_timesteps(timesteps, self.config.num_train_timesteps)
+        alpha_bar = self.alphas_cumprod[times]
+        return Grid(times, torch.cat([((1 - alpha_bar) / alpha_bar) ** 0.5, torch.zeros(1)]))
+
+    def _ready_plan(self) -> Plan:
+        return self._training_plan if self._plan is None else self._plan
+
+    @cached_property
+    def _training_plan(self) -> Plan:
+        """Every training timestep, which ``step`` visits if ``set_timesteps`` was not called, as in the reference."""
+        return self._plan_of(self._training_grid(), len(self), None, 0, {})
+
+    def _steps(self, plan: Plan) -> tuple[Step, ...]:
+        alpha_bar_t = self.alphas_cumprod[list(plan.times)]
+        alpha_bar_s = torch.cat([alpha_bar_t[1:], torch.ones(1)])
+        if self._needs_signal() and not bool(alpha_bar_t.all()):
+            raise ValueError(
+                "rescale_betas_zero_snr leaves no signal at the last training timestep, where a network that predicts "
+                "epsilon says nothing about x0: use prediction_type='v_prediction' or 'sample', clip_sample=True, or "
+                "a timestep spacing that does not visit it"
+            )
+        beta_bar_t, beta_bar_s = 1 - alpha_bar_t, 1 - alpha_bar_s
+        alpha = alpha_bar_t / alpha_bar_s
+        beta = 1 - alpha
+        small = (beta_bar_s / beta_bar_t * beta).clamp(min=1e-20)
+        columns = (
+            alpha_bar_t**0.5,
+            beta_bar_t**0.5,
+            alpha_bar_s**0.5 * beta / beta_bar_t,
+            alpha**0.5 * beta_bar_s / beta_bar_t,
+            self._std(small, beta),
+            small.log(),
+            beta.log(),
+        )
+        return tuple(Step(*numbers) for numbers in zip(*(column.tolist() for column in columns), strict=True))
+
+    def _needs_signal(self) -> bool:
+        """Say whether x0 is worked out by dividing by sqrt(alpha_bar_t) with nothing to bound it."""
+        return self.config.prediction_type == "epsilon" and self._clip.limit is None
+
+    def _std(self, small: Tensor, large: Tensor) -> Tensor:
+        """Return the standard deviation of the noise; what a network predicts is worked out at each step instead."""
+        if self.variance_type == "fixed_large_log":
+            raise ValueError(
+                "variance_type='fixed_large_log' takes the square root of a logarithm below 0, which is NaN at every "
+                "step in the reference too: use 'fixed_large', the same variance without the logarithm"
+            )
+        if self.variance_type == "fixed_small_log":
+            return torch.exp(0.5 * torch.log(small))
+        return (large if self.variance_type == "fixed_large" else small) ** 0.5
+
+    def wants_noise(self, plan: Plan, i: int) -> bool:
+        return plan.times[i] > 0
+
+    def denoised(self, plan: Plan, i: int, x: Tensor, out: Tensor) -> Tensor:
+        return self._x0(plan.steps[i], x, self._split(out, x)[0])
+
+    def _x0(self, step: Step, x: Tensor, out: Tensor) -> Tensor:
+        return self._clip(predict_x0(self.config.prediction_type, x, out, step.alpha, step.sigma))
+
+    def _update(
+        self, plan: Plan, i: int, x: Tensor, out: Tensor, past: tuple[Any, ...], noise: Tensor | None
+    ) -> Update:
+        step = plan.steps[i]
+        out, predicted = self._split(out, x)
+        x0 = self._x0(step, x, out)
+        x = step.to_x0 * x0 + step.to_x * x
+        if noise is not None and self.wants_noise(plan, i):
+            x = x + self._scaled(noise, step, predicted)
+        return Update(x, (), x0)
+
+    def _split(self, out: Tensor, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Split the network's output (B, 2C, ...) into its prediction and its variance, if it has learned one."""
+        if self.variance_type not in ("learned", "learned_range"):
+            return out, None
+        channels = x.shape[1]
+        if out.shape[1] != 2 * channels:
+            raise ValueError(
+                f"variance_type={self.variance_type!r} needs a network with {2 * channels} output channels (prediction "
+                f"and variance for {channels}), found {out.shape[1]}; a network without learned variance samples with "
+                "variance_type='fixed_small'"
+            )
+        return tuple(out.split(channels, dim=1))
+
+    def _scaled(self, noise: Tensor, step: Step, predicted: Tensor | None) -> Tensor:
+        """Return the noise of the step, with the network's own variance if it predicts one."""
+        if predicted is None:
+            return step.std * noise
+        if self.variance_type == "learned":
+            return predicted**0.5 * noise
+        part = (predicted + 1) / 2  # Nichol & Dhariwal 2021, https://arxiv.org/abs/2102.09672, eq. 15
+        return torch.exp(0.5 * (part * step.log_large + (1 - part) * step.log_small)) * noise
