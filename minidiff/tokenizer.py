@@ -37,7 +37,8 @@ WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p
 _adding = threading.Lock()  # one for all tokenizers, so that a tokenizer can be copied and pickled
 
 NORMALIZER = normalizers.Sequence([normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()])
-# The byte level step splits by GPT-2's pattern once more, as the reference's does: it separates "don't" no further.
+# ByteLevel splits once more, by GPT-2's pattern, as the reference's does. That matters for one word only: a special
+# token that is not special because of its capitals falls apart into "<|", its letters and "|>".
 PRE_TOKENIZER = pre_tokenizers.Sequence(
     [
         pre_tokenizers.Split(Regex(WORDS), behavior="removed", invert=True),
@@ -98,9 +99,11 @@ class CLIPTokenizer:
         added_tokens_decoder: Mapping[int, AddedToken] | None = None,
     ) -> None:
         roles = {"bos_token": bos_token, "eos_token": eos_token, "unk_token": unk_token, "pad_token": pad_token}
-        self.model_max_length = model_max_length
+        self.model_max_length = _checked_length("model_max_length", model_max_length)
         self.bos_token, self.eos_token, self.unk_token, self.pad_token = (str(roles[role]) for role in ROLES)
-        self._merges = _checked_merges(vocab, merges)
+        if self.unk_token not in vocab:
+            raise CheckpointError(f"unk_token={self.unk_token!r} is not in the vocabulary of {len(vocab)} tokens")
+        self._merges = _checked_merges(_checked_vocab(vocab), merges)
         self._backend = _backend(vocab, self._merges, self.unk_token)
 
         added = dict(sorted((added_tokens_decoder or {}).items()))
@@ -161,17 +164,20 @@ class CLIPTokenizer:
 
         ``padding``: "max_length", True or "longest" (to the longest prompt), False or "do_not_pad".
         ``truncation``: True cuts to ``max_length`` tokens, the special ones included; None does so only if
-        ``max_length`` is given and nothing is padded. The cut text is logged and returned as ``.dropped``.
+        ``max_length`` is given and ``padding`` is False. The cut text is logged and returned as ``.dropped``.
         ``max_length`` defaults to ``model_max_length``. ``return_tensors``: "pt", "np" or None for lists.
         Raise ``TypeError`` for what is not text, ``ValueError`` for a bad option, text that is not valid Unicode, or
         tensors of prompts of different lengths.
         """
         texts = _checked_texts(text)
-        length = _checked_length(self.model_max_length if max_length is None else max_length)
-        padding = {True: "longest", False: "do_not_pad"}.get(padding, padding)
+        length = _checked_length("max_length", self.model_max_length if max_length is None else max_length)
+        if truncation is None:  # the reference cuts for False, not for "do_not_pad"
+            truncation = max_length is not None and padding is False
+        if isinstance(padding, bool):
+            padding = "longest" if padding else "do_not_pad"
         if padding not in ("max_length", "longest", "do_not_pad"):
             raise ValueError(f"padding={padding!r}; expected 'max_length', 'longest' (True) or 'do_not_pad' (False)")
-        if truncation not in (True, False, None, "longest_first", "do_not_truncate"):
+        if truncation not in (True, False, "longest_first", "do_not_truncate"):
             raise ValueError(f"truncation={truncation!r}; expected True ('longest_first') or False ('do_not_truncate')")
         if return_tensors not in (None, "pt", "np"):
             raise ValueError(f"return_tensors={return_tensors!r}; expected 'pt', 'np' or None")
@@ -179,8 +185,6 @@ class CLIPTokenizer:
             raise ValueError(
                 "padding='max_length' needs max_length=...: this tokenizer's files give no model_max_length"
             )
-        if truncation is None:
-            truncation = max_length is not None and padding == "do_not_pad"
 
         limit = length if truncation in (True, "longest_first") else None
         backend = self._backend
@@ -209,7 +213,7 @@ class CLIPTokenizer:
             dropped.append(text[cut[0][0] :].strip() if cut else "")
             rows.append(bos + encoding.ids[:keep] + eos)
         for part in filter(None, dropped):
-            logger.warning("The prompt is longer than %d tokens; this part of it was dropped: %r", limit, part)
+            logger.warning("A prompt is longer than %d tokens; this part of it was dropped: %r", limit, part)
         return rows, dropped
 
     def encode(self, text: str, **options: Any) -> list[int]:
@@ -265,13 +269,15 @@ class CLIPTokenizer:
     def add_tokens(
         self, new_tokens: str | AddedToken | Sequence[str | AddedToken], special_tokens: bool = False
     ) -> int:
-        """Add tokens that are never split and return how many were new.
+        """Add tokens that are never split and return how many were new; a special token stays what it is.
 
         Calls that are under way in other threads finish with the old vocabulary.
         """
         tokens = [new_tokens] if isinstance(new_tokens, str | AddedToken) else list(new_tokens)
         with _adding:
             backend = copy.deepcopy(self._backend)
+            special = {token.content for token in backend.get_added_tokens_decoder().values() if token.special}
+            tokens = [token for token in tokens if str(token) not in special]
             count = backend.add_special_tokens(tokens) if special_tokens else backend.add_tokens(tokens)
             self._backend = backend
         return count
@@ -320,8 +326,8 @@ class CLIPTokenizer:
 
     def _checked_ids(self, ids: list[int]) -> list[int]:
         for i in ids:
-            if not 0 <= i < len(self):
-                raise ValueError(f"token id {i} is not in the vocabulary, which has ids 0 to {len(self) - 1}")
+            if i < 0 or self._backend.id_to_token(i) is None:
+                raise ValueError(f"token id {i} is not in the vocabulary of {len(self)} tokens")
         return ids
 
 
@@ -338,6 +344,16 @@ def _backend(vocab: Mapping[str, int], merges: list[tuple[str, str]], unk_token:
     backend = Tokenizer(model)
     backend.normalizer, backend.pre_tokenizer, backend.decoder = NORMALIZER, PRE_TOKENIZER, decoders.ByteLevel()
     return backend
+
+
+def _checked_vocab(vocab: Mapping[str, int]) -> Mapping[str, int]:
+    owner: dict[int, str] = {}
+    for token, i in vocab.items():
+        if isinstance(i, bool) or not isinstance(i, int) or i < 0:
+            raise CheckpointError(f"token {token!r} has the id {i!r} in the vocabulary; expected an int of at least 0")
+        if owner.setdefault(i, token) != token:
+            raise CheckpointError(f"tokens {owner[i]!r} and {token!r} have the same id {i} in the vocabulary")
+    return vocab
 
 
 def _checked_merges(vocab: Mapping[str, int], merges: Sequence[str | tuple[str, str]]) -> list[tuple[str, str]]:
@@ -387,11 +403,11 @@ def _checked_texts(text: str | Sequence[str]) -> list[str]:
     return texts
 
 
-def _checked_length(length: int) -> int:
+def _checked_length(name: str, length: int) -> int:
     if isinstance(length, bool) or not isinstance(length, int):
-        raise TypeError(f"max_length={length!r}; expected an int")
+        raise TypeError(f"{name}={length!r}; expected an int")
     if length < 1:
-        raise ValueError(f"max_length={length}; expected at least 1")
+        raise ValueError(f"{name}={length}; expected at least 1")
     return length
 
 

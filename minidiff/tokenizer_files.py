@@ -13,9 +13,9 @@ from typing import Any
 
 from tokenizers import AddedToken
 
-from minidiff.checkpoints.hub import find_file
+from minidiff.checkpoints.hub import Repo
 from minidiff.config import read_json
-from minidiff.errors import CheckpointError, CheckpointNotFoundError, ConfigError
+from minidiff.errors import CheckpointError, ConfigError
 from minidiff.tokenizer import END_OF_WORD, NO_LIMIT, ROLES
 
 _IMPLEMENTED = {  # fields that would change the tokens -> the values that describe what CLIPTokenizer does
@@ -32,26 +32,23 @@ _IMPLEMENTED = {  # fields that would change the tokens -> the values that descr
 
 
 def read_tokenizer(source: str | Path, **where: Any) -> dict[str, Any]:
-    """Return the arguments of ``CLIPTokenizer`` for a folder or repository; ``where`` goes to ``find_file``.
+    """Return the arguments of ``CLIPTokenizer`` for a folder or repository; ``where`` goes to ``Repo``.
 
     Raise ``CheckpointNotFoundError``, ``CheckpointError`` (a damaged file) or ``ConfigError`` (another kind).
     """
-
-    def optional(name: str) -> Path | None:
-        try:
-            return find_file(source, name, **where)
-        except CheckpointNotFoundError:
-            return None
-
-    if (whole := optional("tokenizer.json")) is not None:
-        vocab, merges, added = _read_whole(whole)
+    repo = Repo(source, **where)
+    # The vocabulary comes last: a download that breaks off half-way then leaves no vocabulary in the cache, instead of
+    # one that loads with the wrong pad token because the map is missing.
+    config = repo.optional_file("tokenizer_config.json")
+    repo = repo.pinned(config) if config else repo
+    special_map, extra = repo.optional_file("special_tokens_map.json"), repo.optional_file("added_tokens.json")
+    added = [{"id": i, "content": text} for text, i in (read_json(extra) if extra else {}).items()]
+    if whole := repo.optional_file("tokenizer.json"):
+        vocab, merges, more = _read_whole(whole)
+        added += more
     else:
-        vocab = read_json(find_file(source, "vocab.json", **where))
-        merges = _read_merges(find_file(source, "merges.txt", **where))
-        extra = optional("added_tokens.json")
-        added = [{"id": i, "content": text} for text, i in (read_json(extra) if extra else {}).items()]
-    fields = _read_fields(optional("tokenizer_config.json"), optional("special_tokens_map.json"), added)
-    return {"vocab": vocab, "merges": merges, **fields}
+        vocab, merges = read_json(repo.file("vocab.json")), _read_merges(repo.file("merges.txt"))
+    return {"vocab": vocab, "merges": merges, **_read_fields(config, special_map, added)}
 
 
 def write_tokenizer(
