@@ -1,0 +1,129 @@
+"""What all latent pipelines share: random draws, guidance, and the denoising loop.
+
+    x_0 <- x_T ~ N(0, I):  for each step  out = guide(unet(x, t, text));  x = scheduler.advance(x, out)
+
+Classifier-free guidance: Ho & Salimans 2022 (https://arxiv.org/abs/2207.12598), equation 6. Its rescaling: Lin et al.
+2023 (https://arxiv.org/abs/2305.08891), section 3.4. The loop works on a ``Run``, which belongs to one call, and on the
+scheduler's pure core: the pipeline object itself is never written to, so any number of threads may share it.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Generator, Tensor
+
+from minidiff.pipelines.request import Generators, Request
+from minidiff.random import randn
+from minidiff.schedulers.base import Plan, Scheduler
+
+Network = Callable[[Tensor, Tensor, Tensor], Tensor]  # (x, t, ctx) -> out
+
+
+class Step(NamedTuple):
+    """One step of a generation, as ``pipe.steps(...)`` yields it."""
+
+    index: int  # 0, 1, 2...
+    timestep: Tensor  # 0-d: what the UNet was told
+    latents: Tensor  # (B, C, H, W), after the step
+    denoised: Tensor  # (B, C, H, W), the clean latents that the UNet predicted at this step; ``pipe.decode`` shows them
+
+
+@dataclass
+class Run:
+    """The state of one call. Callbacks may change ``guidance_scale``, the tensors, and ``interrupt``."""
+
+    plan: Plan
+    latents: Tensor  # (B, C, H, W)
+    prompt_embeds: Tensor  # (B, L, D), or (2 B, L, D) under guidance: negative first
+    negative_prompt_embeds: Tensor | None
+    guidance_scale: float
+    guidance_rescale: float
+    generator: Generators
+    seeds: list[int] | None
+    interrupt: bool = False
+
+    @property
+    def guided(self) -> bool:
+        """Whether this step asks the UNet twice, with and without the prompt."""
+        return self.guidance_scale > 1
+
+
+def denoise(network: Network, scheduler: Scheduler, run: Run) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """Take every step of the run; yield its index, the x it started from and the guided prediction ``out``."""
+    plan, past = run.plan, ()
+    for i in range(plan.start, len(plan.steps)):
+        if run.interrupt:
+            return
+        x = run.latents
+        x_in = torch.cat([x, x]) if run.guided else x
+        out = network(scheduler.scale_input(plan, i, x_in), plan.timesteps[i], run.prompt_embeds)
+        if run.guided:
+            out = guide(*out.chunk(2), run.guidance_scale, run.guidance_rescale)
+        noise = scheduler.draw_noise(plan, i, x, run.generator)
+        run.latents, past = scheduler.advance(plan, i, x, out, past, noise)
+        yield i, x, out
+
+
+def guide(negative: Tensor, positive: Tensor, scale: float, rescale: float = 0.0) -> Tensor:
+    """Return negative + scale (positive - negative), its contrast pulled back to that of ``positive``.
+
+    Args:
+        negative: prediction for the negative (or empty) prompt, (B, C, H, W).
+        positive: prediction for the prompt, (B, C, H, W).
+        scale: 1 is the plain conditional prediction; 7.5 is usual.
+        rescale: 0 to 1, how far the standard deviation of each picture goes back to that of ``positive``.
+    """
+    out = negative + scale * (positive - negative)
+    if rescale > 0:
+        axes = tuple(range(1, out.ndim))
+        rescaled = out * (positive.std(dim=axes, keepdim=True) / out.std(dim=axes, keepdim=True))
+        out = rescale * rescaled + (1 - rescale) * out
+    return out
+
+
+def make_plan(scheduler: Scheduler, request: Request, device: torch.device) -> Plan:
+    """Plan a run; custom ``timesteps`` or ``sigmas`` replace the number of steps; ``eta`` is for DDIM-like solvers."""
+    options = {"eta": request.eta} if "eta" in scheduler.run_options else {}
+    custom = request.timesteps is not None or request.sigmas is not None
+    steps = None if custom else request.num_inference_steps
+    return scheduler.plan(steps, device=device, timesteps=request.timesteps, sigmas=request.sigmas, **options)
+
+
+def make_generators(request: Request) -> tuple[Generators, list[int] | None]:
+    """Return what draws the noise of the pictures, and their seeds if they have some.
+
+    Seeds give every picture a CPU generator of its own, so picture k depends neither on the rest of the batch nor on
+    the device; ``seed=s`` stands for ``seeds=[s, s + 1, ...]``. A ``generator`` is used as the reference uses it.
+    """
+    generator, seed, seeds, count = request.generator, request.seed, request.seeds, request.count
+    if sum(one is not None for one in (generator, seed, seeds)) > 1:
+        raise ValueError("give one of generator=, seed= and seeds=")
+    if seed is not None:
+        seeds = [_checked_seed(seed) + k for k in range(count)]
+    if seeds is None:
+        if isinstance(generator, (list, tuple)) and len(generator) != count:
+            raise ValueError(f"generator is a list of {len(generator)} for {count} pictures: give one each, or one")
+        return generator, None
+    if isinstance(seeds, str) or not isinstance(seeds, Sequence) or len(seeds) != count:
+        raise ValueError(f"seeds should be a list of {count} integers, one per picture; found {seeds!r}")
+    seeds = [_checked_seed(s) for s in seeds]
+    return [Generator("cpu").manual_seed(s) for s in seeds], seeds
+
+
+def _checked_seed(seed: int) -> int:
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise TypeError(f"a seed should be an integer, found {seed!r}")
+    return seed
+
+
+def initial_latents(
+    shape: tuple[int, ...], latents: Tensor | None, generator: Generators, device: torch.device, dtype: torch.dtype
+) -> Tensor:
+    """Return the given latents, checked, or draw standard normal ones; not yet scaled to the scheduler's sigma."""
+    if latents is None:
+        return randn(shape, generator, device=device, dtype=dtype)
+    if tuple(latents.shape) != shape:
+        raise ValueError(f"latents should be {shape} for this batch and size, found {tuple(latents.shape)}")
+    return latents.to(device, dtype)
