@@ -64,3 +64,12 @@ def predict_eps(kind: str, x: Tensor, out: Tensor, alpha: float, sigma: float) -
     if kind == "v_prediction":
         return alpha * out + sigma * x
     raise ValueError(f"prediction_type {kind!r} has no eps")
+
+
+def linear(*terms: tuple[float, Tensor]) -> Tensor:
+    """Return the sum of ``coefficient * tensor``: what every deterministic solver's step comes down to."""
+    (coefficient, tensor), *rest = terms
+    total = coefficient * tensor
+    for coefficient, tensor in rest:
+        total.add_(tensor, alpha=coefficient)  # in place is safe: `total` is nobody else's yet
+    return total

@@ -1,0 +1,184 @@
+"""PNDM: pseudo numerical methods; a linear multistep solver (PLMS), with or without a Runge-Kutta start.
+
+The transfer from x_t to x_s with a noise estimate e (Liu et al. 2022, https://arxiv.org/abs/2202.09778, eq. 9), a for
+alpha_bar:
+
+    x_s = sqrt(a_s / a_t) x_t - (a_s - a_t) e / (a_t sqrt(1 - a_s) + sqrt(a_t (1 - a_t) a_s))
+
+is DDIM (eta = 0) written as a difference. What e is, depends on the step:
+
+    PLMS (eq. 12)      (55 e_0 - 59 e_1 + 37 e_2 - 9 e_3) / 24, e_k the output k steps ago; fewer terms at first
+    Runge-Kutta (13)   (e_a + 2 e_b + 2 e_c + e_d) / 6 of four evaluations at t, t - d/2, t - d/2 and t - d
+
+Without the Runge-Kutta start (``skip_prk_steps``, what Stable Diffusion uses) the second timestep is visited twice: the
+first step is repeated with the mean of both its ends. Checked against ``diffusers.PNDMScheduler``.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from minidiff import noise_schedule
+from minidiff.schedulers.base import Grid, Plan, Scheduler, Update
+from minidiff.schedulers.configured import records_config
+from minidiff.schedulers.prediction import linear, predict_eps, predict_x0
+
+ADAMS_BASHFORTH = (  # by the number of outputs there are, newest first
+    (1,),
+    (3 / 2, -1 / 2),
+    (23 / 12, -16 / 12, 5 / 12),
+    (55 / 24, -59 / 24, 37 / 24, -9 / 24),
+)
+RUNGE_KUTTA = (1 / 6, 1 / 3, 1 / 3, 1 / 6)
+
+
+class Step(NamedTuple):
+    """The numbers of one PNDM step: a transfer from t to s, by a stage of Runge-Kutta or by PLMS."""
+
+    stage: int | None  # 0-3 of a Runge-Kutta step, None in PLMS
+    repeats: bool  # PLMS: take the step before once more, from where it began, with the mean of both its ends
+    alpha: float  # sqrt(a_t), where t is where the transfer begins
+    sigma: float  # sqrt(1 - a_t)
+    to_x: float  # sqrt(a_s / a_t)
+    to_e: float  # the coefficient of e
+    seen_alpha: float  # sqrt(a) and sqrt(1 - a) at the timestep that the network is told, which differs from t
+    seen_sigma: float  # in the later stages of Runge-Kutta
+
+
+class Past(NamedTuple):
+    """What PNDM remembers."""
+
+    outs: tuple[Tensor, ...] = ()  # network outputs, oldest first, at most 4
+    x: Tensor | None = None  # where a step that takes several evaluations began
+    total: Tensor | None = None  # the sum of its outputs so far, weighted
+
+
+class PNDMScheduler(Scheduler):
+    """Sample with a fourth-order linear multistep method.
+
+    With ``prediction_type="v_prediction"`` the reference combines the raw outputs of several steps and converts the
+    combination to a noise estimate only then, which is not the multistep method of the paper. minidiff does the same,
+    because a picture must not change with the import line; UniPC and DDIM convert first.
+    """
+
+    @records_config
+    def __init__(
+        self,
+        num_train_timesteps: int = 1000,
+        beta_start: float = 0.0001,
+        beta_end: float = 0.02,
+        beta_schedule: str = "linear",
+        trained_betas: Sequence[float] | None = None,
+        skip_prk_steps: bool = False,
+        set_alpha_to_one: bool = False,
+        prediction_type: str = "epsilon",
+        timestep_spacing: str = "leading",
+        steps_offset: int = 0,
+    ) -> None:
+        self._require("beta_schedule", noise_schedule.BETA_SCHEDULES[:3])
+        self._require("prediction_type", ("epsilon", "v_prediction"))
+        self._require("timestep_spacing", noise_schedule.SPACINGS)
+        super().__init__(
+            noise_schedule.training_betas(beta_schedule, beta_start, beta_end, num_train_timesteps, trained_betas)
+        )
+        self.final_alpha_cumprod = torch.tensor(1.0) if set_alpha_to_one else self.alphas_cumprod[0]
+
+    def _grid(self, count: int) -> Grid:
+        config = self.config
+        times = noise_schedule.spaced_timesteps(
+            config.timestep_spacing, count, config.num_train_timesteps, config.steps_offset
+        ).numpy()[::-1]  # smallest first
+        if config.skip_prk_steps:
+            visits = np.concatenate([times[:-1], times[-2:-1], times[-1:]])[::-1]
+        else:
+            visits = np.concatenate([self._runge_kutta_times(times, count), times[:-3][::-1]])
+        visited = torch.from_numpy(visits.copy())
+        alpha_bar = torch.cat([self.alphas_cumprod[visited], self.final_alpha_cumprod[None]])
+        return Grid(visited, ((1 - alpha_bar) / alpha_bar) ** 0.5)
+
+    def _runge_kutta_times(self, times: np.ndarray, count: int) -> np.ndarray:
+        """Return the twelve timesteps of three Runge-Kutta steps over the four largest ``times``: t, t-d/2, t-d/2, t-d.
+
+        The halves lie ``T // count // 2`` above a timestep, where T is the number of training timesteps.
+        """
+        if count < 4:
+            raise ValueError(
+                f"the Runge-Kutta start of PNDM needs at least 4 inference steps, found {count}: use more, or "
+                "skip_prk_steps=True"
+            )
+        half = self.config.num_train_timesteps // count // 2
+        last, *rest = times[-4:][::-1]
+        stages = []
+        for lower in rest:
+            stages += [last, lower + half, lower + half, lower]
+            last = lower
+        return np.array(stages)
+
+    def _steps(self, plan: Plan) -> tuple[Step, ...]:
+        moves = [(None, False, t, t) for t in plan.times[: plan.start]]  # never taken
+        moves += [self._move(plan, k) for k in range(len(plan.times) - plan.start)]
+        stages, repeats, from_t, to_s = zip(*moves, strict=True)
+        a_t, a_s, a_seen = self._alpha_bar(from_t), self._alpha_bar(to_s), self._alpha_bar(plan.times)
+        columns = (
+            a_t**0.5,
+            (1 - a_t) ** 0.5,
+            (a_s / a_t) ** 0.5,
+            -(a_s - a_t).double() / (a_t * (1 - a_s) ** 0.5 + (a_t * (1 - a_t) * a_s) ** 0.5).double(),
+            a_seen**0.5,
+            (1 - a_seen) ** 0.5,
+        )
+        numbers = zip(*(column.tolist() for column in columns), strict=True)
+        return tuple(Step(stage, repeat, *rest) for stage, repeat, rest in zip(stages, repeats, numbers, strict=True))
+
+    def _alpha_bar(self, times: Sequence[float]) -> Tensor:
+        """Return alpha_bar (N,) at timesteps, and the final one where they have gone below 0."""
+        index = torch.tensor(times, dtype=torch.int64)
+        return torch.where(index < 0, self.final_alpha_cumprod, self.alphas_cumprod[index.clamp(min=0)])
+
+    def _move(self, plan: Plan, k: int) -> tuple[int | None, bool, int, int]:
+        """Return the stage of the run's k-th step, whether it repeats, and the timesteps it goes from and to.
+
+        The stride is ``T // steps`` whatever the spacing, and the roles are counted from where the run starts: both
+        are the reference's, and matter in runs that begin in the middle.
+        """
+        stride = self.config.num_train_timesteps // plan.num_inference_steps
+        t = int(plan.times[plan.start + k])
+        if not self.config.skip_prk_steps and k < 12:
+            base = int(plan.times[k // 4 * 4])
+            return k % 4, False, base, t - (0 if k % 2 else stride // 2)
+        if k == 1:
+            return None, True, t + stride, t
+        return None, False, t, t - stride
+
+    def denoised(self, plan: Plan, i: int, x: Tensor, out: Tensor) -> Tensor:
+        step = plan.steps[i]
+        return predict_x0(self.config.prediction_type, x, out, step.seen_alpha, step.seen_sigma)
+
+    def _update(
+        self, plan: Plan, i: int, x: Tensor, out: Tensor, past: tuple[Any, ...], noise: Tensor | None
+    ) -> Update:
+        step, past = plan.steps[i], Past(*past)
+        if step.stage is not None:
+            e, x, past = self._runge_kutta(step.stage, x, out, past)
+        elif step.repeats:
+            e, x, past = (out + past.outs[-1]) / 2, past.x, Past(past.outs)
+        else:
+            outs = (*past.outs[-3:], out)
+            e = linear(*zip(ADAMS_BASHFORTH[len(outs) - 1], reversed(outs), strict=True))
+            past = Past(outs, x if len(outs) == 1 else None)
+        eps = predict_eps(self.config.prediction_type, x, e, step.alpha, step.sigma)
+        return Update(linear((step.to_x, x), (step.to_e, eps)), past)
+
+    @staticmethod
+    def _runge_kutta(stage: int, x: Tensor, out: Tensor, past: Past) -> tuple[Tensor, Tensor, Past]:
+        """Return the noise estimate of a stage, the x that its step began with, and what to remember."""
+        if stage == 0:
+            past = Past((*past.outs, out), x, RUNGE_KUTTA[0] * out)
+            return out, x, past
+        total = torch.add(past.total, out, alpha=RUNGE_KUTTA[stage])
+        if stage < 3:
+            return out, past.x, past._replace(total=total)
+        return total, past.x, Past(past.outs)
