@@ -9,7 +9,7 @@ tensors become the network's parameters (``assign=True``, ``strict=True``).
 
 import json
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from minidiff.checkpoints.hub import Weights
 from minidiff.checkpoints.remap import Row
@@ -35,6 +36,18 @@ class Stored(NamedTuple):
     dtype: str
     shape: tuple[int, ...]
     start: int  # position of the first byte in the file
+
+
+class SkipInit(TorchFunctionMode):
+    """Context in which ``torch.nn.init`` does nothing: its values would be thrown away, and take half the time."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return kwargs["tensor"] if "tensor" in kwargs else args[0]
+        return func(*args, **kwargs)
 
 
 class Loadable(Protocol):
