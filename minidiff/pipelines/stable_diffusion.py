@@ -254,6 +254,8 @@ class StableDiffusionPipeline(Callbacks, DiffusionPipeline):
     def _start(self, request: Request) -> Run:
         """Encode the texts, plan the steps and draw the first latents."""
         self._check_clip_skip(request.clip_skip)
+        self._check_width("prompt_embeds", request.prompt_embeds)
+        self._check_width("negative_prompt_embeds", request.negative_prompt_embeds)
         H, W = self._latent_size(request.height, request.width)
         generator, seeds = make_generators(request)
         device = self.device
@@ -306,6 +308,14 @@ class StableDiffusionPipeline(Callbacks, DiffusionPipeline):
         layers = self.text_encoder.config.num_hidden_layers
         if isinstance(clip_skip, bool) or not isinstance(clip_skip, int) or not 0 <= clip_skip <= layers:
             raise ValueError(f"clip_skip should be None or 0 to {layers}, found {clip_skip!r}")
+
+    def _check_width(self, name: str, embeds: Tensor | None) -> None:
+        D = self.unet.spec.levels[-1].D_ctx
+        if embeds is not None and embeds.shape[-1] != D:
+            raise ValueError(
+                f"{name} should be (B, L, {D}) for this UNet ({_family(D)}), found {tuple(embeds.shape)} "
+                f"({_family(embeds.shape[-1])})"
+            )
 
 
 # --- checks ----------------------------------------------------------------------------------------------------------

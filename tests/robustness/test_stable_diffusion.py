@@ -1,0 +1,156 @@
+"""Every wrong argument of a generation is its own clear error, before anything is computed."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import TEXT, UNET, save_tiny
+
+import minidiff
+from minidiff import CLIPTextModel, StableDiffusionPipeline, UNet2DConditionModel
+from minidiff.errors import CheckpointNotFoundError, ConfigError
+
+PROMPT = "a red heart"
+EMBEDS = torch.zeros(1, 77, 24)
+
+
+@pytest.fixture(scope="module")
+def pipe(tmp_path_factory: pytest.TempPathFactory) -> StableDiffusionPipeline:
+    pipe = StableDiffusionPipeline.from_pretrained(save_tiny(tmp_path_factory.mktemp("tiny")))
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
+    "no prompt": ({"prompt": None}, ValueError, "either prompt or prompt_embeds"),
+    "prompt of a wrong type": ({"prompt": 5}, ValueError, "prompt should be a str or a list.*5"),
+    "prompt list of a wrong type": ({"prompt": ["a", 5]}, ValueError, "prompt should be a str or a list"),
+    "empty prompt list": ({"prompt": []}, ValueError, "at least one"),
+    "prompt and embeddings": ({"prompt_embeds": EMBEDS}, ValueError, "not both"),
+    "negative twice": ({"negative_prompt": "", "negative_prompt_embeds": EMBEDS}, ValueError, "not both"),
+    "negative of another type": ({"negative_prompt": ["a"]}, TypeError, "negative_prompt.*type of prompt"),
+    "too many negatives": ({"prompt": ["a"], "negative_prompt": ["a", "b"]}, ValueError, "2 texts for 1 prompts"),
+    "flat embeddings": ({"prompt": None, "prompt_embeds": torch.zeros(77, 24)}, ValueError, r"\(77, 24\)"),
+    "embeddings of two shapes": (
+        {"prompt": None, "prompt_embeds": EMBEDS, "negative_prompt_embeds": EMBEDS[:, :70]},
+        ValueError,
+        "same shape",
+    ),
+    "embeddings of another family": (
+        {"prompt": None, "prompt_embeds": torch.zeros(1, 77, 768)},
+        ValueError,
+        r"prompt_embeds should be \(B, L, 24\).*768.*SD 1.x",
+    ),
+    "negative embeddings of another batch": (
+        {"negative_prompt_embeds": EMBEDS.expand(2, -1, -1)},
+        ValueError,
+        r"negative_prompt_embeds should be \(1, L, D\)",
+    ),
+    "height not divisible": ({"height": 30}, ValueError, "height should be divisible by 4, found 30; 28"),
+    "width zero": ({"width": 0}, ValueError, "width should be at least 1"),
+    "height a float": ({"height": 32.0}, TypeError, "height should be an integer"),
+    "no steps": ({"num_inference_steps": 0}, ValueError, "num_inference_steps.*0"),
+    "too many steps": ({"num_inference_steps": 1001}, ValueError, "1001"),
+    "steps of a wrong type": ({"num_inference_steps": "20"}, (ValueError, TypeError), "num_inference_steps.*'20'"),
+    "timesteps and sigmas": ({"timesteps": [9], "sigmas": [1.0]}, ValueError, "not both"),
+    "no pictures": ({"num_images_per_prompt": 0}, ValueError, "num_images_per_prompt should be at least 1"),
+    "guidance not a number": ({"guidance_scale": float("nan")}, ValueError, "guidance_scale.*nan"),
+    "guidance of a wrong type": ({"guidance_scale": "7"}, TypeError, "guidance_scale should be a number"),
+    "negative guidance": ({"guidance_scale": -1.0}, ValueError, "guidance_scale"),
+    "rescale above one": ({"guidance_rescale": 1.5}, ValueError, "guidance_rescale.*1.5"),
+    "eta above one": ({"eta": 2.0}, ValueError, "eta.*2.0"),
+    "wrong latents": ({"latents": torch.zeros(1, 4, 9, 8)}, ValueError, r"latents should be \(1, 4, 8, 8\).*9, 8"),
+    "too few generators": (
+        {"num_images_per_prompt": 3, "generator": [torch.Generator(), torch.Generator()]},
+        ValueError,
+        "generator is a list of 2 for 3 pictures",
+    ),
+    "generator of a wrong type": ({"generator": 7}, TypeError, "generator.*7"),
+    "seed and generator": ({"seed": 1, "generator": torch.Generator()}, ValueError, "one of generator=, seed="),
+    "too few seeds": ({"seeds": [1, 2]}, ValueError, "list of 1 integers"),
+    "seed a float": ({"seed": 1.5}, TypeError, "seed should be an integer"),
+    "clip_skip too large": ({"clip_skip": 4}, ValueError, "clip_skip.*0 to 3.*4"),
+    "unknown output": ({"output_type": "jpeg"}, ValueError, "output_type.*jpeg"),
+    "unknown argument": ({"guidance": 3.0}, TypeError, "guidance"),
+    "not implemented": ({"ip_adapter_image": object()}, TypeError, "ip_adapter_image"),
+    "unknown callback tensor": ({"callback_on_step_end_tensor_inputs": ["noise"]}, ValueError, "noise"),
+    "callback without result": ({"callback_on_step_end": lambda *_: None}, TypeError, "should return a dict"),
+    "callback with another tensor": (
+        {"callback_on_step_end": lambda *_: {"sigma": EMBEDS}},
+        ValueError,
+        "sigma",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_arguments(pipe: StableDiffusionPipeline, name: str) -> None:
+    arguments, error, message = WRONG[name]
+    with pytest.raises(error, match=message):
+        pipe(**{"prompt": PROMPT, "num_inference_steps": 2, **arguments})
+
+
+def test_steps_says_at_once_what_is_wrong(pipe: StableDiffusionPipeline) -> None:
+    with pytest.raises(ValueError, match="divisible"):
+        pipe.steps(PROMPT, height=30)
+    with pytest.raises(TypeError, match="output_type"):
+        pipe.steps(PROMPT, output_type="pil")
+
+
+def test_run_attributes_answer_in_callbacks_only(pipe: StableDiffusionPipeline) -> None:
+    with pytest.raises(AttributeError, match="callback_on_step_end"):
+        _ = pipe.guidance_scale
+
+
+def test_unknown_schedulers_and_classes() -> None:
+    with pytest.raises(AttributeError, match="EulerMaruyamaScheduler"):
+        _ = minidiff.EulerMaruyamaScheduler
+
+
+def test_missing_and_foreign_folders(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointNotFoundError, match="nowhere"):
+        StableDiffusionPipeline.from_pretrained(tmp_path / "nowhere")
+    (tmp_path / "notes.txt").write_text("not a checkpoint")
+    with pytest.raises(CheckpointNotFoundError, match=r"model_index\.json"):
+        StableDiffusionPipeline.from_pretrained(tmp_path)
+
+
+def test_components_that_do_not_fit(pipe: StableDiffusionPipeline) -> None:
+    """Refused when the pipeline is built, naming both components and the families their widths belong to."""
+    wide = CLIPTextModel({**TEXT, "vocab_size": 540, "hidden_size": 32})
+    inpainting = UNet2DConditionModel(**{**UNET, "in_channels": 9})
+    small = CLIPTextModel({**TEXT, "vocab_size": 10})
+    parts = pipe.components
+    for change, message in (
+        ({"text_encoder": wide}, "text_encoder and unet.*32.*24"),
+        ({"unet": inpainting}, "vae and unet.*4.*9.*inpainting"),
+        ({"text_encoder": small}, "tokenizer and text_encoder.*10"),
+        ({"safety_checker": object()}, "safety_checker is not implemented"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            StableDiffusionPipeline(**{**parts, **change})
+
+
+def test_components_that_are_absent(pipe: StableDiffusionPipeline) -> None:
+    """Without a text encoder embeddings are asked for; without a VAE there are only latents."""
+    bare = StableDiffusionPipeline(**{**pipe.components, "text_encoder": None, "tokenizer": None, "vae": None})
+    bare.set_progress_bar_config(disable=True)
+    with pytest.raises(ValueError, match="pass prompt_embeds"):
+        bare(PROMPT, num_inference_steps=2)
+    embeds = {"prompt_embeds": EMBEDS, "negative_prompt_embeds": EMBEDS, "height": 64, "width": 64}
+    with pytest.raises(ValueError, match="output_type='latent'"):
+        bare(**embeds, num_inference_steps=1)
+    assert bare(**embeds, num_inference_steps=1, output_type="latent").images.shape == (1, 4, 8, 8)
+
+
+def test_a_picture_that_is_not_finite(pipe: StableDiffusionPipeline) -> None:
+    with pytest.raises(ValueError, match="NaN or infinity"):
+        pipe.decode(torch.full((1, 4, 8, 8), float("nan")))
+
+
+def test_a_unet_that_does_not_know_its_size(pipe: StableDiffusionPipeline) -> None:
+    unet = UNet2DConditionModel(**{**UNET, "sample_size": None})
+    other = StableDiffusionPipeline(**{**pipe.components, "unet": unet})
+    with pytest.raises(ValueError, match="height must be given"):
+        other(PROMPT, num_inference_steps=1)
