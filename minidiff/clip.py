@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from minidiff.checkpoints.model import Model
 from minidiff.checkpoints.names import canonical_clip_name, clip_rows
 from minidiff.checkpoints.remap import Row
-from minidiff.config import Config, complete
+from minidiff.config import Config, check_types, complete
 from minidiff.errors import ConfigError
 from minidiff.layers import Attention
 from minidiff.outputs import Output
@@ -114,7 +114,7 @@ class CLIPTextModel(Model):
     @classmethod
     def from_config(cls, fields: Mapping[str, Any], **overrides: Any) -> "CLIPTextModel":
         """Build a network with new weights from a configuration."""
-        return cls({**fields, **overrides})
+        return cls({**_text_half(fields), **overrides})
 
     def forward(
         self,
@@ -134,7 +134,7 @@ class CLIPTextModel(Model):
             return_dict: whether to return a record or a tuple.
 
         Raises:
-            ValueError: if the text is longer than the positions the network has.
+            ValueError: if the text is longer than the positions the network has, or the mask has another shape.
         """
         if input_ids.ndim != 2 or input_ids.shape[1] > self.spec.positions:
             raise ValueError(
@@ -146,6 +146,11 @@ class CLIPTextModel(Model):
             position_ids = torch.arange(L, device=input_ids.device)[None]
         mask = None
         if attention_mask is not None:
+            if attention_mask.shape != input_ids.shape:
+                raise ValueError(
+                    f"attention_mask should have the shape of input_ids, {tuple(input_ids.shape)}, found "
+                    f"{tuple(attention_mask.shape)}"
+                )
             causal = torch.ones(L, L, dtype=torch.bool, device=input_ids.device).tril()
             mask = causal & attention_mask.bool()[:, None, None, :]  # (B, 1, L, L)
 
@@ -178,22 +183,52 @@ class CLIPTextModel(Model):
         """Return the modern Hub spelling of a tensor name; None if it is dropped on purpose."""
         return canonical_clip_name(name)
 
+    def config_to_save(self) -> dict[str, Any]:
+        """Return the fields of ``config.json`` in the manner of transformers, which takes its dtype from there."""
+        stale = ("dtype", "transformers_version")
+        fields = {name: value for name, value in self.config.items() if name not in stale and not name.startswith("_")}
+        dtype = str(self.dtype).removeprefix("torch.")
+        return {**fields, "architectures": ["CLIPTextModel"], "model_type": "clip_text_model", "torch_dtype": dtype}
 
-# Fields that transformers writes into every config.json and that do not describe this network: initialisation,
-# provenance, ids that only generation uses. `torch_dtype` is provenance too: a load is float32 unless asked otherwise.
-_ANNOTATIONS = (
-    "architectures model_type torch_dtype dtype transformers_version initializer_factor initializer_range "
-    "projection_dim pad_token_id bos_token_id"
-).split()
+
+# Fields that transformers writes into config.json and that do not describe this network: provenance, initialisation,
+# and the settings of text generation that transformers 4 wrote for every model, this one included.
+# `torch_dtype` is provenance too: a load is float32 unless asked otherwise.
+_ANNOTATIONS = frozenset(
+    """
+    architectures model_type torch_dtype dtype transformers_version initializer_factor initializer_range
+    finetuning_task id2label label2id problem_type task_specific_params tokenizer_class prefix sep_token_id
+    is_encoder_decoder cross_attention_hidden_size decoder_start_token_id tie_encoder_decoder tie_word_embeddings
+    bad_words_ids begin_suppress_tokens diversity_penalty do_sample early_stopping encoder_no_repeat_ngram_size
+    exponential_decay_length_penalty forced_bos_token_id forced_eos_token_id length_penalty max_length min_length
+    no_repeat_ngram_size num_beam_groups num_beams num_return_sequences output_scores remove_invalid_values
+    repetition_penalty return_dict_in_generate suppress_tokens temperature top_k top_p typical_p use_cache
+    """.split()
+)
+
+# Settings that transformers 4 wrote for every model, with the values that ask for nothing.
+_UNUSED = {
+    "dropout": 0.0,
+    "add_cross_attention": False,
+    "is_decoder": False,
+    "chunk_size_feed_forward": 0,
+    "pruned_heads": {},
+    "output_attentions": False,
+    "output_hidden_states": False,
+    "return_dict": True,
+    "torchscript": False,
+    "use_bfloat16": False,
+}
+
+
+def _text_half(fields: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the fields of the text encoder; the file of a whole CLIP keeps them under ``text_config``."""
+    return fields.get("text_config", fields)
 
 
 def clip_config(fields: Mapping[str, Any]) -> Config:
-    """Complete the fields of a text encoder's Hub configuration; refuse what is not implemented.
-
-    The file of a whole CLIP (text and picture half) keeps them under ``text_config``.
-    """
-    if "text_config" in fields:
-        fields = fields["text_config"]
+    """Complete the fields of a text encoder's Hub configuration; refuse what is not implemented."""
+    fields = _text_half(fields)
     defaults = {
         "vocab_size": 49408,
         "hidden_size": 512,
@@ -204,14 +239,13 @@ def clip_config(fields: Mapping[str, Any]) -> Config:
         "hidden_act": "quick_gelu",
         "layer_norm_eps": 1e-5,
         "eos_token_id": 49407,
-        "bos_token_id": 49406,
-        "pad_token_id": 1,
-        "projection_dim": 512,
     }
-    annotations = {name: fields[name] for name in _ANNOTATIONS if name in fields}
-    described = {name: value for name, value in fields.items() if name not in annotations}
-    only = {"attention_dropout": (0.0,), "dropout": (0.0,)}
+    notes = {"bos_token_id": 49406, "pad_token_id": 1, "projection_dim": 512}  # read by others, not by this network
+    notes |= {name: fields[name] for name in (*notes, *_ANNOTATIONS) if name in fields}
+    described = {name: value for name, value in fields.items() if name not in notes}
+    only = {"attention_dropout": (0.0,), **{name: (value,) for name, value in _UNUSED.items() if name in fields}}
     config = complete("CLIPTextModel", described, defaults, only)
+    check_types("CLIPTextModel", config, defaults)
     if config.hidden_act not in _ACTIVATIONS:
         raise ConfigError(
             f"CLIPTextModel: hidden_act should be one of {', '.join(_ACTIVATIONS)}, found {config.hidden_act!r}"
@@ -221,7 +255,7 @@ def clip_config(fields: Mapping[str, Any]) -> Config:
             f"CLIPTextModel: hidden_size {config.hidden_size} should be divisible by num_attention_heads "
             f"{config.num_attention_heads}"
         )
-    return Config({**config, **annotations})
+    return Config({**config, **notes})
 
 
 def clip_spec(config: Config) -> CLIPSpec:

@@ -90,9 +90,48 @@ def complete(
     return Config({name: list(value) if isinstance(value, tuple) else value for name, value in fields.items()})
 
 
-def per_level(network: str, name: str, value: Any, levels: int) -> list[Any]:
-    """Spread a field that may be one value or a list over the levels. Raises ``ConfigError`` on a wrong length."""
+def check_types(
+    network: str, config: Mapping[str, Any], defaults: Mapping[str, Any], lists: tuple[str, ...] = ()
+) -> None:
+    """Raise ``ConfigError`` naming every field whose value is not of the type of its default.
+
+    Args:
+        network: class name for the messages.
+        config: the completed fields.
+        defaults: the fields to check; a default of None allows anything.
+        lists: names of fields that may hold one value per level instead of one value.
+    """
+    problems = [
+        f"{name} = {json.dumps(config[name], default=str)} (expected {_TYPE_NAMES[type(default)]})"
+        for name, default in defaults.items()
+        if not (
+            default is None or _is_like(config[name], default) or (name in lists and isinstance(config[name], list))
+        )
+    ]
+    if problems:
+        raise ConfigError(f"{network} has fields of a wrong type: " + "; ".join(problems))
+
+
+_TYPE_NAMES = {bool: "true or false", int: "an integer", float: "a number", str: "a string", list: "a list"}
+
+
+def _is_like(value: Any, default: Any) -> bool:
+    if isinstance(default, float):
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if isinstance(default, list):
+        return isinstance(value, list) and bool(value) and all(type(item) is type(default[0]) for item in value)
+    return type(value) is type(default)  # True is an int to isinstance
+
+
+def per_level(network: str, name: str, value: Any, levels: int, least: int = 1) -> list[int]:
+    """Spread a field that may be one integer or a list of them over the levels.
+
+    Raises:
+        ConfigError: on a wrong length, or an entry that is not an integer of at least ``least``.
+    """
     values = list(value) if isinstance(value, (list, tuple)) else [value] * levels
     if len(values) != levels:
         raise ConfigError(f"{network}: {name} has {len(values)} entries, but block_out_channels has {levels}: {values}")
+    if any(type(item) is not int or item < least for item in values):
+        raise ConfigError(f"{network}: {name} should hold integers of at least {least}, found {value}")
     return values

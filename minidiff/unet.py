@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from minidiff.checkpoints.model import Model
 from minidiff.checkpoints.names import canonical_unet_name, unet_rows
 from minidiff.checkpoints.remap import Row
-from minidiff.config import Config, complete, per_level
+from minidiff.config import Config, check_types, complete, per_level
 from minidiff.errors import ConfigError
 from minidiff.layers import Downsample, ResBlock, SpatialTransformer, TimeMLP, Upsample, timestep_embedding
 from minidiff.outputs import Output
@@ -304,11 +304,14 @@ def unet_config(fields: Mapping[str, Any]) -> Config:
         "projection_class_embeddings_input_dim": (None,),
         "attention_type": ("default",),
         "class_embeddings_concat": (False,),
-        "mid_block_only_cross_attention": (None,),
+        "mid_block_only_cross_attention": (None, False),
         "cross_attention_norm": (None,),
         "addition_embed_type_num_heads": (64,),  # of an addition_embed_type that is refused above
     }
-    return complete("UNet2DConditionModel", fields, defaults, only)
+    config = complete("UNet2DConditionModel", fields, defaults, only)
+    lists = ("layers_per_block", "cross_attention_dim", "transformer_layers_per_block", "attention_head_dim")
+    check_types("UNet2DConditionModel", config, defaults, lists)
+    return config
 
 
 def unet_spec(config: Config) -> UNetSpec:
@@ -326,19 +329,20 @@ def unet_spec(config: Config) -> UNetSpec:
     # was misnamed in 2022, and thousands of checkpoints carry it. SD 1.x: 8 everywhere; SD 2.x: [5, 10, 20, 20].
     heads = per_level(name, "attention_head_dim", config.attention_head_dim, count)
     layers = per_level(name, "layers_per_block", config.layers_per_block, count)
-    depths = per_level(name, "transformer_layers_per_block", config.transformer_layers_per_block, count)
+    depths = per_level(name, "transformer_layers_per_block", config.transformer_layers_per_block, count, least=0)
     widths = per_level(name, "cross_attention_dim", config.cross_attention_dim, count)
     levels = tuple(
         Level(C, layers[i], depths[i] * down[i], depths[i] * up[i], heads[i], widths[i]) for i, C in enumerate(channels)
     )
     if config.downsample_padding not in (0, 1):
         raise ConfigError(f"{name}: downsample_padding should be 0 or 1, found {config.downsample_padding}")
-    for C, N in zip(channels, heads, strict=True):
-        if C % config.norm_num_groups or C % N:
-            raise ConfigError(
-                f"{name}: {C} channels should be divisible by norm_num_groups {config.norm_num_groups} and by the "
-                f"number of heads {N} (attention_head_dim)"
-            )
+    if config.norm_num_groups < 1 or any(C % config.norm_num_groups for C in channels):
+        raise ConfigError(
+            f"{name}: block_out_channels {channels} should be divisible by norm_num_groups {config.norm_num_groups}"
+        )
+    for i, lv in enumerate(levels):
+        if down[i] or up[i] or i == count - 1:  # the middle is like the coarsest level and always attends
+            _check_attention(name, lv, depths[i], widths[-1])
     return UNetSpec(
         in_channels=config.in_channels,
         out_channels=config.out_channels,
@@ -351,6 +355,22 @@ def unet_spec(config: Config) -> UNetSpec:
         linear_projection=config.use_linear_projection,
         downsample_padding=config.downsample_padding,
     )
+
+
+def _check_attention(name: str, level: Level, depth: int, D_ctx: int) -> None:
+    """Raise if a level that attends has no transformer blocks, heads of unequal width or a text width of its own."""
+    if level.channels % level.heads:
+        raise ConfigError(
+            f"{name}: {level.channels} channels should be divisible by the number of heads {level.heads} "
+            "(attention_head_dim)"
+        )
+    if depth < 1:
+        raise ConfigError(f"{name}: transformer_layers_per_block is 0 where a block has cross-attention")
+    if level.D_ctx != D_ctx:
+        raise ConfigError(
+            f"{name}: cross_attention_dim should be the same at all levels that attend to the one text, found "
+            f"{level.D_ctx} and {D_ctx}"
+        )
 
 
 def _has_attention(field: str, types: list[str], known: Mapping[str, bool], count: int) -> list[bool]:

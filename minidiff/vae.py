@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from minidiff.checkpoints.model import Model
 from minidiff.checkpoints.names import canonical_vae_name, vae_rows
 from minidiff.checkpoints.remap import Row
-from minidiff.config import Config, complete
+from minidiff.config import Config, check_types, complete
 from minidiff.errors import ConfigError
 from minidiff.layers import Downsample, PixelAttention, ResBlock, Upsample
 from minidiff.outputs import Output
@@ -194,7 +194,15 @@ class AutoencoderKL(Model):
         return cls(**{**fields, **overrides})
 
     def encode(self, x: Tensor, return_dict: bool = True) -> AutoencoderKLOutput | tuple[DiagonalGaussian]:
-        """Encode pictures (B, 3, H, W) in [-1, 1] to a Gaussian over latents (B, Z, H / f, W / f)."""
+        """Encode pictures (B, 3, H, W) in [-1, 1] to a Gaussian over latents (B, Z, H / f, W / f).
+
+        Raises:
+            ValueError: if the number of channels is not the network's, or the picture is smaller than f.
+        """
+        f = 2 ** (len(self.config.block_out_channels) - 1)
+        if x.ndim != 4 or x.shape[1] != self.config.in_channels or min(x.shape[2:]) < f:
+            expected = f"(B, {self.config.in_channels}, H, W) with H and W at least {f}"
+            raise ValueError(f"pictures to encode should be {expected}, found {tuple(x.shape)}")
         posterior = DiagonalGaussian(self.quant_conv(self.encoder(x)))
         return AutoencoderKLOutput(posterior) if return_dict else (posterior,)
 
@@ -202,7 +210,12 @@ class AutoencoderKL(Model):
         """Decode latents (B, Z, H / f, W / f), already divided by ``config.scaling_factor``, to pictures.
 
         ``generator`` is part of the reference's signature; decoding draws nothing, there and here.
+
+        Raises:
+            ValueError: if the number of channels is not the network's.
         """
+        if z.ndim != 4 or z.shape[1] != self.config.latent_channels:
+            raise ValueError(f"latents should be (B, {self.config.latent_channels}, H, W), found {tuple(z.shape)}")
         x = self.decoder(self.post_quant_conv(z))
         return DecoderOutput(x) if return_dict else (x,)
 
@@ -247,6 +260,7 @@ def vae_config(fields: Mapping[str, Any]) -> Config:
     }
     only = {"act_fn": ("silu",), "shift_factor": (None,), "latents_mean": (None,), "latents_std": (None,)}
     config = complete("AutoencoderKL", fields, defaults, only)
+    check_types("AutoencoderKL", config, defaults, lists=("sample_size",))
     levels = len(config.block_out_channels)
     for name, block in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):
         if list(config[name]) != [block] * levels:
@@ -254,12 +268,11 @@ def vae_config(fields: Mapping[str, Any]) -> Config:
                 f"AutoencoderKL: {name} should be {levels} x {block!r}, one per entry of block_out_channels "
                 f"{config.block_out_channels}; found {config[name]}"
             )
-    for C in config.block_out_channels:
-        if C % config.norm_num_groups:
-            raise ConfigError(
-                f"AutoencoderKL: block_out_channels {config.block_out_channels} must be divisible by "
-                f"norm_num_groups {config.norm_num_groups}"
-            )
+    if config.norm_num_groups < 1 or any(C % config.norm_num_groups for C in config.block_out_channels):
+        raise ConfigError(
+            f"AutoencoderKL: block_out_channels {config.block_out_channels} should be divisible by norm_num_groups "
+            f"{config.norm_num_groups}"
+        )
     return config
 
 

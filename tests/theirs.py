@@ -9,6 +9,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from minidiff.checkpoints.remap import translate
+
 Module = TypeVar("Module", bound=nn.Module)
 
 
@@ -52,3 +54,11 @@ def randomize(module: Module, seed: int = 0, scale: float = 1.0) -> Module:
             value = 0.2 * draw + (1.0 if name.endswith("weight") else 0.0)
         parameter.copy_(value)
     return module.eval()
+
+
+@torch.no_grad()
+def carry_over(theirs: nn.Module, ours: Module) -> Module:
+    """Give ``ours`` the weights and dtype of ``theirs``, by the Hub column of the name table; return it in eval."""
+    tensors = {ours.canonical_hub_name(name): tensor for name, tensor in theirs.state_dict().items()}
+    ours.load_state_dict(translate(tensors, ours.rows(), "hub", "ours"), strict=True, assign=True)
+    return ours.eval()

@@ -274,6 +274,22 @@ CLIP_DROPPED = {
     r"text_projection\.weight": "CLIPTextModel returns the state before the projection",
 }
 
+# Tensors of an original single file that no column of the table names, by the pattern of their name.
+LDM_DROPPED = {
+    r"model_ema\..*": "a moving average of the UNet's weights; the weights under model.diffusion_model are the model",
+    r"betas|(sqrt_)?(one_minus_)?alphas_cumprod(_prev)?|log_one_minus_alphas_cumprod|sqrt_recipm?1?_alphas_cumprod"
+    r"|posterior_(variance|log_variance_clipped|mean_coef[12])|lvlb_weights|logvar|scale_factor": (
+        "the noise schedule, which the scheduler computes from its configuration"
+    ),
+    r"(first_stage_model\.)?loss\..*": "the discriminator and perceptual loss the autoencoder was trained with",
+    r"cond_stage_model\.transformer\.text_model\.embeddings\.position_ids": "a constant 0..76, saved as a buffer",
+    r"cond_stage_model\.model\.transformer\.resblocks\.23\..*": (
+        "SD 2.x conditions on the state before OpenCLIP's last layer, so its Hub version has 23 of the 24 layers"
+    ),
+    r"cond_stage_model\.model\.text_projection": "maps to the space shared with pictures, which conditions nothing",
+    r"cond_stage_model\.model\.logit_scale": "temperature of the contrastive loss OpenCLIP was trained with",
+}
+
 
 def canonical_vae_name(name: str) -> str | None:
     """Return the modern Hub spelling of an autoencoder's tensor."""

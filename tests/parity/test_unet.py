@@ -1,0 +1,242 @@
+"""``UNet2DConditionModel`` against the reference's, in float64, for every branch of the configuration."""
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from theirs import carry_over, diffusers, randomize, relative_error
+from torch import Tensor, nn
+
+from minidiff.unet import UNet2DConditionModel
+
+CONFIGS = Path(__file__).parents[1] / "data" / "hub_configs"
+PUBLISHED = [
+    "CompVis--stable-diffusion-v1-4",
+    "runwayml--stable-diffusion-v1-5",
+    "runwayml--stable-diffusion-inpainting",
+    "stabilityai--stable-diffusion-2",
+    "stabilityai--stable-diffusion-2-1",
+    "stabilityai--stable-diffusion-2-1-base",
+    "stabilityai--stable-diffusion-2-inpainting",
+]
+BOUND = 1e-10  # measured: at most 4e-15 over all cases of this file
+
+CROSS_DOWN, PLAIN_DOWN = "CrossAttnDownBlock2D", "DownBlock2D"
+CROSS_UP, PLAIN_UP = "CrossAttnUpBlock2D", "UpBlock2D"
+
+
+def tiny(**fields: Any) -> dict[str, Any]:
+    """Return the fields of a two-level UNet, changed by ``fields``."""
+    return {
+        "block_out_channels": [8, 16],
+        "down_block_types": [CROSS_DOWN, PLAIN_DOWN],
+        "up_block_types": [PLAIN_UP, CROSS_UP],
+        "layers_per_block": 1,
+        "norm_num_groups": 4,
+        "attention_head_dim": 2,
+        "cross_attention_dim": 6,
+        **fields,
+    }
+
+
+def three(down: str, up: str, **fields: Any) -> dict[str, Any]:
+    """Return the fields of a three-level UNet with cross-attention where the letter is x, finest level first."""
+    return tiny(
+        block_out_channels=[8, 8, 16],
+        down_block_types=[CROSS_DOWN if letter == "x" else PLAIN_DOWN for letter in down],
+        up_block_types=[CROSS_UP if letter == "x" else PLAIN_UP for letter in reversed(up)],
+        **fields,
+    )
+
+
+def make_pair(fields: dict[str, Any], seed: int = 0) -> tuple[UNet2DConditionModel, nn.Module]:
+    """Build ours and theirs with the same large random float64 weights."""
+    theirs = randomize(diffusers.UNet2DConditionModel.from_config(fields).double(), seed)
+    with torch.device("meta"):
+        ours = UNet2DConditionModel.from_config(fields)
+    return carry_over(theirs, ours), theirs
+
+
+def inputs(model: UNet2DConditionModel, B: int = 2, H: int = 8, W: int = 8, L: int = 5) -> tuple[Tensor, Tensor]:
+    """Return a noisy latent and a text of the sizes that the model takes."""
+    rng = torch.Generator().manual_seed(1)
+    x = torch.randn(B, model.config.in_channels, H, W, generator=rng, dtype=torch.float64)
+    return x, torch.randn(B, L, model.spec.levels[-1].D_ctx, generator=rng, dtype=torch.float64)
+
+
+@torch.no_grad()
+def error(ours: UNet2DConditionModel, theirs: nn.Module, x: Tensor, t: Any, ctx: Tensor) -> float:
+    return relative_error(ours(x, t, ctx).sample, theirs(x, t, encoder_hidden_states=ctx).sample)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_topology_at_an_eighth_of_the_width(name: str) -> None:
+    fields = json.loads((CONFIGS / name / "unet" / "config.json").read_text())
+    fields |= {"block_out_channels": [40, 80, 160, 160], "norm_num_groups": 4, "cross_attention_dim": 24}
+    ours, theirs = make_pair(fields)
+    x, ctx = inputs(ours)
+    assert error(ours, theirs, x, 981, ctx) <= BOUND
+
+
+BRANCHES = {
+    "convolutional projection": tiny(use_linear_projection=False),
+    "linear projection": tiny(use_linear_projection=True),
+    "heads one for all": tiny(attention_head_dim=4),
+    "heads per level": tiny(attention_head_dim=[2, 8]),
+    "heads that divide only the levels that attend": three("-xx", "-xx", attention_head_dim=[3, 2, 4]),
+    "two residual blocks": tiny(layers_per_block=2),
+    "residual blocks per level": three("xx-", "xx-", layers_per_block=[1, 3, 2]),
+    "two transformer blocks": tiny(transformer_layers_per_block=2),
+    "transformer blocks per level": three("xxx", "xxx", transformer_layers_per_block=[1, 2, 3]),
+    "no transformer blocks where nothing attends": three("-xx", "-xx", transformer_layers_per_block=[0, 1, 2]),
+    "text width per level": tiny(cross_attention_dim=[6, 6]),
+    "text width of a level that does not attend": three("-xx", "-xx", cross_attention_dim=[5, 6, 6]),
+    "downsample padding 0": tiny(downsample_padding=0),
+    "downsample padding 1": tiny(downsample_padding=1),
+    "sines first": tiny(flip_sin_to_cos=False),
+    "frequency shift": tiny(freq_shift=1, flip_sin_to_cos=False),
+    "odd width of the time embedding": tiny(block_out_channels=[9, 18], norm_num_groups=3, attention_head_dim=3),
+    "centred input": tiny(center_input_sample=True),
+    "another epsilon": tiny(norm_eps=0.1),
+    "one group": tiny(norm_num_groups=1),
+    "eight groups": tiny(norm_num_groups=8),
+    "attention in float32 in the reference": tiny(upcast_attention=True),
+    "nine channels in": tiny(in_channels=9),
+    "eight channels out": tiny(out_channels=8),
+    "one level": tiny(block_out_channels=[8], down_block_types=[CROSS_DOWN], up_block_types=[CROSS_UP]),
+    "one level without attention": tiny(
+        block_out_channels=[8], down_block_types=[PLAIN_DOWN], up_block_types=[PLAIN_UP]
+    ),
+    "attention only in the middle": three("---", "---"),
+    "attention everywhere": three("xxx", "xxx"),
+    "attention on the way down only": three("xx-", "---"),
+    "attention on the way up only": three("---", "-xx"),
+    "attention at other levels down and up": three("x--", "-x-"),
+    "widths that fall": three("xxx", "xxx") | {"block_out_channels": [16, 8, 8]},
+    "sample size": tiny(sample_size=[8, 6]),
+}
+
+
+@pytest.mark.parametrize("branch", BRANCHES)
+def test_branch_of_the_configuration(branch: str) -> None:
+    ours, theirs = make_pair(BRANCHES[branch])
+    x, ctx = inputs(ours)
+    assert error(ours, theirs, x, 501, ctx) <= BOUND
+
+
+# An option that leaves the tensors as they are must change the result, or its parity case would show nothing.
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"attention_head_dim": 4},
+        {"downsample_padding": 0},
+        {"flip_sin_to_cos": False},
+        {"freq_shift": 1},
+        {"center_input_sample": True},
+        {"norm_eps": 0.1},
+        {"norm_num_groups": 1},
+    ],
+    ids=str,
+)
+def test_option_changes_the_result(option: dict[str, Any]) -> None:
+    ours, theirs = make_pair(tiny())
+    other = carry_over(theirs, UNet2DConditionModel(**tiny(**option)))
+    x, ctx = inputs(ours)
+    with torch.no_grad():
+        assert relative_error(other(x, 501, ctx).sample, ours(x, 501, ctx).sample) > 1e-4
+
+
+@pytest.fixture(scope="module")
+def three_levels() -> tuple[UNet2DConditionModel, nn.Module]:
+    return make_pair(three("xx-", "xx-"))
+
+
+TIMES = {
+    "integer": 981,
+    "zero": 0,
+    "fraction": 17.25,
+    "0-d integer": torch.tensor(481),
+    "0-d float64": torch.tensor(123.456, dtype=torch.float64),
+    "one element": torch.tensor([7]),
+    "one per sample": torch.tensor([1, 500, 999]),
+    "one fraction per sample": torch.tensor([0.5, 500.25, 998.75]),
+}
+
+
+@pytest.mark.parametrize("kind", TIMES)
+def test_timestep(kind: str, three_levels: tuple[UNet2DConditionModel, nn.Module]) -> None:
+    x, ctx = inputs(three_levels[0], B=3)
+    assert error(*three_levels, x, TIMES[kind], ctx) <= BOUND
+
+
+@pytest.mark.parametrize("padding", [0, 1])
+@pytest.mark.parametrize(("H", "W"), [(9, 13), (5, 7), (6, 10), (4, 4), (3, 16)])
+def test_size_that_does_not_halve_evenly(H: int, W: int, padding: int) -> None:
+    ours, theirs = make_pair(tiny(downsample_padding=padding) | {"block_out_channels": [8, 16]})
+    x, ctx = inputs(ours, H=H, W=W)
+    assert error(ours, theirs, x, 20, ctx) <= BOUND
+
+
+@pytest.mark.parametrize(("B", "H", "W", "L"), [(1, 9, 13, 77), (3, 5, 7, 1), (2, 1, 1, 5), (1, 1, 6, 3), (1, 2, 3, 2)])
+def test_sizes_of_a_three_level_network(
+    B: int, H: int, W: int, L: int, three_levels: tuple[UNet2DConditionModel, nn.Module]
+) -> None:
+    x, ctx = inputs(three_levels[0], B, H, W, L)
+    assert error(*three_levels, x, 20, ctx) <= BOUND
+
+
+def test_output_record(three_levels: tuple[UNet2DConditionModel, nn.Module]) -> None:
+    ours, theirs = three_levels
+    x, ctx = inputs(ours)
+    for model in (ours, theirs):  # the forms that code written for the reference uses
+        with torch.no_grad():
+            record = model(x, 20, encoder_hidden_states=ctx)
+            (sample,) = model(x, 20, ctx, return_dict=False)
+        assert torch.equal(record.sample, sample)
+        assert torch.equal(record[0], sample) and torch.equal(record["sample"], sample)
+        assert type(record).__name__ == "UNet2DConditionOutput"
+
+
+@pytest.mark.parametrize("fields", [tiny(), tiny(use_linear_projection=True)], ids=["conv", "linear"])
+@torch.no_grad()
+def test_no_tensor_is_ignored_or_swapped(fields: dict[str, Any]) -> None:
+    """Disturb each tensor of the reference, and its counterpart here: both outputs move, and by the same amount."""
+    ours, theirs = make_pair(fields)
+    ours = copy.deepcopy(ours)  # weights of its own
+    x, ctx = inputs(ours, B=1, H=4, W=6, L=3)
+    t = 333
+    still = ours(x, t, ctx).sample
+    rng = torch.Generator().manual_seed(2)
+    mine, reference = ours.state_dict(), theirs.state_dict()
+    for row in ours.rows():
+        (our_name,), (hub_name,) = row.ours, row.hub
+        delta = 0.1 * torch.randn(reference[hub_name].shape, generator=rng, dtype=torch.float64)
+        (our_delta,) = row.hub_op.to_ours((delta,))
+        mine[our_name] += our_delta
+        reference[hub_name] += delta
+        moved = ours(x, t, ctx).sample
+        assert relative_error(moved, still) > 1e-4, our_name  # the smallest: 4e-3
+        assert relative_error(moved, theirs(x, t, ctx).sample) <= BOUND, (our_name, hub_name)
+        mine[our_name] -= our_delta
+        reference[hub_name] -= delta
+
+
+@pytest.mark.parametrize(
+    ("dtype", "bound"),
+    [(torch.float16, 4e-3), (torch.bfloat16, 3e-2)],  # measured: 3.4e-3 and 2.4e-2, to the reference and to float64
+    ids=str,
+)
+@torch.no_grad()
+def test_half_precision(dtype: torch.dtype, bound: float) -> None:
+    ours, theirs = make_pair(three("xx-", "xx-", upcast_attention=True))
+    x, ctx = inputs(ours)
+    exact = ours(x, 20, ctx).sample
+    ours, theirs = ours.to(dtype), theirs.to(dtype)
+    x, ctx = x.to(dtype), ctx.to(dtype)
+    out = ours(x, 20, ctx).sample
+    assert out.dtype == dtype
+    assert relative_error(out, theirs(x, 20, ctx).sample) <= bound
+    assert relative_error(out, exact) <= bound
