@@ -1,0 +1,61 @@
+"""The documentation speaks of the code as it is: links, names and excerpts are looked up."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+TEXTS = [(page.relative_to(ROOT), page.read_text(encoding="utf-8")) for page in PAGES]
+
+
+def found(pattern: str) -> list[tuple[str, ...]]:
+    """Return (page, groups...) for every match on every page."""
+    return [
+        (str(page), *(part or "" for part in match.groups()))
+        for page, text in TEXTS
+        for match in re.finditer(pattern, text, re.M | re.S)
+    ]
+
+
+LINKS = found(r"\]\((?!https?://|#)([^)#\s]+)[^)]*\)")
+NAMES = found(r"`((?:minidiff|tests|weights|benchmarks|docs)/[\w./-]*|\.ci/run)(?:::([\w.]+))?`")
+EXCERPTS = found(r"^```python\n# ((?:minidiff|tests)/[\w/]+\.py)\n(.*?)^```")
+
+
+def test_there_is_something_to_check():
+    assert len(LINKS) > 2 and len(NAMES) > 70 and len(EXCERPTS) > 4
+
+
+@pytest.mark.parametrize("page, target", LINKS)
+def test_links_lead_somewhere(page, target):
+    assert ((ROOT / page).parent / target).exists()
+
+
+def definitions(tree: ast.Module) -> set[str]:
+    """Return the names a module defines: functions, classes, their methods, and constants."""
+    names = set()
+    for node in tree.body:
+        if isinstance(node, ast.Assign):
+            names |= {target.id for target in node.targets if isinstance(target, ast.Name)}
+        elif isinstance(node, ast.FunctionDef | ast.ClassDef):
+            names.add(node.name)
+            if isinstance(node, ast.ClassDef):
+                names |= {f"{node.name}.{inner.name}" for inner in node.body if isinstance(inner, ast.FunctionDef)}
+    return names
+
+
+@pytest.mark.parametrize("page, path, name", NAMES)
+def test_named_code_exists(page, path, name):
+    assert (ROOT / path).exists()
+    if name:
+        assert name in definitions(ast.parse((ROOT / path).read_text(encoding="utf-8")))
+
+
+@pytest.mark.parametrize("page, path, code", EXCERPTS)
+def test_excerpts_are_in_the_tree(page, path, code):
+    source = [line.strip() for line in (ROOT / path).read_text(encoding="utf-8").splitlines()]
+    lines = [line.strip() for line in code.splitlines()]
+    assert any(source[i : i + len(lines)] == lines for i in range(len(source)))
