@@ -109,8 +109,6 @@ def _read_fields(config: Path | None, special_map: Path | None, added: list[dict
     roles = {role: _special_token(role, fields[role], special_map or config) for role in ROLES if role in fields}
     special = {str(token) for token in roles.values()}
     decoder = {token["id"]: _added_token(token, special) for token in added}
-    described = {token.content: token for token in decoder.values()}
-    roles = {role: described.get(str(token), token) for role, token in roles.items()}
     return {**roles, "model_max_length": fields.get("model_max_length", NO_LIMIT), "added_tokens_decoder": decoder}
 
 

@@ -4,6 +4,7 @@ import copy
 import json
 import logging
 import pickle
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -265,6 +266,21 @@ def test_one_tokenizer_serves_many_threads(tokenizer: CLIPTokenizer) -> None:
     assert len(tokenizer) == 560  # no addition was lost
     ids = [tokenizer.convert_tokens_to_ids(f"<new-{n}>") for n in range(0, 1000, 50)]
     assert sorted(ids) == list(range(540, 560))
+
+
+def test_adding_swaps_the_vocabulary(tokenizer: CLIPTokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody sees a vocabulary change under a running call, and additions at the same time all count."""
+    before, deepcopy = tokenizer._backend, copy.deepcopy
+
+    def slow_copy(value: Any) -> Any:
+        made = deepcopy(value)
+        time.sleep(0.02)
+        return made
+
+    monkeypatch.setattr(copy, "deepcopy", slow_copy)
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(tokenizer.add_tokens, ["<a>", "<b>", "<c>", "<d>"]))
+    assert (len(tokenizer), before.get_vocab_size()) == (544, 540)
 
 
 def test_trainer() -> None:
