@@ -1,4 +1,4 @@
-"""``CLIPTextModel`` against the reference's, in float64: activations, pooling rules, masks, positions, hidden states."""
+"""``CLIPTextModel`` against the reference in float64: activations, pooling, masks, positions, hidden states."""
 
 import copy
 import json

@@ -113,7 +113,7 @@ def test_size(B: int, H: int, W: int, h: int, w: int, three_levels: tuple[Autoen
 @pytest.mark.parametrize("posterior", [False, True], ids=["mode", "sample"])
 @torch.no_grad()
 def test_forward(posterior: bool, three_levels: tuple[AutoencoderKL, nn.Module]) -> None:
-    ours, theirs = three_levels
+    ours = three_levels[0]
     x = picture(H=12, W=8)
     a, b = (model(x, sample_posterior=posterior, generator=torch.Generator().manual_seed(3)) for model in three_levels)
     assert relative_error(a.sample, b.sample) <= BOUND
