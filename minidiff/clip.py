@@ -134,23 +134,15 @@ class CLIPTextModel(Model):
             return_dict: whether to return a record or a tuple.
 
         Raises:
-            ValueError: if the text is longer than the positions the network has, or the mask has another shape.
+            ValueError: if the text is longer than the positions the network has, the ids are not integers, or mask or
+                positions have another shape.
         """
-        if input_ids.ndim != 2 or input_ids.shape[1] > self.spec.positions:
-            raise ValueError(
-                f"input_ids should be (B, L) with L at most {self.spec.positions}, found {tuple(input_ids.shape)}; "
-                "tokenize with truncation=True"
-            )
+        self._check(input_ids, attention_mask, position_ids)
         L = input_ids.shape[1]
         if position_ids is None:
             position_ids = torch.arange(L, device=input_ids.device)[None]
         mask = None
         if attention_mask is not None:
-            if attention_mask.shape != input_ids.shape:
-                raise ValueError(
-                    f"attention_mask should have the shape of input_ids, {tuple(input_ids.shape)}, found "
-                    f"{tuple(attention_mask.shape)}"
-                )
             causal = torch.ones(L, L, dtype=torch.bool, device=input_ids.device).tril()
             mask = causal & attention_mask.bool()[:, None, None, :]  # (B, 1, L, L)
 
@@ -163,6 +155,23 @@ class CLIPTextModel(Model):
         pooled = x[torch.arange(len(x), device=x.device), self._end_of_text(input_ids)]
         out = CLIPTextOutput(x, pooled, tuple(states) if output_hidden_states else None)
         return out if return_dict else out.to_tuple()
+
+    def _check(self, input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None) -> None:
+        """Raise if ids, mask or positions do not fit the network or each other."""
+        if input_ids.ndim != 2 or input_ids.shape[1] > self.spec.positions:
+            raise ValueError(
+                f"input_ids should be (B, L) with L at most {self.spec.positions}, found {tuple(input_ids.shape)}; "
+                "tokenize with truncation=True"
+            )
+        if input_ids.is_floating_point():
+            raise ValueError(f"input_ids should be integers, found {input_ids.dtype}")
+        B, L = input_ids.shape
+        if attention_mask is not None and attention_mask.shape != (B, L):
+            raise ValueError(
+                f"attention_mask should have the shape of input_ids, {(B, L)}, found {tuple(attention_mask.shape)}"
+            )
+        if position_ids is not None and position_ids.shape not in ((B, L), (1, L)):
+            raise ValueError(f"position_ids should be {(B, L)} or {(1, L)}, found {tuple(position_ids.shape)}")
 
     def _end_of_text(self, input_ids: Tensor) -> Tensor:
         """Return the position of the end-of-text token in each text, (B,).
