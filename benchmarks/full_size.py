@@ -33,6 +33,15 @@ FAMILIES = {"sd15": "runwayml--stable-diffusion-v1-5", "sd21": "stabilityai--sta
 BOUND = 1e-5
 
 
+class Output(NamedTuple):
+    """One output of one network, computed by ours and by theirs from the same weights and inputs."""
+
+    name: str
+    parameters: int
+    ours: Callable[[], Tensor]
+    theirs: Callable[[], Tensor]
+
+
 class Result(NamedTuple):
     """One output of one network: how far ours is from theirs, and how long each took (once, without a warm-up)."""
 
@@ -48,49 +57,48 @@ class Result(NamedTuple):
 
 
 def timed(run: Callable[[], Tensor]) -> tuple[Tensor, float]:
+    """Return what ``run`` returns, and its seconds."""
     start = time.perf_counter()
     return run(), time.perf_counter() - start
 
 
-def share(theirs: nn.Module, ours: Model) -> Model:
-    """Give ours, built on the meta device, the reference's own tensors."""
-    tensors = {ours.canonical_hub_name(name): tensor for name, tensor in theirs.state_dict().items()}
+def share(cls: type[Model], fields: dict[str, Any], theirs: nn.Module) -> Model:
+    """Build ours around the reference's own tensors."""
+    with torch.device("meta"):
+        ours = cls.from_config(fields)
+    tensors = {ours.canonical_hub_name(name): tensor for name, tensor in theirs.eval().state_dict().items()}
     ours.load_state_dict(translate(tensors, ours.rows(), "hub", "ours"), strict=True, assign=True)
     return ours.eval()
 
 
-def build(cls: type[Model], theirs: nn.Module, fields: dict[str, Any]) -> Model:
-    with torch.device("meta"):
-        ours = cls.from_config(fields)
-    return share(theirs.eval(), ours)
-
-
-def unet_outputs(fields: dict[str, Any]) -> Iterator[tuple[str, Model, Callable[[], Tensor], Callable[[], Tensor]]]:
+def unet_outputs(fields: dict[str, Any]) -> Iterator[Output]:
+    """Yield the UNet's prediction for latents of a 512x512 picture."""
     theirs = diffusers.UNet2DConditionModel.from_config(fields)
-    ours = build(UNet2DConditionModel, theirs, fields)
+    ours = share(UNet2DConditionModel, fields, theirs)
     x, ctx = torch.randn(1, 4, 64, 64), torch.randn(1, 77, fields["cross_attention_dim"])
-    yield "sample", ours, lambda: ours(x, 501, ctx).sample, lambda: theirs(x, 501, ctx).sample
+    yield Output("sample", ours.num_parameters(), lambda: ours(x, 501, ctx)[0], lambda: theirs(x, 501, ctx)[0])
 
 
-def vae_outputs(fields: dict[str, Any]) -> Iterator[tuple[str, Model, Callable[[], Tensor], Callable[[], Tensor]]]:
+def vae_outputs(fields: dict[str, Any]) -> Iterator[Output]:
+    """Yield the encoder's moments and the decoder's picture at 256x256."""
     theirs = diffusers.AutoencoderKL.from_config(fields)
-    ours = build(AutoencoderKL, theirs, fields)
+    ours = share(AutoencoderKL, fields, theirs)
     x, z = torch.rand(1, 3, 256, 256) * 2 - 1, torch.randn(1, 4, 32, 32)
-    yield (
-        "moments",
-        ours,
-        lambda: ours.encode(x).latent_dist.parameters,
-        lambda: theirs.encode(x).latent_dist.parameters,
-    )
-    yield "picture", ours, lambda: ours.decode(z).sample, lambda: theirs.decode(z).sample
+
+    def encode(model: nn.Module) -> Tensor:
+        return model.encode(x).latent_dist.parameters
+
+    yield Output("moments", ours.num_parameters(), lambda: encode(ours), lambda: encode(theirs))
+    yield Output("picture", ours.num_parameters(), lambda: ours.decode(z).sample, lambda: theirs.decode(z).sample)
 
 
-def clip_outputs(fields: dict[str, Any]) -> Iterator[tuple[str, Model, Callable[[], Tensor], Callable[[], Tensor]]]:
+def clip_outputs(fields: dict[str, Any]) -> Iterator[Output]:
+    """Yield the two outputs of the text encoder for two texts of 77 tokens."""
     theirs = transformers.CLIPTextModel(transformers.CLIPTextConfig(**fields))
-    ours = build(CLIPTextModel, theirs, fields)
+    ours = share(CLIPTextModel, fields, theirs)
     ids = torch.randint(0, fields["vocab_size"], (2, 77))
-    yield "last_hidden_state", ours, lambda: ours(ids).last_hidden_state, lambda: theirs(ids).last_hidden_state
-    yield "pooler_output", ours, lambda: ours(ids).pooler_output, lambda: theirs(ids).pooler_output
+    for k, name in enumerate(("last_hidden_state", "pooler_output")):
+        yield Output(name, ours.num_parameters(), lambda k=k: ours(ids)[k], lambda k=k: theirs(ids)[k])
 
 
 NETWORKS = {"unet": unet_outputs, "vae": vae_outputs, "text_encoder": clip_outputs}
@@ -102,24 +110,32 @@ def measure(family: str) -> Iterator[Result]:
     for network, outputs in NETWORKS.items():
         torch.manual_seed(0)
         fields = json.loads((CONFIGS / FAMILIES[family] / network / "config.json").read_text())
-        for output, model, run_ours, run_theirs in outputs(fields):
-            ours, seconds_ours = timed(run_ours)
-            theirs, seconds_theirs = timed(run_theirs)
+        for output in outputs(fields):
+            ours, seconds_ours = timed(output.ours)
+            theirs, seconds_theirs = timed(output.theirs)
             difference = ours.double() - theirs.double()
             yield Result(
-                family,
-                network,
-                output,
-                "x".join(map(str, ours.shape)),
-                model.num_parameters(),
-                (difference.norm() / theirs.double().norm()).item(),
-                difference.abs().max().item(),
-                seconds_ours,
-                seconds_theirs,
+                family=family,
+                network=network,
+                output=output.name,
+                shape="x".join(map(str, ours.shape)),
+                parameters=output.parameters,
+                relative_error=(difference.norm() / theirs.double().norm()).item(),
+                largest_difference=difference.abs().max().item(),
+                seconds_ours=seconds_ours,
+                seconds_theirs=seconds_theirs,
             )
 
 
+def row(r: Result) -> str:
+    """Return a result as a row of the Markdown table."""
+    name = f"| {r.family} | {r.network} | {r.output} | {r.shape} | {r.parameters / 1e6:.1f} M "
+    numbers = f"| {r.relative_error:.1e} | {r.largest_difference:.1e} "
+    return f"{name}{numbers}| {r.seconds_ours:.2f} | {r.seconds_theirs:.2f} |"
+
+
 def main() -> int:
+    """Measure, print and write; return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("family", nargs="*", help=f"of {', '.join(FAMILIES)}; default: all")
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "full_size.json", help="where to write JSON")
@@ -127,19 +143,13 @@ def main() -> int:
     if unknown := set(arguments.family) - set(FAMILIES):
         parser.error(f"unknown family {', '.join(sorted(unknown))}; there are {', '.join(FAMILIES)}")
 
-    print(
-        "| family | network | output | shape | parameters | relative L2 error | largest difference | ours s | theirs s |"
-    )
+    print("| family | network | output | shape | parameters | relative L2 error | largest difference | s | theirs s |")
     print("|---|---|---|---|---:|---:|---:|---:|---:|", flush=True)
     results = []
     for family in arguments.family or FAMILIES:
-        for r in measure(family):
-            results.append(r)
-            print(
-                f"| {r.family} | {r.network} | {r.output} | {r.shape} | {r.parameters / 1e6:.1f} M "
-                f"| {r.relative_error:.1e} | {r.largest_difference:.1e} | {r.seconds_ours:.2f} | {r.seconds_theirs:.2f} |",
-                flush=True,
-            )
+        for result in measure(family):
+            results.append(result)
+            print(row(result), flush=True)
     machine = {
         "torch": torch.__version__,
         "diffusers": diffusers.__version__,

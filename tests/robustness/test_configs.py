@@ -92,15 +92,26 @@ def test_class_defaults_are_the_reference_s() -> None:
     theirs = transformers.CLIPTextConfig()
     for field, value in CLIPTextConfig().items():
         assert value == getattr(theirs, field), field
-    described = set(transformers.CLIPTextConfig().to_diff_dict()) | set(transformers.CLIPTextConfig.__annotations__)
-    unknown = described - set(CLIPTextConfig()) - {"transformers_version", "model_type", "dtype"}
-    assert unknown <= {"initializer_range", "initializer_factor", "base_config_key"}  # they make new weights only
+    unknown = set(theirs.to_diff_dict()) - set(CLIPTextConfig())
+    assert unknown == {"model_type", "transformers_version", "initializer_factor", "initializer_range"}
 
 
 def test_what_transformers_saves_is_read(tmp_path: Path) -> None:
     transformers.CLIPTextConfig(num_hidden_layers=2, eos_token_id=2).save_pretrained(tmp_path)
     config = CLIPTextConfig(**json.loads((tmp_path / "config.json").read_text()))
     assert config.num_hidden_layers == 2 and config.eos_token_id == 2
+
+
+def test_saved_text_config_is_what_transformers_saves(tmp_path: Path) -> None:
+    fields = read("runwayml--stable-diffusion-v1-5/text_encoder/config.json")
+    build(CLIPTextModel, fields).to(torch.float16).save_config(tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())
+    assert saved["torch_dtype"] == "float16" and saved["architectures"] == ["CLIPTextModel"]
+    theirs = transformers.CLIPTextConfig.from_pretrained(tmp_path)
+    assert theirs.dtype == torch.float16
+    provenance = {"dtype": None, "_name_or_path": None}
+    assert theirs.to_dict() | provenance == transformers.CLIPTextConfig(**fields).to_dict() | provenance
+    assert dict(build(CLIPTextModel, saved).config) == saved
 
 
 def test_text_half_of_a_whole_clip(tmp_path: Path) -> None:
