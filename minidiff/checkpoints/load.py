@@ -7,10 +7,12 @@ own through a small buffer, so that the stored and the converted weights are nev
 tensors become the network's parameters (``assign=True``, ``strict=True``).
 """
 
+import gc
 import json
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -24,7 +26,7 @@ from minidiff.checkpoints.remap import Row
 from minidiff.errors import CheckpointError
 
 STORED_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-CHUNK = 4 * 2**20  # bytes converted at a time: a chunk and its result stay in the processor's cache
+CHUNK = 2**20  # bytes converted at a time: a piece and its result stay in the processor's cache
 
 
 class Stored(NamedTuple):
@@ -48,6 +50,18 @@ class SkipInit(TorchFunctionMode):
         if getattr(func, "__module__", None) == "torch.nn.init":
             return kwargs["tensor"] if "tensor" in kwargs else args[0]
         return func(*args, **kwargs)
+
+
+@contextmanager
+def paused_collector() -> Iterator[None]:
+    """Keep Python's garbage collector from walking the whole process while thousands of lasting objects are made."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 class Loadable(Protocol):
@@ -130,11 +144,10 @@ def load_weights(model: nn.Module, weights: Weights, dtype: torch.dtype) -> None
             f"{', '.join(weights.files)} in {where} do not fit {type(model).__name__} as its config.json describes "
             "it; is it the configuration of another model?\n" + "\n".join(problems)
         )
-    with ExitStack() as stack:
-        reader = _Reader(stack, dtype)
-        state: dict[str, Tensor] = {}
-        for row in rows:
-            state.update(zip(row.ours, row.hub_op.to_ours(tuple(reader(found[name]) for name in row.hub)), strict=True))
+    tensors = _read(found, dtype)
+    state: dict[str, Tensor] = {}
+    for row in rows:
+        state.update(zip(row.ours, row.hub_op.to_ours(tuple(tensors[name] for name in row.hub)), strict=True))
     model.load_state_dict(state, strict=True, assign=True)
     unfilled = [name for name, tensor in [*model.named_parameters(), *model.named_buffers()] if tensor.is_meta]
     if unfilled:  # a buffer that is not saved would stay without data: networks here compute such things when needed
@@ -191,36 +204,33 @@ def _index_problems(weights: Weights, stored: Iterable[Stored]) -> list[str]:
     return [f"{len(lines)} where the index and the shards disagree:\n" + "\n".join(lines)] if lines else []
 
 
-class _Reader:
-    """Reads tensors in one dtype, keeping each file open until the ``ExitStack`` closes."""
+def _read(stored: Mapping[str, Stored], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Return the tensors in ``dtype``: views of the files where they are stored so, else converted, several at once."""
+    tensors: dict[str, Tensor] = {}
+    same = {name: tensor for name, tensor in stored.items() if STORED_DTYPES[tensor.dtype] == dtype}
+    with ExitStack() as stack:
+        paths = {tensor.path for tensor in same.values()}
+        files = {path: stack.enter_context(safe_open(path, framework="pt")) for path in paths}
+        for name, tensor in same.items():  # the pages are private: training such a weight does not change the file
+            tensors[name] = files[tensor.path].get_tensor(tensor.name)
+    others = stored.keys() - same.keys()
+    with ThreadPoolExecutor(max(1, min(4, torch.get_num_threads(), len(others)))) as pool:
+        tensors.update(zip(others, pool.map(lambda name: _convert(stored[name], dtype), others), strict=True))
+    return tensors
 
-    def __init__(self, stack: ExitStack, dtype: torch.dtype) -> None:
-        self.stack = stack
-        self.dtype = dtype
-        self.mapped: dict[Path, Any] = {}
-        self.opened: dict[Path, Any] = {}
-        self.buffer = bytearray(CHUNK)
 
-    def __call__(self, tensor: Stored) -> Tensor:
-        return self._map(tensor) if STORED_DTYPES[tensor.dtype] == self.dtype else self._convert(tensor)
-
-    def _map(self, tensor: Stored) -> Tensor:
-        """Return a view of the file's pages. They are private: training such a weight does not change the file."""
-        if tensor.path not in self.mapped:
-            self.mapped[tensor.path] = self.stack.enter_context(safe_open(tensor.path, framework="pt"))
-        return self.mapped[tensor.path].get_tensor(tensor.name)
-
-    def _convert(self, tensor: Stored) -> Tensor:
-        """Read and convert piece by piece. Mapped pages would count as memory of this process until unmapped."""
-        if tensor.path not in self.opened:
-            self.opened[tensor.path] = self.stack.enter_context(tensor.path.open("rb"))
-        file = self.opened[tensor.path]
-        file.seek(tensor.start)
-        result = torch.empty(tensor.shape, dtype=self.dtype)
-        source = torch.frombuffer(self.buffer, dtype=STORED_DTYPES[tensor.dtype])
-        for piece in result.view(-1).split(len(source)) if result.numel() else ():
-            size = len(piece) * source.itemsize
-            if file.readinto(memoryview(self.buffer)[:size]) != size:
-                raise CheckpointError(f"{tensor.path} became shorter while {tensor.name} was read from it")
-            piece.copy_(source[: len(piece)])
+def _convert(stored: Stored, dtype: torch.dtype) -> Tensor:
+    """Read and convert one tensor in pieces. Mapped pages would count as memory of this process until unmapped."""
+    result = torch.empty(stored.shape, dtype=dtype)
+    buffer = bytearray(min(CHUNK, result.numel() * STORED_DTYPES[stored.dtype].itemsize))
+    if not buffer:
         return result
+    source = torch.frombuffer(buffer, dtype=STORED_DTYPES[stored.dtype])
+    with stored.path.open("rb", buffering=0) as file:
+        file.seek(stored.start)
+        for piece in result.view(-1).split(len(source)):
+            size = len(piece) * source.itemsize
+            if file.readinto(memoryview(buffer)[:size]) != size:
+                raise CheckpointError(f"{stored.path} became shorter while {stored.name} was read from it")
+            piece.copy_(source[: len(piece)])
+    return result

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from minidiff.checkpoints.hub import WHY_NO_PICKLES, Repo
-from minidiff.checkpoints.load import SkipInit, as_dtype, load_weights
+from minidiff.checkpoints.load import SkipInit, as_dtype, load_weights, paused_collector
 from minidiff.checkpoints.remap import Row, translate
 from minidiff.checkpoints.save import save_json, save_weights
 from minidiff.config import Config, read_json
@@ -103,9 +103,11 @@ class Model(nn.Module):
         fields = read_json(path)
         if fields.get("_class_name", cls.__name__) != cls.__name__:
             raise ConfigError(f"{path} describes a {fields['_class_name']}, not a {cls.__name__}; is subfolder= right?")
-        with torch.device("meta"), SkipInit():
-            model = cls.from_config(fields, **overrides)
-        load_weights(model, repo.pinned(path).weights(cls.weights_stem, variant), wanted)
+        weights = repo.pinned(path).weights(cls.weights_stem, variant)
+        with paused_collector():
+            with torch.device("meta"), SkipInit():
+                model = cls.from_config(fields, **overrides)
+            load_weights(model, weights, wanted)
         return model.eval()
 
     def save_pretrained(
