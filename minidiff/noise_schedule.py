@@ -100,6 +100,8 @@ def spaced_timesteps(spacing: str, steps: int, train_steps: int, offset: int = 0
     if steps > train_steps:
         raise ValueError(f"{steps} inference steps are more than the {train_steps} timesteps of training")
     count = steps + extra
+    if spacing == "leading" and count > train_steps:
+        raise ValueError(f"timestep spacing 'leading' has room for at most {train_steps - 1} steps here, found {steps}")
     if spacing == "linspace":
         times = np.linspace(0, train_steps - 1, count).round()[::-1][:steps]
     elif spacing == "leading":
@@ -132,3 +134,94 @@ def custom_timesteps(timesteps: Sequence[int], train_steps: int) -> Tensor:
     if times[0] >= train_steps or times[-1] < 0:
         raise ValueError(f"timesteps should lie in 0 ... {train_steps - 1}, found {times.max()} ... {times.min()}")
     return torch.from_numpy(times.astype(np.int64))
+
+
+def karras_sigmas(sigma_min: float, sigma_max: float, steps: int, rho: float = 7.0) -> np.ndarray:
+    """Return noise levels (N,), largest first, spaced evenly in sigma^(1/rho).
+
+    Karras et al. 2022, https://arxiv.org/abs/2206.00364, eq. 5.
+    """
+    low, high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
+    return (high + np.linspace(0, 1, steps) * (low - high)) ** rho
+
+
+def exponential_sigmas(sigma_min: float, sigma_max: float, steps: int) -> np.ndarray:
+    """Return noise levels (N,), largest first, spaced evenly in log sigma."""
+    return np.exp(np.linspace(math.log(sigma_max), math.log(sigma_min), steps))
+
+
+def beta_sigmas(sigma_min: float, sigma_max: float, steps: int, a: float = 0.6, b: float = 0.6) -> np.ndarray:
+    """Return noise levels (N,), largest first, at evenly spaced quantiles of a beta distribution.
+
+    Lee et al. 2024 ("Beta Sampling is All You Need"), https://arxiv.org/abs/2407.12173.
+    """
+    return sigma_min + beta_quantile(1 - np.linspace(0, 1, steps), a, b) * (sigma_max - sigma_min)
+
+
+SIGMA_SPACINGS = {
+    "use_karras_sigmas": karras_sigmas,
+    "use_exponential_sigmas": exponential_sigmas,
+    "use_beta_sigmas": beta_sigmas,
+}
+
+
+def sigma_to_timestep(sigmas: np.ndarray, log_sigmas: np.ndarray) -> np.ndarray:
+    """Return the fractional training timesteps (N,) of noise levels (N,), interpolating in log sigma.
+
+    log_sigmas: those of training, smallest first (T,). Levels outside their range go to its ends.
+    """
+    wanted = np.log(np.maximum(sigmas, 1e-10))
+    low = np.searchsorted(log_sigmas, wanted, side="right") - 1  # the last one that is not larger
+    low = low.clip(0, len(log_sigmas) - 2)
+    below, above = log_sigmas[low], log_sigmas[low + 1]
+    part = ((below - wanted) / (below - above)).clip(0, 1)
+    return (1 - part) * low + part * (low + 1)
+
+
+def beta_cdf(x: np.ndarray, a: float, b: float) -> np.ndarray:
+    """Return the regularised incomplete beta function I_x(a, b) for x in (0, 1), by its continued fraction.
+
+    DLMF 8.17.22, evaluated by Lentz's method; I_x(a, b) = 1 - I_{1-x}(b, a) keeps to the side where it converges fast.
+    """
+    x = np.asarray(x, dtype=np.float64)
+    mirrored = x > (a + 1) / (a + b + 2)
+    z, p, q = np.where(mirrored, 1 - x, x), np.where(mirrored, b, a), np.where(mirrored, a, b)
+    c = np.ones_like(z)
+    d = 1 / (1 - (p + q) * z / (p + 1))
+    fraction = d
+    for m in range(1, 200):
+        for term in (
+            m * (q - m) * z / ((p + 2 * m - 1) * (p + 2 * m)),
+            -(p + m) * (p + q + m) * z / ((p + 2 * m) * (p + 2 * m + 1)),
+        ):
+            d, c = 1 / (1 + term * d), 1 + term / c
+            fraction = fraction * c * d
+        if np.abs(c * d - 1).max(initial=0) < 4e-16:  # two ulp
+            break
+    log_beta = math.lgamma(a) + math.lgamma(b) - math.lgamma(a + b)
+    below = np.exp(p * np.log(z) + q * np.log1p(-z) - log_beta) * fraction / p
+    return np.where(mirrored, 1 - below, below)
+
+
+def beta_quantile(q: np.ndarray, a: float, b: float) -> np.ndarray:
+    """Return the x (N,) at which I_x(a, b) = q: the inverse of ``beta_cdf``, for q in [0, 1].
+
+    Newton's method in u, where x = sin²(u): the density, infinite at both ends for a, b < 1, is tame in u.
+    """
+    q = np.asarray(q, dtype=np.float64)
+    inside = (q > 0) & (q < 1)
+    quantile = q.copy()  # 0 and 1 are their own
+    q = q[inside]
+    log_beta = math.lgamma(a) + math.lgamma(b) - math.lgamma(a + b)
+    low, high, u = np.zeros_like(q), np.full_like(q, math.pi / 2), np.full_like(q, math.pi / 4)
+    for _ in range(60):
+        error = beta_cdf(np.sin(u) ** 2, a, b) - q
+        low, high = np.where(error < 0, u, low), np.where(error < 0, high, u)
+        slope = 2 * np.exp((2 * a - 1) * np.log(np.sin(u)) + (2 * b - 1) * np.log(np.cos(u)) - log_beta)
+        newton = u - error / slope
+        newton = np.where((newton > low) & (newton < high), newton, (low + high) / 2)  # bisect where Newton leaves
+        step, u = np.abs(newton - u).max(initial=0), newton
+        if step < 4e-15:  # the rounding of the cdf, so nothing is left to gain
+            break
+    quantile[inside] = np.sin(u) ** 2
+    return quantile

@@ -129,7 +129,7 @@ class Scheduler(Configured):
 
         ``noise`` is a standard normal tensor like x, needed where ``wants_noise(plan, i)``.
         """
-        update = self._update(plan, i, x, out, past, noise)
+        update = self._checked_update(plan, i, x, out, past, noise)
         return update.x, update.past
 
     def denoised(self, plan: Plan, i: int, x: Tensor, out: Tensor) -> Tensor:
@@ -149,6 +149,15 @@ class Scheduler(Configured):
     ) -> Tensor | None:
         """Draw what step ``i`` needs, or None where it needs nothing, so that draws come in the reference's order."""
         return randn(x.shape, generator, x.device, x.dtype) if self.wants_noise(plan, i) else None
+
+    def _checked_update(
+        self, plan: Plan, i: int, x: Tensor, out: Tensor, past: tuple[Any, ...], noise: Tensor | None
+    ) -> Update:
+        if noise is None and self.wants_noise(plan, i):
+            raise ValueError(
+                f"step {i} of {type(self).__name__} needs noise: pass what draw_noise(plan, {i}, x) returns"
+            )
+        return self._update(plan, i, x, out, past, noise)
 
     # ---- what a solver provides ---------------------------------------------------------------------------------
 
@@ -296,7 +305,7 @@ class Scheduler(Configured):
             plan = self._plan = self.start_at(plan, i if late else plan.start)
         if noise is None:
             noise = self.draw_noise(plan, i, x, generator)
-        update = self._update(plan, i, x, out, self._past, noise)
+        update = self._checked_update(plan, i, x, out, self._past, noise)
         self._past, self._step_index = update.past, i + 1
         result = self._output(update)
         return result if return_dict else result.to_tuple()
@@ -315,13 +324,18 @@ class Scheduler(Configured):
         return self._index_of(timestep) if known is None or self.looks_up else known
 
     def _index_of(self, timestep: float | Tensor) -> int:
-        """Find a timestep in the run; of several equal ones the second, where a run that starts there begins."""
+        """Find a timestep in the run.
+
+        Of several equal ones the second is meant, as in the reference: solvers with two evaluations per step visit a
+        timestep to finish a step and once more to begin the next. But a run that can begin at 0 begins there; the
+        reference does not, and runs out of steps where rounding has made the first two timesteps equal.
+        """
         value = timestep.item() if isinstance(timestep, Tensor) else timestep
         times = self._ready_plan().times
         found = [i for i, time in enumerate(times) if time == value]
         if not found:
             raise ValueError(f"timestep {value} is not one of the run's {len(times)}: {_some(times)}")
-        return found[1] if len(found) > 1 else found[0]
+        return found[1] if len(found) > 1 and found[0] > 0 else found[0]
 
     def _training_grid(self) -> Grid:
         """Return every training timestep, last first."""

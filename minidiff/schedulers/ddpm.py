@@ -152,7 +152,7 @@ class DDPMScheduler(Scheduler):
         out, predicted = self._split(out, x)
         x0 = self._x0(step, x, out)
         x = step.to_x0 * x0 + step.to_x * x
-        if noise is not None and self.wants_noise(plan, i):
+        if self.wants_noise(plan, i):
             x = x + self._scaled(noise, step, predicted)
         return Update(x, (), x0)
 

@@ -1,0 +1,75 @@
+"""What the exponential-integrator solvers share (UniPC and the DPM-Solver family): a run described by noise levels.
+
+A noise level sigma stands for x = alpha_t x0 + sigma_t eps with
+
+    variance preserving   alpha_t = 1 / sqrt(sigma² + 1),  sigma_t = sigma alpha_t
+    flow matching         alpha_t = 1 - sigma,             sigma_t = sigma
+
+and the solvers integrate over lambda = log(alpha_t / sigma_t), half the logarithm of the signal-to-noise ratio.
+"""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from minidiff import noise_schedule
+from minidiff.errors import ConfigError
+from minidiff.schedulers.base import Grid, Scheduler
+
+ALMOST_NO_SIGNAL = 2**-24  # alpha_bar where zero-SNR rescaling leaves none: the smallest positive half-precision number
+
+
+class LogSnrScheduler(Scheduler):
+    """Base of the solvers that work in lambda."""
+
+    def __init__(self, betas: Tensor) -> None:
+        super().__init__(betas)
+        given = [name for name in noise_schedule.SIGMA_SPACINGS if self.config[name]]
+        if len(given) > 1:
+            raise ConfigError(f"{type(self).__name__} takes one of {' and '.join(given)}, not several")
+        self._respace = noise_schedule.SIGMA_SPACINGS[given[0]] if given else None
+        self._require("final_sigmas_type", ("zero", "sigma_min"))
+        if self.config.rescale_betas_zero_snr:
+            self.alphas_cumprod[-1] = ALMOST_NO_SIGNAL  # so that the first sigma is finite
+
+    def _training_sigmas(self) -> np.ndarray:
+        """Return the noise levels of training, smallest first (T,), float32."""
+        return (((1 - self.alphas_cumprod) / self.alphas_cumprod) ** 0.5).numpy()
+
+    def _respaced(self, count: int) -> np.ndarray:
+        """Return ``count`` Karras, exponential or beta noise levels, largest first, float64."""
+        training = self._training_sigmas()
+        low, high = self.config.get("sigma_min"), self.config.get("sigma_max")
+        low = training[0].item() if low is None else low
+        high = training[-1].item() if high is None else high
+        return self._respace(low, high, count)
+
+    def _closed(self, timesteps: np.ndarray, sigmas: np.ndarray, sigma_min: float) -> Grid:
+        """Add the last noise level: 0, or ``sigma_min``."""
+        last = 0.0 if self.config.final_sigmas_type == "zero" else sigma_min
+        closed = np.append(sigmas, last).astype(np.float32)
+        return Grid(torch.from_numpy(timesteps.astype(np.int64)), torch.from_numpy(closed))
+
+    def _alpha_sigma(self, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        """Return alpha_t and sigma_t of noise levels."""
+        if self.config.get("use_flow_sigmas"):
+            return 1 - sigma, sigma
+        alpha = 1 / ((sigma**2 + 1) ** 0.5)
+        return alpha, sigma * alpha
+
+    def _alpha_sigma_at(self, timesteps: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Return alpha_t and sigma_t at timesteps (B,): those of the run, or before ``set_timesteps`` of training.
+
+        The reference looks up a training timestep in tables that run in opposite directions and so, before
+        ``set_timesteps``, adds the noise of timestep T - 1 - t. Training with that is hopeless, so minidiff does not.
+        """
+        if self._plan is None:
+            if self.config.get("use_flow_sigmas"):
+                raise ValueError("use_flow_sigmas has no table of training timesteps: call set_timesteps first")
+            return super()._alpha_sigma_at(timesteps, like)
+        if self._begin_index is None:
+            index = [self._index_of(t) for t in timesteps.tolist()]
+        else:  # image-to-image noises to the level it begins at, inpainting to the one it has reached
+            index = [self._begin_index if self._step_index is None else self._step_index] * len(timesteps)
+        sigma = self.sigmas.to(like.device, like.dtype)[index]
+        return self._alpha_sigma(sigma.reshape(-1, *[1] * (like.ndim - 1)))

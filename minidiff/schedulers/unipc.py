@@ -1,0 +1,284 @@
+"""UniPC: a unified predictor-corrector of any order for the diffusion ODE.
+
+One transition from noise level s to t, with h = lambda_t - lambda_s, m_0 the prediction at s, m_k those before it,
+r_k = (lambda_k - lambda_s) / h and, when predicting x0 (z = -h; for eps swap alpha with sigma and z = h):
+
+    x_t = sigma_t / sigma_s x_s - alpha_t (e^z - 1) m_0 - alpha_t B(h) sum_k rho_k (m_k - m_0) / r_k
+
+    B(h) = z (bh1) or e^z - 1 (bh2), and rho solves  sum_k r_k^{n-1} rho_k = n! phi_{n+1}(z) z / B(h)  for n = 1 ... p
+
+The predictor (UniP) uses the predictions before t only. The corrector (UniC) repeats the transition one step later with
+the prediction m_t at t among them (r = 1), which costs no evaluation and raises the order by one.
+
+Zhao et al. 2023, https://arxiv.org/abs/2302.04867, Algorithms 5-8. Checked against
+``diffusers.UniPCMultistepScheduler``.
+Order 1 without corrector is DDIM.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from minidiff import noise_schedule
+from minidiff.config import Config
+from minidiff.errors import ConfigError
+from minidiff.schedulers.base import Grid, Plan, Update
+from minidiff.schedulers.configured import records_config
+from minidiff.schedulers.log_snr import LogSnrScheduler
+from minidiff.schedulers.prediction import Clip, linear, predict_eps, predict_x0
+
+
+class Step(NamedTuple):
+    """The numbers of one UniPC step: coefficients of linear combinations, newest prediction first."""
+
+    alpha: float  # x = alpha x0 + sigma eps
+    sigma: float
+    corrector: tuple[float, ...] | None  # of the last x, this prediction and those before it
+    predictor: tuple[float, ...]  # of x, this prediction and those before it
+
+
+class Past(NamedTuple):
+    """What UniPC remembers."""
+
+    x: Tensor | None = None  # the corrected sample that the last step began with
+    m: tuple[Tensor, ...] = ()  # predictions, newest first
+
+
+class UniPCMultistepScheduler(LogSnrScheduler):
+    """Sample with the UniPC predictor-corrector: good pictures in 10 to 20 steps, one evaluation each.
+
+    ``final_sigmas_type="sigma_min"`` with Karras, exponential or beta sigmas repeats the last noise level, as in the
+    reference: the last evaluation moves nothing. ``thresholding`` has an effect only with ``predict_x0``.
+    """
+
+    plan_inputs = ("sigmas", "mu")
+
+    @records_config
+    def __init__(
+        self,
+        num_train_timesteps: int = 1000,
+        beta_start: float = 0.0001,
+        beta_end: float = 0.02,
+        beta_schedule: str = "linear",
+        trained_betas: Sequence[float] | None = None,
+        solver_order: int = 2,
+        prediction_type: str = "epsilon",
+        thresholding: bool = False,
+        dynamic_thresholding_ratio: float = 0.995,
+        sample_max_value: float = 1.0,
+        predict_x0: bool = True,
+        solver_type: str = "bh2",
+        lower_order_final: bool = True,
+        disable_corrector: Sequence[int] = (),
+        solver_p: None = None,
+        use_karras_sigmas: bool = False,
+        use_exponential_sigmas: bool = False,
+        use_beta_sigmas: bool = False,
+        use_flow_sigmas: bool = False,
+        flow_shift: float = 1.0,
+        timestep_spacing: str = "linspace",
+        steps_offset: int = 0,
+        final_sigmas_type: str = "zero",
+        rescale_betas_zero_snr: bool = False,
+        use_dynamic_shifting: bool = False,
+        time_shift_type: str = "exponential",
+        sigma_min: float | None = None,
+        sigma_max: float | None = None,
+        shift_terminal: float | None = None,
+    ) -> None:
+        if solver_type in ("midpoint", "heun", "logrho"):  # what the files of DPM-Solver and DEIS say
+            self._config = Config({**self._config, "solver_type": "bh2"})
+        self._require("beta_schedule", noise_schedule.BETA_SCHEDULES[:3])
+        predictions = ("epsilon", "sample", "v_prediction", "flow_prediction")
+        self._require("prediction_type", predictions if predict_x0 else predictions[:3])
+        self._require("solver_type", ("bh1", "bh2"))
+        self._require("timestep_spacing", noise_schedule.SPACINGS)
+        self._require("time_shift_type", ("exponential", "linear"))
+        self._require("solver_p", (None,))  # another scheduler as predictor: its state could not be shared by threads
+        if not isinstance(solver_order, int) or solver_order < 1:
+            raise ConfigError(f"solver_order should be a positive integer, found {solver_order!r}")
+        if shift_terminal is not None and not use_flow_sigmas:
+            raise ConfigError("shift_terminal needs use_flow_sigmas=True")
+        super().__init__(
+            noise_schedule.training_betas(
+                beta_schedule, beta_start, beta_end, num_train_timesteps, trained_betas, rescale_betas_zero_snr
+            )
+        )
+        if use_flow_sigmas and (use_exponential_sigmas or use_beta_sigmas):
+            raise ConfigError(
+                "use_flow_sigmas goes with use_karras_sigmas or alone: the reference does not bring exponential and "
+                "beta sigmas below 1, where a flow's noise levels lie, and returns NaN"
+            )
+        self._clip = Clip(ratio=dynamic_thresholding_ratio if thresholding else None, ceiling=sample_max_value)
+
+    # ---- the noise levels of a run ------------------------------------------------------------------------------
+
+    def _grid(self, count: int, sigmas: Sequence[float] | None = None, mu: float | None = None) -> Grid:
+        config = self.config
+        if sigmas is not None and (not config.use_flow_sigmas or self._respace is not None):
+            raise ValueError("sigmas= needs use_flow_sigmas=True, without Karras sigmas, which would replace them")
+        if (mu is not None) != config.use_dynamic_shifting:
+            raise ValueError(f"use_dynamic_shifting={config.use_dynamic_shifting}, mu={mu}: they go together")
+        if self._respace is not None:
+            return self._respaced_grid(count)
+        if config.use_flow_sigmas:
+            levels = self._flow_sigmas(count, sigmas, mu)
+            return self._closed(levels * config.num_train_timesteps, levels, levels[-1])
+        times = noise_schedule.spaced_timesteps(
+            config.timestep_spacing, count, config.num_train_timesteps, config.steps_offset, extra=True
+        ).numpy()
+        training = self._training_sigmas()
+        return self._closed(times, np.interp(times, np.arange(len(training)), training), training[0])
+
+    def _respaced_grid(self, count: int) -> Grid:
+        levels = self._respaced(count)
+        if self.config.use_flow_sigmas:
+            levels = levels / (levels + 1)
+            return self._closed(levels * self.config.num_train_timesteps, levels, levels[-1])
+        times = noise_schedule.sigma_to_timestep(levels, np.log(self._training_sigmas()))
+        # The reference rounds with Karras sigmas and cuts off the fraction with the other two.
+        return self._closed(times.round() if self.config.use_karras_sigmas else times, levels, levels[-1])
+
+    def _flow_sigmas(self, count: int, sigmas: Sequence[float] | None, mu: float | None) -> np.ndarray:
+        """Return the noise levels of flow matching, largest first, shifted towards the noisy end.
+
+        Esser et al. 2024, https://arxiv.org/abs/2403.03206, eq. 23, where ``flow_shift`` is alpha.
+        """
+        config = self.config
+        if sigmas is None:
+            levels = np.linspace(1, 1 / config.num_train_timesteps, count + 1)[:-1]
+        else:
+            levels = np.asarray(sigmas)
+        if config.use_dynamic_shifting:
+            shift = math.exp(mu) if config.time_shift_type == "exponential" else mu
+            levels = shift / (shift + (1 / levels - 1))
+        else:
+            levels = config.flow_shift * levels / (1 + (config.flow_shift - 1) * levels)
+        if config.shift_terminal:
+            scale = (1 - levels[-1]) / (1 - config.shift_terminal)
+            levels = 1 - (1 - levels) / scale
+        if abs(levels[0] - 1) < 1e-6:
+            levels[0] -= 1e-6  # at 1 there is no signal and lambda is infinite
+        return levels
+
+    # ---- the numbers of its steps -------------------------------------------------------------------------------
+
+    def _steps(self, plan: Plan) -> tuple[Step, ...]:
+        count = len(plan.times)
+        alpha, sigma = self._alpha_sigma(plan.sigmas)
+        transitions = _Transitions(alpha, sigma, self.config.predict_x0, self.config.solver_type)
+        # x0 of a flow's prediction is x - sigma out with the noise level itself, whatever alpha and sigma are.
+        seen = plan.sigmas if self.config.prediction_type == "flow_prediction" else sigma
+        orders = self._orders(plan, transitions.h.tolist())
+        steps = []
+        for k in range(count):
+            corrects = k > plan.start and k - 1 not in self.config.disable_corrector
+            steps.append(
+                Step(
+                    alpha[k].item(),
+                    seen[k].item(),
+                    transitions.corrector(k - 1, orders[k - 1]) if corrects else None,
+                    transitions.predictor(k, orders[k]),
+                )
+            )
+        return tuple(steps)
+
+    def _orders(self, plan: Plan, h: Sequence[float]) -> list[int]:
+        """Return the order of each transition: low while there is little to remember, and at the end.
+
+        Two cases that are NaN in the reference take the order that is left: the transition to a noise level of 0, which
+        is infinitely long, is of order 1 even without ``lower_order_final``; and predictions at the two ends of a
+        transition of length 0 (a timestep visited twice) are not differenced.
+        """
+        orders, run = [], 0
+        for k in range(len(h)):
+            run = 0 if k <= plan.start else run + 1 if h[k - 1] else 0  # how many predictions lie before this one
+            order = min(self.config.solver_order, run + 1)
+            if self.config.lower_order_final:
+                order = min(order, len(h) - k)
+            orders.append(1 if math.isinf(h[k]) or not h[k] else order)
+        return orders
+
+    # ---- the step -----------------------------------------------------------------------------------------------
+
+    def denoised(self, plan: Plan, i: int, x: Tensor, out: Tensor) -> Tensor:
+        step = plan.steps[i]
+        x0 = predict_x0(self.config.prediction_type, x, out, step.alpha, step.sigma)
+        return self._clip(x0) if self.config.predict_x0 else x0
+
+    def _update(
+        self, plan: Plan, i: int, x: Tensor, out: Tensor, past: tuple[Any, ...], noise: Tensor | None
+    ) -> Update:
+        step, past = plan.steps[i], Past(*past)
+        if self.config.predict_x0:
+            m = self.denoised(plan, i, x, out)
+        else:
+            m = predict_eps(self.config.prediction_type, x, out, step.alpha, step.sigma)
+        ms = (m, *past.m)[: self.config.solver_order + 1]
+        if step.corrector is not None:
+            x = _combine(step.corrector, past.x, ms)
+        return Update(_combine(step.predictor, x, ms), Past(x, ms[: self.config.solver_order]))
+
+
+def _combine(coefficients: tuple[float, ...], x: Tensor, ms: tuple[Tensor, ...]) -> Tensor:
+    return linear((coefficients[0], x), *zip(coefficients[1:], ms, strict=False))  # older predictions are not used
+
+
+class _Transitions:
+    """The coefficients of every transition between neighbouring noise levels, in float32 as in the reference."""
+
+    def __init__(self, alpha: Tensor, sigma: Tensor, predict_x0: bool, solver_type: str) -> None:
+        self.lam = alpha.log() - sigma.log()  # (N + 1,)
+        self.h = self.lam.diff()  # (N,)
+        if not predict_x0:
+            alpha, sigma = sigma, alpha  # the same formula with the roles exchanged
+        self.z = -self.h if predict_x0 else self.h
+        growth = torch.expm1(self.z)
+        self.b_h = self.z if solver_type == "bh1" else growth
+        self.growth = growth / self.z  # phi_1(z)
+        self.to_x = (sigma[1:] / sigma[:-1]).tolist()
+        # The last transition of eps to sigma = 0 is 0 times infinity; its limit is sigma_s alpha_t / alpha_s.
+        drift = alpha[1:] * growth
+        self.to_m = (-torch.where(drift.isnan(), sigma[1:] * alpha[:-1] / sigma[:-1], drift)).tolist()
+        self.scale = (-(alpha[1:] * self.b_h)).tolist()
+
+    def predictor(self, k: int, order: int) -> tuple[float, ...]:
+        """Return the coefficients of x, m_0, m_1 ... of the UniP transition k."""
+        ratios = self._ratios(k, order)
+        if order < 3:
+            rho = [0.5] * (order - 1)  # the paper's simplification for order 2
+        else:
+            matrix, b = self._system(k, ratios, order)
+            rho = torch.linalg.solve(matrix[:-1, :-1], b[:-1]).tolist()
+        to_older = [self.scale[k] * weight / r.item() for weight, r in zip(rho, ratios, strict=True)]
+        return (self.to_x[k], self.to_m[k] - sum(to_older), *to_older)
+
+    def corrector(self, k: int, order: int) -> tuple[float, ...]:
+        """Return the coefficients of x, m_t, m_0, m_1 ... of the UniC transition k."""
+        ratios = self._ratios(k, order)
+        if not self.h[k]:
+            return (1.0, 0.0)
+        rho = [0.5] if order == 1 else torch.linalg.solve(*self._system(k, ratios, order)).tolist()
+        *to_older, to_new = (
+            self.scale[k] * weight / r for weight, r in zip(rho, [*(r.item() for r in ratios), 1.0], strict=True)
+        )
+        return (self.to_x[k], to_new, self.to_m[k] - sum(to_older) - to_new, *to_older)
+
+    def _ratios(self, k: int, order: int) -> list[Tensor]:
+        """Return r_1 ... r_{p-1}, where the older predictions lie in units of this transition."""
+        return [(self.lam[k - j] - self.lam[k]) / self.h[k] for j in range(1, order)]
+
+    def _system(self, k: int, ratios: list[Tensor], order: int) -> tuple[Tensor, Tensor]:
+        """Return the matrix (p, p) of r^{n-1} and the right-hand side (p,) of n! phi_{n+1}(z) z / B(h)."""
+        r = torch.stack([*ratios, torch.ones(())])
+        phi = self.growth[k] - 1  # z phi_2(z)
+        factorial, b = 1, []
+        for n in range(1, order + 1):
+            b.append(phi * factorial / self.b_h[k])
+            factorial *= n + 1
+            phi = phi / self.z[k] - 1 / factorial
+        return torch.stack([r**n for n in range(order)]), torch.stack(b)

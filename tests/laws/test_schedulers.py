@@ -1,0 +1,247 @@
+"""What must hold of the schedulers whatever the reference does."""
+
+import itertools
+import math
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+from scheduler_runs import by_hand, combinations, error, network, noise, through_core
+from torch import Tensor
+
+import minidiff
+
+SCHEDULERS = {
+    "ddpm": minidiff.DDPMScheduler(),
+    "pndm": minidiff.PNDMScheduler(),
+    "plms": minidiff.PNDMScheduler(skip_prk_steps=True, steps_offset=1),
+    "unipc": minidiff.UniPCMultistepScheduler(solver_order=3),
+    "unipc-eps": minidiff.UniPCMultistepScheduler(predict_x0=False, final_sigmas_type="sigma_min"),
+}
+every = pytest.mark.parametrize("scheduler", SCHEDULERS.values(), ids=SCHEDULERS)
+
+
+@every
+def test_both_faces_take_the_same_steps(scheduler):
+    assert torch.equal(through_core(scheduler, 9), by_hand(scheduler, 9, seeded="DDPM" in type(scheduler).__name__))
+
+
+@every
+def test_interleaved_runs_are_separate_runs(scheduler):
+    def run(steps, first):
+        plan, generator = scheduler.plan(steps), torch.Generator().manual_seed(steps)
+        x, past = first, ()
+        for i in range(len(plan.steps)):
+            out = network(x, plan.timesteps[i])
+            x, past = scheduler.advance(plan, i, x, out, past, scheduler.draw_noise(plan, i, x, generator))
+            yield x
+
+    firsts = (noise(), noise().flip(0))
+    apart = [list(run(steps, first)) for steps, first in zip((8, 11), firsts, strict=True)]
+    together = list(itertools.zip_longest(run(8, firsts[0]), run(11, firsts[1])))
+    assert torch.equal(torch.stack(apart[0]), torch.stack([x for x, _ in together if x is not None]))
+    assert torch.equal(torch.stack(apart[1]), torch.stack([x for _, x in together]))
+
+
+@every
+def test_threads_share_a_scheduler(scheduler):
+    counts = [5, 8, 13, 21, 5, 8, 13, 21]
+    with ThreadPoolExecutor(4) as pool:
+        results = list(pool.map(lambda steps: through_core(scheduler, steps)[-1], counts))
+    for steps, result in zip(counts, results, strict=True):
+        assert torch.equal(result, through_core(scheduler, steps)[-1])
+
+
+@every
+def test_a_step_changes_nothing_that_it_was_given(scheduler):
+    plan = scheduler.plan(9)
+    x, past = noise(), ()
+    for i in range(len(plan.steps)):
+        out = network(x, plan.timesteps[i])
+        before = [tensor.clone() for tensor in (x, out, *_tensors(past))]
+        after, next_past = scheduler.advance(plan, i, x, out, past, noise())
+        assert all(torch.equal(a, b) for a, b in zip(before, (x, out, *_tensors(past)), strict=True))
+        x, past = after, next_past
+
+
+def _tensors(past) -> list[Tensor]:
+    return [past] if isinstance(past, Tensor) else [t for part in past or () for t in _tensors(part)]
+
+
+@every
+def test_gradients_pass_through_a_run(scheduler):
+    start = noise().requires_grad_()
+    plan = scheduler.plan(5)
+    x, past = start, ()
+    for i in range(len(plan.steps)):
+        x, past = scheduler.advance(plan, i, x, network(x, plan.timesteps[i]), past, noise())
+    (gradient,) = torch.autograd.grad(x.sum(), start)
+    assert gradient.isfinite().all() and gradient.abs().max() > 0
+
+
+def ddim(scheduler, way: Tensor, plan) -> Tensor:
+    """Return where DDIM (Song et al. 2021, eq. 12, eta = 0) goes from each x of a run, one step each."""
+    sigma = plan.sigmas.double()
+    alpha_bar = 1 / (1 + sigma**2)
+    nexts = []
+    for i, x in enumerate(way[:-1]):
+        eps = network(x, plan.timesteps[i])
+        x0 = (x - (1 - alpha_bar[i]).sqrt() * eps) / alpha_bar[i].sqrt()
+        nexts.append(alpha_bar[i + 1].sqrt() * x0 + (1 - alpha_bar[i + 1]).sqrt() * eps)
+    return torch.stack([way[0], *nexts])
+
+
+@pytest.mark.parametrize("final", ["zero", "sigma_min"])
+@pytest.mark.parametrize("solver_type", ["bh1", "bh2"])
+def test_unipc_of_order_1_without_corrector_is_ddim(final, solver_type):
+    scheduler = minidiff.UniPCMultistepScheduler(
+        solver_order=1, disable_corrector=list(range(20)), final_sigmas_type=final, solver_type=solver_type
+    )
+    way = through_core(scheduler, 20)
+    assert error(ddim(scheduler, way, scheduler.plan(20)), way) < 1e-6  # measured 3e-7: the coefficients are float32
+
+
+def test_the_first_step_of_plms_is_ddim():
+    scheduler = minidiff.PNDMScheduler(skip_prk_steps=True)
+    way, plan = through_core(scheduler, 20), scheduler.plan(20)
+    assert error(ddim(scheduler, way[:2], plan), way[:2]) < 1e-6  # measured 5e-8
+
+
+class Gaussian:
+    """Data with distribution N(0, s²) for each value, whose denoiser and whose sampling trajectories are known."""
+
+    s = 0.5
+
+    def eps(self, x: Tensor, sigma: float) -> Tensor:
+        """The best prediction of eps from x = alpha x0 + sigma_t eps."""
+        alpha = 1 / math.sqrt(1 + sigma**2)
+        return sigma * alpha * x / (alpha**2 * (self.s**2 + sigma**2))
+
+    def spread(self, sigma: float) -> float:
+        """The standard deviation of x at a noise level: the flow maps every sample in proportion to it."""
+        return math.sqrt((self.s**2 + sigma**2) / (1 + sigma**2))
+
+
+def flow_error(scheduler, steps: int) -> float:
+    """Return the relative error of a whole run on Gaussian data against the exact flow."""
+    plan, data = scheduler.plan(steps), Gaussian()
+    sigmas = plan.sigmas.tolist()
+    x, past = noise(), ()
+    for i in range(len(plan.steps)):
+        x, past = scheduler.advance(plan, i, x, data.eps(x, sigmas[i]), past)
+    exact = noise() * data.spread(sigmas[-1]) / data.spread(sigmas[0])
+    return ((x - exact).abs().max() / exact.abs().max()).item()
+
+
+@pytest.mark.parametrize("predict_x0", [True, False])
+@pytest.mark.parametrize("corrects", [False, True])
+@pytest.mark.parametrize("order", [1, 2, 3])
+def test_unipc_converges_with_its_order(order, corrects, predict_x0):
+    scheduler = minidiff.UniPCMultistepScheduler(
+        solver_order=order,
+        predict_x0=predict_x0,
+        use_exponential_sigmas=True,
+        sigma_min=0.1,
+        sigma_max=10.0,
+        final_sigmas_type="sigma_min",
+        lower_order_final=False,
+        disable_corrector=[] if corrects else list(range(100)),
+    )
+    coarse, fine = flow_error(scheduler, 20), flow_error(scheduler, 40)
+    assert math.log2(coarse / fine) > order + corrects - 0.4  # measured: 1.0, 2.1; 1.9, 3.0; 3.1, 4.1
+
+
+NAN_IN_THE_REFERENCE = {
+    "solver_type": ["bh1", "bh2"],
+    "predict_x0": [True, False],
+    "lower_order_final": [True, False],
+    "solver_order": [1, 2, 3, 4],
+    "final_sigmas_type": ["zero", "sigma_min"],
+    "timestep_spacing": ["linspace", "leading", "trailing"],
+    "rescale_betas_zero_snr": [False, True],
+    "spaced_by": ["timestep_spacing", "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas"],
+}
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_every_unipc_run_is_finite_and_ends_where_it_should(seed):
+    for options in combinations(NAN_IN_THE_REFERENCE, 40, lambda _: True, seed):
+        switch = options.pop("spaced_by")
+        scheduler = minidiff.UniPCMultistepScheduler(
+            **options, **({switch: True} if switch != "timestep_spacing" else {})
+        )
+        for steps in (1, 2, 4, 13):
+            way = through_core(scheduler, steps)
+            assert way.isfinite().all(), (options, steps)
+            sigmas = scheduler.plan(steps).sigmas
+            repeats = options["final_sigmas_type"] == "sigma_min" and switch != "timestep_spacing"
+            assert (sigmas.diff()[:-1] < 0).all() and (sigmas[-1] < sigmas[-2] or repeats), (options, steps)
+
+
+@pytest.mark.parametrize("spacing", ["linspace", "trailing"])
+def test_unipc_takes_as_many_steps_as_training(spacing):
+    """Rounding then makes two timesteps equal; the transition between them moves nothing."""
+    assert through_core(minidiff.UniPCMultistepScheduler(timestep_spacing=spacing), 1000)[-1].isfinite().all()
+
+
+PERFECT = {
+    "ddpm": minidiff.DDPMScheduler(clip_sample=False),
+    "pndm": minidiff.PNDMScheduler(set_alpha_to_one=True),
+    "plms": minidiff.PNDMScheduler(set_alpha_to_one=True, skip_prk_steps=True),
+    **{
+        f"unipc-{order}-{predict_x0}-{solver_type}": minidiff.UniPCMultistepScheduler(
+            solver_order=order, predict_x0=predict_x0, solver_type=solver_type
+        )
+        for order in (1, 2, 3)
+        for predict_x0 in (True, False)
+        for solver_type in ("bh1", "bh2")
+    },
+}
+
+
+@pytest.mark.parametrize("steps", [4, 5, 20, 100])
+@pytest.mark.parametrize("scheduler", PERFECT.values(), ids=PERFECT)
+def test_a_perfect_denoiser_returns_the_picture(scheduler, steps):
+    picture = noise().flip(0).clamp(-1, 1)
+
+    def perfect(x: Tensor, t: Tensor) -> Tensor:
+        alpha_bar = scheduler.alphas_cumprod[int(t)].double()
+        return (x - alpha_bar.sqrt() * picture) / (1 - alpha_bar).sqrt()
+
+    # Coefficients are float32, and a run begins with x0 = (x - ...) / 0.006: 6e-8 becomes 1e-5. Worst measured: 4e-4.
+    assert (through_core(scheduler, steps, denoise=perfect)[-1] - picture).abs().max() < 1e-3
+
+
+def test_previews_come_closer_to_the_picture():
+    """``denoised`` of every step is the x0 that the same output would give by definition."""
+    for scheduler in SCHEDULERS.values():
+        plan = scheduler.plan(8)
+        x, past = noise(), ()
+        for i in range(len(plan.steps)):
+            out = network(x, plan.timesteps[i])
+            alpha_bar = scheduler.alphas_cumprod[int(plan.times[i])].double()
+            x0 = (x - (1 - alpha_bar).sqrt() * out) / alpha_bar.sqrt()
+            if "DDPM" in type(scheduler).__name__:
+                x0 = x0.clamp(-1, 1)
+            assert error(scheduler.denoised(plan, i, x, out), x0) < 1e-5  # measured 4e-7
+            x, past = scheduler.advance(plan, i, x, out, past, noise())
+
+
+def test_dynamic_thresholding_keeps_pictures_apart():
+    from minidiff.schedulers.prediction import dynamic_threshold
+
+    x0 = noise() * torch.tensor([1.0, 9.0]).reshape(2, 1, 1, 1)
+    together = dynamic_threshold(x0, 0.9, 5.0)
+    assert torch.equal(together, torch.cat([dynamic_threshold(one[None], 0.9, 5.0) for one in x0]))
+    assert together.abs().max() <= 1
+
+
+def test_the_beta_quantile_inverts_the_beta_distribution():
+    from minidiff.noise_schedule import beta_cdf, beta_quantile
+
+    q = np.linspace(0.001, 0.999, 101)
+    for a, b in ((0.6, 0.6), (2.0, 3.5), (0.6, 2.0)):
+        np.testing.assert_allclose(beta_cdf(beta_quantile(q, a, b), a, b), q, rtol=0, atol=1e-14)  # measured 2e-15
+    np.testing.assert_allclose(beta_quantile(q, 1.0, 1.0), q, atol=1e-14)  # the uniform distribution
+    np.testing.assert_allclose(beta_quantile(q, 0.5, 0.5), np.sin(np.pi * q / 2) ** 2, atol=1e-14)  # the arcsine law
