@@ -12,6 +12,7 @@ GEGLU, Shazeer 2020 (https://arxiv.org/abs/2002.05202).
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -55,28 +56,90 @@ class TimeMLP(nn.Module):
         return self.fc2(F.silu(self.fc1(emb)))
 
 
+class FourierFeatures(nn.Module):
+    """Encode times as sines and cosines of random frequencies: [sin(2 pi f log t), cos(2 pi f log t)], f ~ N(0, 16^2).
+
+    The frequencies are drawn once, saved with the network and never trained. Song et al. 2021 (score SDE,
+    https://arxiv.org/abs/2011.13456), appendix H; there t is the noise level sigma.
+    """
+
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(16 * torch.randn(count), requires_grad=False)
+
+    def forward(self, t: Tensor) -> Tensor:
+        """Turn times above 0 (B,) into features (B, 2 count)."""
+        angle = torch.log(t)[:, None] * self.weight * 2 * math.pi
+        return torch.cat([angle.sin(), angle.cos()], dim=-1)
+
+
 class ResBlock(nn.Module):
     """Two 3x3 convolutions with a residual connection; the time embedding is added between them.
 
-    h = conv1(silu(norm1(x))) + time(silu(temb));  y = skip(x) + conv2(silu(norm2(h)))
+    h = norm2(conv1(silu(norm1(x))) + time(silu(temb)));  y = (skip(x) + conv2(silu(h))) / scale
 
-    ``E=None`` leaves the time out (autoencoder). ``skip`` is a 1x1 convolution where the channels change.
+    Args:
+        E: width of the time embedding; None leaves the time out (autoencoder).
+        scale_shift: let the time scale and shift instead of being added (Dhariwal & Nichol 2021,
+            https://arxiv.org/abs/2105.05233): h = norm2(conv1(silu(norm1(x)))) (1 + a) + b, (a, b) = time(silu(temb)).
+        dropout: probability of zeroing a value of silu(h) in training.
+        scale: what the result is divided by.
+
+    ``skip`` is a 1x1 convolution where the channels change.
     """
 
-    def __init__(self, C_in: int, C_out: int, *, groups: int, eps: float, E: int | None = None) -> None:
+    def __init__(
+        self,
+        C_in: int,
+        C_out: int,
+        *,
+        groups: int,
+        eps: float,
+        E: int | None = None,
+        scale_shift: bool = False,
+        dropout: float = 0.0,
+        scale: float = 1.0,
+    ) -> None:
         super().__init__()
+        self.scale_shift, self.dropout, self.scale = scale_shift, dropout, scale
         self.norm1 = nn.GroupNorm(groups, C_in, eps=eps)
         self.conv1 = nn.Conv2d(C_in, C_out, 3, padding=1)
-        self.time = nn.Linear(E, C_out) if E is not None else None
+        self.time = nn.Linear(E, 2 * C_out if scale_shift else C_out) if E is not None else None
         self.norm2 = nn.GroupNorm(groups, C_out, eps=eps)
         self.conv2 = nn.Conv2d(C_out, C_out, 3, padding=1)
         self.skip = nn.Conv2d(C_in, C_out, 1) if C_in != C_out else nn.Identity()
 
-    def forward(self, x: Tensor, temb: Tensor | None = None) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x)))  # (B, C_out, H, W)
-        if self.time is not None:
-            h = h + self.time(F.silu(temb))[:, :, None, None]
-        return self.skip(x) + self.conv2(F.silu(self.norm2(h)))
+    def forward(
+        self, x: Tensor, temb: Tensor | None = None, resize: Callable[[Tensor], Tensor] | None = None
+    ) -> Tensor:
+        """Compute y; ``resize`` changes the resolution of x and of silu(norm1(x)), the two ways through the block."""
+        h = F.silu(self.norm1(x))
+        if resize is not None:
+            x, h = resize(x), resize(h)
+        h = self._told(self.conv1(h), temb)  # (B, C_out, H, W)
+        y = self.skip(x) + self.conv2(F.dropout(F.silu(h), self.dropout, self.training))
+        return y if self.scale == 1 else y / self.scale
+
+    def _told(self, h: Tensor, temb: Tensor | None) -> Tensor:
+        """Normalise ``h`` and tell it the time."""
+        if self.time is None:
+            return self.norm2(h)
+        time = self.time(F.silu(temb))[:, :, None, None]
+        if not self.scale_shift:
+            return self.norm2(h + time)
+        a, b = time.chunk(2, dim=1)
+        return self.norm2(h) * (1 + a) + b
+
+
+def halve(x: Tensor) -> Tensor:
+    """Average squares of four pixels: (B, C, H, W) -> (B, C, floor(H / 2), floor(W / 2))."""
+    return F.avg_pool2d(x, 2)
+
+
+def enlarge(x: Tensor, size: torch.Size | None = None) -> Tensor:
+    """Repeat each pixel to ``size`` (H, W), by default twice the height and width."""
+    H, W = size if size is not None else (2 * x.shape[-2], 2 * x.shape[-1])
+    return F.interpolate(x, size=(H, W), mode="nearest")
 
 
 class Downsample(nn.Module):
@@ -104,8 +167,7 @@ class Upsample(nn.Module):
         self.conv = nn.Conv2d(C, C, 3, padding=1)
 
     def forward(self, x: Tensor, size: torch.Size | None = None) -> Tensor:
-        H, W = size if size is not None else (2 * x.shape[-2], 2 * x.shape[-1])
-        return self.conv(F.interpolate(x, size=(H, W), mode="nearest"))
+        return self.conv(enlarge(x, size))
 
 
 class Attention(nn.Module):
@@ -191,14 +253,19 @@ class SpatialTransformer(nn.Module):
 
 
 class PixelAttention(nn.Module):
-    """Self-attention over the pixels of a feature map with a residual connection (autoencoder)."""
+    """Self-attention over the pixels of a feature map with a residual connection: y = (x + attn(norm(x))) / scale.
 
-    def __init__(self, C: int, *, heads: int, groups: int, eps: float) -> None:
+    In the autoencoder and in unconditional UNets. ``groups=None`` leaves the norm out.
+    """
+
+    def __init__(self, C: int, *, heads: int, groups: int | None, eps: float, scale: float = 1.0) -> None:
         super().__init__()
-        self.norm = nn.GroupNorm(groups, C, eps=eps)
+        self.scale = scale
+        self.norm = nn.GroupNorm(groups, C, eps=eps) if groups is not None else nn.Identity()
         self.self_attn = Attention(C, C, heads=heads, qkv_bias=True)
 
     def forward(self, x: Tensor) -> Tensor:
         H, W = x.shape[-2:]
         h = self.self_attn(rearrange(self.norm(x), "B C H W -> B (H W) C"))
-        return x + rearrange(h, "B (H W) C -> B C H W", H=H, W=W)
+        y = x + rearrange(h, "B (H W) C -> B C H W", H=H, W=W)
+        return y if self.scale == 1 else y / self.scale

@@ -1,8 +1,9 @@
-"""The UNet that predicts the noise in a latent, given the time and a text.
+"""The UNet that predicts the noise in a latent, given the time and a text; and the body it shares with ``UNet2DModel``.
 
 One loop down through levels of falling resolution, a middle, one loop up; what each step of the way down computed is
-concatenated on the way up (the skips, an explicit list). A level is residual blocks, each followed by a transformer
-that looks at the text where the level has ``depth > 0``.
+concatenated on the way up (the skips, an explicit list). A level is residual blocks, each followed by attention where
+the level has some: a transformer that looks at the text (``depth > 0``), or, in unconditional UNets, self-attention
+over the pixels.
 
 Papers: Ronneberger et al. 2015 (https://arxiv.org/abs/1505.04597); Ho et al. 2020 (DDPM,
 https://arxiv.org/abs/2006.11239), appendix B; Rombach et al. 2022 (LDM, https://arxiv.org/abs/2112.10752), section 3.3.
@@ -22,7 +23,17 @@ from minidiff.checkpoints.names import canonical_unet_name, unet_rows
 from minidiff.checkpoints.remap import Row
 from minidiff.config import Config, check_types, complete, per_level
 from minidiff.errors import ConfigError
-from minidiff.layers import Downsample, ResBlock, SpatialTransformer, TimeMLP, Upsample, timestep_embedding
+from minidiff.layers import (
+    Downsample,
+    PixelAttention,
+    ResBlock,
+    SpatialTransformer,
+    TimeMLP,
+    Upsample,
+    enlarge,
+    halve,
+    timestep_embedding,
+)
 from minidiff.outputs import Output
 
 
@@ -35,6 +46,10 @@ class Level(NamedTuple):
     up_depth: int  # the same on the way up
     heads: int
     D_ctx: int  # width of the text embeddings this level attends to
+    pixel_attn: bool = False  # self-attention over the pixels behind each residual block on the way down
+    up_pixel_attn: bool = False  # the same on the way up
+    res_down: bool = False  # halve the resolution in a residual block instead of a strided convolution
+    res_up: bool = False  # double it in a residual block instead of before a convolution
 
 
 class UNetSpec(NamedTuple):
@@ -46,32 +61,168 @@ class UNetSpec(NamedTuple):
     mid_depth: int
     groups: int
     eps: float
-    flip_sin_to_cos: bool
-    freq_shift: float
     linear_projection: bool  # how checkpoints store proj_in / proj_out; the product is the same
     downsample_padding: int
-
-    @property
-    def E(self) -> int:
-        """Width of the time embedding."""
-        return 4 * self.levels[0].channels
+    time_features: int  # width of what the time is encoded as
+    E: int  # width of the time embedding made of it
+    mid: bool = True  # whether there is a middle
+    mid_pixel_attn: bool = False
+    mid_groups: int | None = None  # of the norm before the middle's pixel attention; None = no norm
+    mid_scale: float = 1.0  # what residual blocks and pixel attention of the middle divide by
+    scale_shift: bool = False  # how residual blocks are told the time, see ResBlock
+    dropout: float = 0.0
 
 
 class Block(nn.Module):
-    """Residual blocks, each with its transformer (or none), then a change of resolution (or none)."""
+    """Residual blocks, each with its attention (or none), then a change of resolution (or none)."""
 
     def __init__(
-        self, res: Iterable[ResBlock], attn: Iterable[SpatialTransformer], resample: Downsample | Upsample | None
+        self,
+        res: Iterable[ResBlock],
+        attn: Iterable[SpatialTransformer | PixelAttention],
+        resample: Downsample | Upsample | ResBlock | None,
     ) -> None:
         super().__init__()
         self.res = nn.ModuleList(res)
         self.attn = nn.ModuleList(attn)
         self.resample = resample
 
-    def layer(self, j: int, x: Tensor, temb: Tensor, ctx: Tensor) -> Tensor:
-        """Run residual block ``j`` and the transformer behind it."""
+    def layer(self, j: int, x: Tensor, temb: Tensor, ctx: Tensor | None) -> Tensor:
+        """Run residual block ``j`` and the attention behind it: to the text ``ctx``, or over the pixels if None."""
         x = self.res[j](x, temb)
-        return self.attn[j](x, ctx) if self.attn else x
+        if not self.attn:
+            return x
+        return self.attn[j](x) if ctx is None else self.attn[j](x, ctx)
+
+    def smaller(self, x: Tensor, temb: Tensor) -> Tensor:
+        """Halve the resolution."""
+        return self.resample(x, temb, halve) if isinstance(self.resample, ResBlock) else self.resample(x)
+
+    def larger(self, x: Tensor, temb: Tensor, size: torch.Size) -> Tensor:
+        """Change the resolution to ``size``."""
+        if isinstance(self.resample, ResBlock):
+            return self.resample(x, temb, lambda h: enlarge(h, size))
+        return self.resample(x, size)
+
+
+class UNet(Model):
+    """The body of every UNet. The public faces below and in ``unet_unconditional`` say what goes in and comes out."""
+
+    weights_stem = "diffusion_pytorch_model"
+
+    def __init__(self, config: Config, spec: UNetSpec) -> None:
+        super().__init__()
+        self.config, self.spec = config, spec
+        levels, last = spec.levels, len(spec.levels) - 1
+        C = levels[0].channels
+        self.time_embed = TimeMLP(spec.time_features, spec.E)
+        self.conv_in = nn.Conv2d(spec.in_channels, C, 3, padding=1)
+
+        skips = [C]  # channels of everything that is kept for the way up
+        self.down = nn.ModuleList()
+        for i, lv in enumerate(levels):
+            blocks = [self._res(C if j == 0 else lv.channels, lv.channels) for j in range(lv.layers)]
+            attn = self._attention(lv, lv.depth, lv.pixel_attn, lv.layers)
+            C = lv.channels
+            resample = None
+            if i < last:
+                resample = self._res(C, C) if lv.res_down else Downsample(C, padding=spec.downsample_padding)
+            self.down.append(Block(blocks, attn, resample))
+            skips += [C] * (lv.layers + (i < last))
+
+        self.mid = self._middle(levels[-1]) if spec.mid else None
+
+        self.up = nn.ModuleList()
+        for i, lv in enumerate(reversed(levels)):
+            blocks = []
+            for _ in range(lv.layers + 1):
+                blocks.append(self._res(C + skips.pop(), lv.channels))
+                C = lv.channels
+            attn = self._attention(lv, lv.up_depth, lv.up_pixel_attn, lv.layers + 1)
+            resample = None
+            if i < last:
+                resample = self._res(C, C) if lv.res_up else Upsample(C)
+            self.up.append(Block(blocks, attn, resample))
+
+        self.norm_out = nn.GroupNorm(spec.groups, C, eps=spec.eps)
+        self.conv_out = nn.Conv2d(C, spec.out_channels, 3, padding=1)
+
+    def _res(self, C_in: int, C_out: int, scale: float = 1.0) -> ResBlock:
+        spec = self.spec
+        options = {"E": spec.E, "scale_shift": spec.scale_shift, "dropout": spec.dropout, "scale": scale}
+        return ResBlock(C_in, C_out, groups=spec.groups, eps=spec.eps, **options)
+
+    def _attention(
+        self, lv: Level, depth: int, pixels: bool, count: int
+    ) -> list[SpatialTransformer] | list[PixelAttention]:
+        """Make what stands behind the ``count`` residual blocks of a level."""
+        C, heads, groups = lv.channels, lv.heads, self.spec.groups
+        if depth:
+            return [SpatialTransformer(C, lv.D_ctx, depth=depth, heads=heads, groups=groups) for _ in range(count)]
+        return [PixelAttention(C, heads=heads, groups=groups, eps=self.spec.eps) for _ in range(count if pixels else 0)]
+
+    def _middle(self, lv: Level) -> Block:
+        """Make two residual blocks with attention (or none) between them, at the coarsest level."""
+        spec, C = self.spec, lv.channels
+        attn = self._attention(lv, spec.mid_depth, False, 1)
+        if spec.mid_pixel_attn:
+            options = {"groups": spec.mid_groups, "eps": spec.eps, "scale": spec.mid_scale}
+            attn = [PixelAttention(C, heads=lv.heads, **options)]
+        return Block([self._res(C, C, spec.mid_scale) for _ in range(2)], attn, None)
+
+    @classmethod
+    def from_config(cls, fields: Mapping[str, Any], **overrides: Any) -> "UNet":
+        """Build a network with new weights from a configuration."""
+        return cls(**{**fields, **overrides})
+
+    def _times(self, sample: Tensor, timestep: Tensor | float | int) -> Tensor:
+        """Return one time per sample, (B,), on its device."""
+        t = torch.as_tensor(timestep, device=sample.device)
+        if t.ndim > 1 or t.numel() not in (1, len(sample)):
+            raise ValueError(
+                f"timestep should be one time or one per sample: found shape {tuple(t.shape)} for a batch of "
+                f"{len(sample)}"
+            )
+        return t.expand(len(sample))
+
+    def _encode_times(self, t: Tensor) -> Tensor:
+        """Encode times (B,) as sines and cosines (B, time_features)."""
+        config = self.config
+        return timestep_embedding(
+            t, self.spec.time_features, flip_sin_to_cos=config.flip_sin_to_cos, freq_shift=config.freq_shift
+        )
+
+    def _body(self, x: Tensor, temb: Tensor, ctx: Tensor | None = None) -> Tensor:
+        """Run the network proper: down, middle, up."""
+        if self.config.center_input_sample:
+            x = 2 * x - 1
+        x = self.conv_in(x)
+        skips = [x]
+        for block in self.down:
+            for j in range(len(block.res)):
+                x = block.layer(j, x, temb, ctx)
+                skips.append(x)
+            if block.resample is not None:
+                x = block.smaller(x, temb)
+                skips.append(x)
+
+        if self.mid is not None:
+            x = self.mid.layer(0, x, temb, ctx)
+            x = self.mid.res[1](x, temb)
+
+        for block in self.up:
+            for j in range(len(block.res)):
+                x = block.layer(j, torch.cat([x, skips.pop()], dim=1), temb, ctx)
+            if block.resample is not None:
+                x = block.larger(x, temb, skips[-1].shape[-2:])  # the skip's size: odd sizes do not halve evenly
+
+        return self.conv_out(F.silu(self.norm_out(x)))
+
+    def _check_sample(self, sample: Tensor) -> None:
+        """Raise if the input does not fit the network."""
+        C = self.spec.in_channels
+        if sample.ndim != 4 or sample.shape[1] != C:
+            raise ValueError(f"sample should be (B, {C}, H, W), found {tuple(sample.shape)}")
 
 
 @dataclass
@@ -81,7 +232,7 @@ class UNet2DConditionOutput(Output):
     sample: Tensor
 
 
-class UNet2DConditionModel(Model):
+class UNet2DConditionModel(UNet):
     """Predict noise (or v, or x0, as the checkpoint was trained) from a noisy latent, the time and a text.
 
     Keyword arguments are the fields of the Hub's ``unet/config.json``, with the reference's defaults.
@@ -90,52 +241,9 @@ class UNet2DConditionModel(Model):
         ConfigError: naming each field that is unknown or has a value that is not implemented.
     """
 
-    weights_stem = "diffusion_pytorch_model"
-
     def __init__(self, **fields: Any) -> None:
-        super().__init__()
-        self.config = unet_config(fields)
-        self.spec = spec = unet_spec(self.config)
-        levels, last = spec.levels, len(spec.levels) - 1
-
-        def res(C_in: int, C_out: int) -> ResBlock:
-            return ResBlock(C_in, C_out, groups=spec.groups, eps=spec.eps, E=spec.E)
-
-        def transformers(lv: Level, depth: int, count: int) -> list[SpatialTransformer]:
-            options = {"depth": depth, "heads": lv.heads, "groups": spec.groups}
-            return [SpatialTransformer(lv.channels, lv.D_ctx, **options) for _ in range(count if depth else 0)]
-
-        self.time_embed = TimeMLP(levels[0].channels, spec.E)
-        self.conv_in = nn.Conv2d(spec.in_channels, levels[0].channels, 3, padding=1)
-
-        C = levels[0].channels
-        skips = [C]  # channels of everything that is kept for the way up
-        self.down = nn.ModuleList()
-        for i, lv in enumerate(levels):
-            blocks = [res(C if j == 0 else lv.channels, lv.channels) for j in range(lv.layers)]
-            resample = Downsample(lv.channels, padding=spec.downsample_padding) if i < last else None
-            self.down.append(Block(blocks, transformers(lv, lv.depth, lv.layers), resample))
-            C = lv.channels
-            skips += [C] * (lv.layers + (i < last))
-
-        self.mid = Block([res(C, C), res(C, C)], transformers(levels[-1], spec.mid_depth, 1), None)
-
-        self.up = nn.ModuleList()
-        for i, lv in enumerate(reversed(levels)):
-            blocks = []
-            for _ in range(lv.layers + 1):
-                blocks.append(res(C + skips.pop(), lv.channels))
-                C = lv.channels
-            resample = Upsample(C) if i < last else None
-            self.up.append(Block(blocks, transformers(lv, lv.up_depth, lv.layers + 1), resample))
-
-        self.norm_out = nn.GroupNorm(spec.groups, C, eps=spec.eps)
-        self.conv_out = nn.Conv2d(C, spec.out_channels, 3, padding=1)
-
-    @classmethod
-    def from_config(cls, fields: Mapping[str, Any], **overrides: Any) -> "UNet2DConditionModel":
-        """Build a network with new weights from a configuration."""
-        return cls(**{**fields, **overrides})
+        config = unet_config(fields)
+        super().__init__(config, unet_spec(config))
 
     def forward(
         self,
@@ -177,50 +285,11 @@ class UNet2DConditionModel(Model):
             down_intrablock_additional_residuals=down_intrablock_additional_residuals,
             encoder_attention_mask=encoder_attention_mask,
         )
-        self._check_shapes(sample, encoder_hidden_states)
-        if self.config.center_input_sample:
-            sample = 2 * sample - 1
-        x = self._body(sample, self._time(sample, timestep), encoder_hidden_states)
+        self._check_sample(sample)
+        self._check_text(sample, encoder_hidden_states)
+        temb = self.time_embed(self._encode_times(self._times(sample, timestep)).to(sample.dtype))
+        x = self._body(sample, temb, encoder_hidden_states)
         return UNet2DConditionOutput(x) if return_dict else (x,)
-
-    def _time(self, sample: Tensor, timestep: Tensor | float | int) -> Tensor:
-        """Return the time embedding, (B, E)."""
-        t = torch.as_tensor(timestep, device=sample.device)
-        if t.ndim > 1 or t.numel() not in (1, len(sample)):
-            raise ValueError(
-                f"timestep should be one time or one per sample: found shape {tuple(t.shape)} for a batch of "
-                f"{len(sample)}"
-            )
-        emb = timestep_embedding(
-            t.expand(len(sample)),
-            self.spec.levels[0].channels,
-            flip_sin_to_cos=self.spec.flip_sin_to_cos,
-            freq_shift=self.spec.freq_shift,
-        )
-        return self.time_embed(emb.to(sample.dtype))
-
-    def _body(self, x: Tensor, temb: Tensor, ctx: Tensor) -> Tensor:
-        """Run the network proper: down, middle, up."""
-        x = self.conv_in(x)
-        skips = [x]
-        for block in self.down:
-            for j in range(len(block.res)):
-                x = block.layer(j, x, temb, ctx)
-                skips.append(x)
-            if block.resample is not None:
-                x = block.resample(x)
-                skips.append(x)
-
-        x = self.mid.layer(0, x, temb, ctx)
-        x = self.mid.res[1](x, temb)
-
-        for block in self.up:
-            for j in range(len(block.res)):
-                x = block.layer(j, torch.cat([x, skips.pop()], dim=1), temb, ctx)
-            if block.resample is not None:
-                x = block.resample(x, skips[-1].shape[-2:])  # to the skip's size: odd sizes do not halve evenly
-
-        return self.conv_out(F.silu(self.norm_out(x)))
 
     def _refuse(self, **arguments: Any) -> None:
         """Raise on arguments of the reference whose feature is not implemented."""
@@ -228,12 +297,9 @@ class UNet2DConditionModel(Model):
         if found:
             raise ValueError(f"UNet2DConditionModel does not implement the argument(s) {', '.join(found)}; pass None")
 
-    def _check_shapes(self, sample: Tensor, ctx: Tensor) -> None:
-        """Raise if latents or text embeddings do not fit the network."""
-        spec = self.spec
-        if sample.ndim != 4 or sample.shape[1] != spec.in_channels:
-            raise ValueError(f"sample should be (B, {spec.in_channels}, H, W), found {tuple(sample.shape)}")
-        D = spec.levels[-1].D_ctx
+    def _check_text(self, sample: Tensor, ctx: Tensor) -> None:
+        """Raise if the text embeddings do not fit the network and the batch."""
+        D = self.spec.levels[-1].D_ctx
         if ctx.ndim != 3 or ctx.shape[-1] != D or len(ctx) != len(sample):
             raise ValueError(
                 f"encoder_hidden_states should be ({len(sample)}, L, {D}), found {tuple(ctx.shape)}; a width other "
@@ -350,10 +416,10 @@ def unet_spec(config: Config) -> UNetSpec:
         mid_depth=depths[-1],
         groups=config.norm_num_groups,
         eps=config.norm_eps,
-        flip_sin_to_cos=config.flip_sin_to_cos,
-        freq_shift=config.freq_shift,
         linear_projection=config.use_linear_projection,
         downsample_padding=config.downsample_padding,
+        time_features=channels[0],
+        E=4 * channels[0],
     )
 
 

@@ -85,9 +85,41 @@ def _transformer_rows(ours: str, hub: str, ldm: str, depth: int, linear: bool) -
     yield from both("proj_out", "proj_out", op=proj)
 
 
+def _pixel_attention_rows(ours: str, hub: str, ldm: str, norm: bool = True) -> Iterator[Row]:
+    if norm:
+        yield from _layer(f"{ours}.norm", f"{hub}.group_norm", f"{ldm}.norm")
+    for part, hub_part, ldm_part in (
+        ("q", "to_q", "q"),
+        ("k", "to_k", "k"),
+        ("v", "to_v", "v"),
+        ("out", "to_out.0", "proj_out"),
+    ):
+        yield from _layer(f"{ours}.self_attn.{part}", f"{hub}.{hub_part}", f"{ldm}.{ldm_part}", ldm_op=CONV1X1)
+
+
 def unet_rows(spec: "UNetSpec") -> list[Row]:
     """Return the name table of a conditional UNet."""
     return list(_unet_rows(spec))
+
+
+def unconditional_unet_rows(spec: "UNetSpec", config: "Config") -> list[Row]:
+    """Return the name table of an unconditional UNet.
+
+    Its column ``ldm`` repeats ``hub``: each code base these networks came from had a file format of its own, none of
+    them is in use, and all published ones were converted to the Hub's spelling.
+    """
+    rows = [*_time_and_class_rows(config), *_unet_rows(spec)]
+    return [row._replace(ldm=row.hub, ldm_op=row.hub_op) for row in rows]
+
+
+def _time_and_class_rows(config: "Config") -> Iterator[Row]:
+    if config.time_embedding_type != "positional":
+        yield _tensor("time_proj.weight", "time_proj.weight", "time_proj.weight")
+    if config.class_embed_type == "timestep":
+        for n in (1, 2):
+            yield from _layer(f"class_embed.fc{n}", f"class_embedding.linear_{n}", f"label_emb.{n}")
+    elif config.class_embed_type is None and config.num_class_embeds is not None:
+        yield _tensor("class_embed.weight", "class_embedding.weight", "label_emb.weight")
 
 
 def _unet_rows(spec: "UNetSpec") -> Iterator[Row]:
@@ -96,8 +128,8 @@ def _unet_rows(spec: "UNetSpec") -> Iterator[Row]:
     yield from _layer("time_embed.fc2", "time_embedding.linear_2", f"{p}time_embed.2")
     yield from _layer("conv_in", "conv_in", f"{p}input_blocks.0.0")
 
-    def level(side: str, i: int, j: int, n: int, skip: bool, depth: int) -> Iterator[Row]:
-        """Emit residual block j of a level and the transformer behind it; n counts the original file's blocks."""
+    def level(side: str, i: int, j: int, n: int, skip: bool, depth: int, pixels: bool) -> Iterator[Row]:
+        """Emit residual block j of a level and the attention behind it; n counts the original file's blocks."""
         hub = f"{side}_blocks.{i}"
         ldm = f"{p}{'input' if side == 'down' else 'output'}_blocks.{n}"
         yield from _res_rows(f"{side}.{i}.res.{j}", f"{hub}.resnets.{j}", f"{ldm}.0", _UNET_RES, skip)
@@ -105,44 +137,56 @@ def _unet_rows(spec: "UNetSpec") -> Iterator[Row]:
             yield from _transformer_rows(
                 f"{side}.{i}.attn.{j}", f"{hub}.attentions.{j}", f"{ldm}.1", depth, spec.linear_projection
             )
+        if pixels:
+            yield from _pixel_attention_rows(f"{side}.{i}.attn.{j}", f"{hub}.attentions.{j}", f"{ldm}.1")
+
+    def resample(ours: str, hub: str, ldm: str, conv: str, by_res: bool) -> Iterator[Row]:
+        """Emit a change of resolution: a convolution, or a residual block."""
+        if by_res:
+            yield from _res_rows(ours, hub, ldm, _UNET_RES, False)
+        else:
+            yield from _layer(f"{ours}.conv", f"{hub}.conv", f"{ldm}.{conv}")
 
     n = 1  # input_blocks.0 is conv_in
     skips = [spec.levels[0].channels]
     C = spec.levels[0].channels
     for i, lv in enumerate(spec.levels):
         for j in range(lv.layers):
-            yield from level("down", i, j, n, lv.channels != C, lv.depth)
+            yield from level("down", i, j, n, lv.channels != C, lv.depth, lv.pixel_attn)
             C = lv.channels
             skips.append(C)
             n += 1
         if i < last:
-            yield from _layer(
-                f"down.{i}.resample.conv", f"down_blocks.{i}.downsamplers.0.conv", f"{p}input_blocks.{n}.0.op"
-            )
+            hub = f"down_blocks.{i}.downsamplers.0"
+            yield from resample(f"down.{i}.resample", hub, f"{p}input_blocks.{n}.0", "op", lv.res_down)
             skips.append(C)
             n += 1
 
-    yield from _res_rows("mid.res.0", "mid_block.resnets.0", f"{p}middle_block.0", _UNET_RES, False)
-    yield from _transformer_rows(
-        "mid.attn.0", "mid_block.attentions.0", f"{p}middle_block.1", spec.mid_depth, spec.linear_projection
-    )
-    yield from _res_rows("mid.res.1", "mid_block.resnets.1", f"{p}middle_block.2", _UNET_RES, False)
+    if spec.mid:
+        yield from _unet_middle_rows(spec)
 
     n = 0
     for i, lv in enumerate(reversed(spec.levels)):
         for j in range(lv.layers + 1):
             # A skip connection is concatenated to the input, so the channels always change and `skip` always exists.
-            yield from level("up", i, j, n, True, lv.up_depth)
+            yield from level("up", i, j, n, True, lv.up_depth, lv.up_pixel_attn)
             n += 1
         if i < last:
-            yield from _layer(
-                f"up.{i}.resample.conv",
-                f"up_blocks.{i}.upsamplers.0.conv",
-                f"{p}output_blocks.{n - 1}.{2 if lv.up_depth else 1}.conv",
-            )
+            ldm = f"{p}output_blocks.{n - 1}.{2 if lv.up_depth or lv.up_pixel_attn else 1}"
+            yield from resample(f"up.{i}.resample", f"up_blocks.{i}.upsamplers.0", ldm, "conv", lv.res_up)
 
     yield from _layer("norm_out", "conv_norm_out", f"{p}out.0")
     yield from _layer("conv_out", "conv_out", f"{p}out.2")
+
+
+def _unet_middle_rows(spec: "UNetSpec") -> Iterator[Row]:
+    ours, hub, ldm = "mid.attn.0", "mid_block.attentions.0", f"{UNET_PREFIX}middle_block"
+    yield from _res_rows("mid.res.0", "mid_block.resnets.0", f"{ldm}.0", _UNET_RES, False)
+    if spec.mid_depth:
+        yield from _transformer_rows(ours, hub, f"{ldm}.1", spec.mid_depth, spec.linear_projection)
+    if spec.mid_pixel_attn:
+        yield from _pixel_attention_rows(ours, hub, f"{ldm}.1", norm=spec.mid_groups is not None)
+    yield from _res_rows("mid.res.1", "mid_block.resnets.1", f"{ldm}.2", _UNET_RES, False)
 
 
 # --- Autoencoder -----------------------------------------------------------------------------------------------------
@@ -157,15 +201,7 @@ def _vae_middle_rows(half: str, attention: bool) -> Iterator[Row]:
     ours, hub, ldm = f"{half}.mid", f"{half}.mid_block", f"{VAE_PREFIX}{half}.mid"
     yield from _res_rows(f"{ours}.res.0", f"{hub}.resnets.0", f"{ldm}.block_1", _VAE_RES, False)
     if attention:
-        a, b, c = f"{ours}.attn", f"{hub}.attentions.0", f"{ldm}.attn_1"
-        yield from _layer(f"{a}.norm", f"{b}.group_norm", f"{c}.norm")
-        for part, hub_part, ldm_part in (
-            ("q", "to_q", "q"),
-            ("k", "to_k", "k"),
-            ("v", "to_v", "v"),
-            ("out", "to_out.0", "proj_out"),
-        ):
-            yield from _layer(f"{a}.self_attn.{part}", f"{b}.{hub_part}", f"{c}.{ldm_part}", ldm_op=CONV1X1)
+        yield from _pixel_attention_rows(f"{ours}.attn", f"{hub}.attentions.0", f"{ldm}.attn_1")
     yield from _res_rows(f"{ours}.res.1", f"{hub}.resnets.1", f"{ldm}.block_2", _VAE_RES, False)
 
 
@@ -300,6 +336,11 @@ def canonical_vae_name(name: str) -> str | None:
 def canonical_unet_name(name: str) -> str | None:
     """Return the modern Hub spelling of a UNet's tensor (conditional UNets were never spelled otherwise)."""
     return name
+
+
+def canonical_unconditional_unet_name(name: str) -> str | None:
+    """Return the modern Hub spelling of an unconditional UNet's tensor: its attention is the autoencoder's."""
+    return canonical_vae_name(name)
 
 
 def canonical_clip_name(name: str) -> str | None:
