@@ -90,6 +90,8 @@ class HubServer:
         if parts[:2] == ["api", "models"]:
             name, rest = "/".join(parts[2:4]), parts[4:]
             revision, filename = (rest[1] if rest[:1] == ["revision"] else "main"), None
+        elif "resolve" not in parts:
+            return _send(handler, 404)
         else:
             name, revision, filename = "/".join(parts[:2]), parts[3], "/".join(parts[4:])
         repository = self.repositories.get(name)

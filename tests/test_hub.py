@@ -1,0 +1,299 @@
+"""Files from a folder and from the Hub: what is asked for, what is cached, and what each failure says.
+
+The Hub here is a server on this machine. huggingface_hub reads its environment once, when it is imported, so each of
+these tests runs a few lines in a fresh process that starts with the environment a user would set.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hub_server import HubServer, Repository
+
+from minidiff.checkpoints.hub import MissingFileError, Repo, find_file, weight_names
+from minidiff.checkpoints.save import save_json, write_atomically
+from minidiff.errors import CheckpointError, CheckpointNotFoundError
+
+
+def touch(folder: Path, *names: str) -> Path:
+    for name in names:
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"content of {name}")
+    return folder
+
+
+# --- local folders ---------------------------------------------------------------------------------------------------
+
+
+def test_local_file(tmp_path: Path) -> None:
+    touch(tmp_path, "config.json", "unet/config.json")
+    assert find_file(tmp_path, "config.json") == tmp_path / "config.json"
+    assert find_file(str(tmp_path), "config.json", subfolder="unet") == tmp_path / "unet" / "config.json"
+
+
+def test_local_path_never_touches_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)  # importing it now fails
+    touch(tmp_path, "config.json")
+    assert find_file(tmp_path, "config.json").is_file()
+    with pytest.raises(MissingFileError, match=r"has no absent\.json; it holds config\.json"):
+        find_file(tmp_path, "absent.json")
+    with pytest.raises(CheckpointNotFoundError, match="only model"):
+        Repo(touch(tmp_path / "pickles", "model.bin")).weights("model")
+
+
+def test_a_relative_folder_with_the_look_of_an_id_is_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(touch(tmp_path, "some/repo/config.json"))
+    assert find_file("some/repo", "config.json") == Path("some/repo/config.json")
+
+
+@pytest.mark.parametrize("source", ["/nowhere/at/all", "./nowhere", "../nowhere", "~/nowhere", "a/b/c", Path("a/b")])
+def test_missing_folder(source: str | Path) -> None:
+    with pytest.raises(CheckpointNotFoundError, match="there is no folder"):
+        find_file(source, "config.json")
+
+
+def test_missing_subfolder_and_single_file(tmp_path: Path) -> None:
+    with pytest.raises(MissingFileError, match="has no folder 'unet'"):
+        find_file(tmp_path, "config.json", subfolder="unet")
+    with pytest.raises(CheckpointError, match="is a single file"):
+        find_file(touch(tmp_path, "model.safetensors") / "model.safetensors", "config.json")
+
+
+def test_not_a_hub_id() -> None:
+    with pytest.raises(CheckpointNotFoundError, match=r"neither an existing folder .* nor a Hub id"):
+        find_file("what is this?", "config.json")
+
+
+# --- which weights ---------------------------------------------------------------------------------------------------
+
+STEM = "diffusion_pytorch_model"
+
+
+def test_weight_names_are_those_of_the_reference() -> None:
+    from diffusers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFETENSORS_WEIGHTS_NAME
+    from diffusers.utils.hub_utils import _add_variant
+    from transformers.utils import SAFE_WEIGHTS_NAME
+
+    assert weight_names(STEM, None) == (SAFE_WEIGHTS_INDEX_NAME, SAFETENSORS_WEIGHTS_NAME)
+    index, older, single = weight_names(STEM, "fp16")
+    assert index == _add_variant(SAFE_WEIGHTS_INDEX_NAME, "fp16")
+    assert older == f"{STEM}.safetensors.fp16.index.json"  # as in diffusers' _fetch_index_file_legacy
+    assert single == _add_variant(SAFETENSORS_WEIGHTS_NAME, "fp16")
+    assert weight_names("model", None)[0] == SAFE_WEIGHTS_NAME  # transformers prefers the single file
+
+
+@pytest.mark.parametrize(
+    "index", [f"{STEM}.safetensors.index.fp16.json", f"{STEM}.safetensors.fp16.index.json"], ids=["new", "old"]
+)
+def test_sharded_variant_in_both_spellings(tmp_path: Path, index: str) -> None:
+    shards = [f"{STEM}.fp16-00001-of-00002.safetensors", f"{STEM}.fp16-00002-of-00002.safetensors"]
+    touch(tmp_path, *shards)
+    save_json({"weight_map": {"a": shards[0], "b": shards[1]}}, tmp_path / index)
+    weights = Repo(tmp_path).weights(STEM, "fp16")
+    assert list(weights.files) == shards
+    assert weights.index == {"a": shards[0], "b": shards[1]}
+
+
+def test_missing_variant_lists_those_that_exist(tmp_path: Path) -> None:
+    touch(tmp_path, f"{STEM}.safetensors", f"{STEM}.non_ema.safetensors")
+    with pytest.raises(CheckpointNotFoundError, match=r"variant='fp16'\); it has no variant, variant='non_ema'"):
+        Repo(tmp_path).weights(STEM, "fp16")
+    (tmp_path / f"{STEM}.safetensors").unlink()
+    with pytest.raises(CheckpointNotFoundError, match=r"\(no variant\); it has variant='non_ema'"):
+        Repo(tmp_path).weights(STEM)
+
+
+@pytest.mark.parametrize("name", ["model.bin", "pytorch_model.bin", "model.ckpt", "model.pt"])
+def test_pickles_are_refused_with_the_reason(tmp_path: Path, name: str) -> None:
+    with pytest.raises(CheckpointNotFoundError, match=rf"has only {name}.*unpickling a file runs whatever code"):
+        Repo(touch(tmp_path, name)).weights("model")
+
+
+def test_no_weights_at_all(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointNotFoundError, match=r"has no model\.safetensors; it holds README\.md"):
+        Repo(touch(tmp_path, "README.md")).weights("model")
+
+
+def test_index_that_lists_absent_shards(tmp_path: Path) -> None:
+    touch(tmp_path, "model-00001-of-00003.safetensors")
+    names = [f"model-0000{k}-of-00003.safetensors" for k in (1, 2, 3)]
+    save_json({"weight_map": dict(zip("abc", names, strict=True))}, tmp_path / "model.safetensors.index.json")
+    with pytest.raises(CheckpointNotFoundError, match=f"lists 3 shards, and .* lacks {names[1]}, {names[2]}"):
+        Repo(tmp_path).weights("model")
+
+
+@pytest.mark.parametrize("name", ["../model.safetensors", "sub/model.safetensors", "model.bin"])
+def test_index_that_points_elsewhere(tmp_path: Path, name: str) -> None:
+    save_json({"weight_map": {"a": name}}, tmp_path / "model.safetensors.index.json")
+    with pytest.raises(CheckpointError, match="shards must be"):
+        Repo(tmp_path).weights("model")
+
+
+@pytest.mark.parametrize(
+    "content", ['{"metadata": {}}', '{"weight_map": ["a"]}', '{"weight_map": {"a": 1}}', "[]", "{"]
+)
+def test_broken_index(tmp_path: Path, content: str) -> None:
+    (tmp_path / "model.safetensors.index.json").write_text(content)
+    with pytest.raises(ValueError, match=r"index\.json"):
+        Repo(tmp_path).weights("model")
+
+
+def test_interrupted_save_leaves_the_old_file(tmp_path: Path) -> None:
+    def fail(path: Path) -> None:
+        path.write_text("half")
+        raise KeyboardInterrupt
+
+    touch(tmp_path, "a.json")
+    with pytest.raises(KeyboardInterrupt):
+        write_atomically(tmp_path / "a.json", fail)
+    assert (tmp_path / "a.json").read_text() == "content of a.json"
+    assert os.listdir(tmp_path) == ["a.json"]
+
+
+# --- the Hub ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[HubServer]:
+    main = tmp_path_factory.mktemp("main")
+    shards = ["model.fp16-00001-of-00002.safetensors", "model.fp16-00002-of-00002.safetensors"]
+    touch(main, "config.json", "README.md", "unet/config.json", "unet/model.safetensors", "unet/model.bin", "big.ckpt")
+    touch(main, *(f"sharded/{name}" for name in shards))
+    save_json({"weight_map": {"a": shards[0], "b": shards[1]}}, main / "sharded/model.safetensors.index.fp16.json")
+    touch(main, "pickles/model.bin")
+    other = touch(tmp_path_factory.mktemp("other"), "config.json")
+    (other / "config.json").write_text("of the branch")
+    repositories = {
+        "some/repo": Repository({"main": main, "branch": other}),
+        "private/repo": Repository({"main": main}, token="hf_secret"),
+        "gated/repo": Repository({"main": main}, gated=True),
+    }
+    with HubServer(repositories) as server:
+        yield server
+
+
+START = "from minidiff.checkpoints.hub import *\nimport json, sys\nfrom pathlib import Path\n"
+
+
+def run(hub: HubServer, cache: Path, code: str, **environment: str) -> str:
+    """Run code in a fresh process that knows ``hub`` as the Hub; return what it prints, or the error's last lines."""
+    clean = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
+    settings = {"HF_ENDPOINT": hub.url, "HF_HOME": str(cache), "HF_HUB_DISABLE_TELEMETRY": "1", **environment}
+    hub.requests.clear()
+    done = subprocess.run(
+        [sys.executable, "-c", START + code], env={**clean, **settings}, capture_output=True, text=True, timeout=60
+    )
+    return done.stdout.strip() if done.returncode == 0 else done.stderr.strip().splitlines()[-1]
+
+
+def test_hub_downloads_one_file_then_uses_the_cache(hub: HubServer, tmp_path: Path) -> None:
+    code = 'print(find_file("some/repo", "config.json", subfolder="unet").read_text())'
+    assert run(hub, tmp_path, code) == "content of unet/config.json"
+    assert hub.downloaded() == ["some/repo/main/unet/config.json"]
+    assert run(hub, tmp_path, code) == "content of unet/config.json"
+    assert hub.downloaded() == []
+    assert run(hub, tmp_path, code, HF_HUB_OFFLINE="1") == "content of unet/config.json"
+    assert hub.requests == []
+    assert run(hub, tmp_path, code.replace('"unet"', '"unet", local_files_only=True')) == "content of unet/config.json"
+    assert hub.requests == []
+
+
+def test_hub_cache_dir_and_force_download(hub: HubServer, tmp_path: Path) -> None:
+    code = f'print(find_file("some/repo", "config.json", cache_dir={str(tmp_path / "here")!r}))'
+    assert run(hub, tmp_path, code).startswith(str(tmp_path / "here"))
+    run(hub, tmp_path, code[:-2] + ", force_download=True))")
+    assert hub.downloaded() == ["some/repo/main/config.json"]
+
+
+def test_hub_revision(hub: HubServer, tmp_path: Path) -> None:
+    code = 'print(find_file("some/repo", "config.json", revision="branch").read_text())'
+    assert run(hub, tmp_path, code) == "of the branch"
+
+
+def test_hub_pins_the_commit(hub: HubServer, tmp_path: Path) -> None:
+    code = """
+repo = Repo("some/repo", revision="branch")
+print(repo.pinned(repo.file("config.json")).revision)"""
+    commit, _ = hub.repositories["some/repo"].commit("branch")
+    assert run(hub, tmp_path, code) == commit
+
+
+@pytest.mark.parametrize("way", ["argument", "environment"])
+def test_hub_token(hub: HubServer, tmp_path: Path, way: str) -> None:
+    argument = ", token='hf_secret'" if way == "argument" else ""
+    code = f'print(find_file("private/repo", "config.json"{argument}).read_text())'
+    environment = {"HF_TOKEN": "hf_secret"} if way == "environment" else {}
+    assert run(hub, tmp_path, code, **environment) == "content of config.json"
+    assert {request.token for request in hub.requests} == {"hf_secret"}
+
+
+REFUSALS = {  # expression -> what the error says
+    'find_file("private/repo", "config.json")': "no such public repository.*HF_TOKEN",
+    'find_file("private/repo", "config.json", token="hf_wrong")': "no such public repository.*token=",
+    'find_file("gated/repo", "config.json")': "gated/repo is a gated repository: accept its terms",
+    'find_file("no/repo", "config.json")': "there is no folder 'no/repo' .* the Hub has no such public repository",
+    'find_file("some/repo", "config.json", revision="nothing")': "some/repo has no revision 'nothing'",
+    'find_file("some/repo", "absent.json")': r"MissingFileError: some/repo has no absent\.json on the Hub",
+    'find_file("some/repo", "README.md", local_files_only=True)': r"NotCachedError: README.md .*local_files_only=True",
+    'Repo("some/repo", "unet").weights("model", "fp16")': r"variant='fp16'\); it has no variant: ask for that",
+    'Repo("some/repo", "sharded").weights("model")': r"\(no variant\); it has variant='fp16': ask for that",
+    'Repo("some/repo", "pickles").weights("model")': r"has only model\.bin, no model\.safetensors: minidiff reads only",
+}
+
+
+def test_hub_refusals(hub: HubServer, tmp_path: Path) -> None:
+    code = f"""
+for expression in {list(REFUSALS)!r}:
+    try:
+        eval(expression)
+    except ValueError as error:
+        print(f"{{type(error).__name__}}: {{error}}")"""
+    printed = run(hub, tmp_path, code).splitlines()
+    assert len(printed) == len(REFUSALS)
+    for message, (expression, expected) in zip(printed, REFUSALS.items(), strict=True):
+        assert re.search(expected, message), f"{expression}: {message}"
+    assert hub.downloaded() == []
+
+
+def test_hub_offline_and_not_cached(hub: HubServer, tmp_path: Path) -> None:
+    message = run(hub, tmp_path, 'find_file("some/repo", "config.json")', HF_HUB_OFFLINE="1")
+    assert "NotCachedError: config.json of some/repo is not in the Hugging Face cache" in message
+    assert "HF_HUB_OFFLINE" in message  # says how it came to be offline
+    assert hub.requests == []
+
+
+def test_hub_out_of_reach(hub: HubServer, tmp_path: Path) -> None:
+    code = 'import time; time.sleep = lambda _: None; find_file("some/repo", "config.json")'  # no waits between retries
+    message = run(hub, tmp_path, code, HF_ENDPOINT="http://127.0.0.1:9")
+    assert "NotCachedError: config.json of some/repo is not in the Hugging Face cache" in message
+
+
+def test_hub_weights_download_only_what_is_loaded(hub: HubServer, tmp_path: Path) -> None:
+    code = 'print(json.dumps(sorted(Repo("some/repo", SUB).weights("model", VARIANT).files)))'
+    single = run(hub, tmp_path, code.replace("SUB", '"unet"').replace("VARIANT", "None"))
+    assert json.loads(single) == ["model.safetensors"]
+    assert hub.downloaded() == ["some/repo/main/unet/model.safetensors"]
+    sharded = run(hub, tmp_path, code.replace("SUB", '"sharded"').replace("VARIANT", '"fp16"'))
+    assert len(json.loads(sharded)) == 2
+    assert len(hub.downloaded()) == 3  # the index and its shards
+    assert (
+        run(hub, tmp_path, code.replace("SUB", '"sharded"').replace("VARIANT", '"fp16"'), HF_HUB_OFFLINE="1") == sharded
+    )
+
+
+def test_hub_weights_offline(hub: HubServer, tmp_path: Path) -> None:
+    message = run(hub, tmp_path, 'Repo("some/repo", "unet").weights("model")', HF_HUB_OFFLINE="1")
+    assert "NotCachedError" in message and "unet/model" in message
+
+
+def test_local_folder_wins_over_the_hub(hub: HubServer, tmp_path: Path) -> None:
+    touch(tmp_path, "some/repo/config.json")
+    code = f'import os; os.chdir({str(tmp_path)!r}); print(find_file("some/repo", "config.json"))'
+    assert run(hub, tmp_path / "cache", code) == "some/repo/config.json"
+    assert hub.requests == []
