@@ -5,6 +5,9 @@ Repositories are folders given at start. The server logs each request, so a test
 
 import hashlib
 import json
+import os
+import subprocess
+import sys
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -135,3 +138,17 @@ def _send(
     handler.end_headers()
     if handler.command == "GET":
         handler.wfile.write(body)
+
+
+def run_with(hub: HubServer, cache: Path, code: str, **environment: str) -> str:
+    """Run code in a fresh process that knows ``hub`` as the Hub; return what it prints, or its error's last line.
+
+    huggingface_hub reads its environment once, when it is imported: hence the process.
+    """
+    clean = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
+    settings = {"HF_ENDPOINT": hub.url, "HF_HOME": str(cache), "HF_HUB_DISABLE_TELEMETRY": "1", **environment}
+    hub.requests.clear()
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**clean, **settings}, capture_output=True, text=True, timeout=60
+    )
+    return done.stdout.strip() if done.returncode == 0 else done.stderr.strip().splitlines()[-1]

@@ -7,13 +7,12 @@ these tests runs a few lines in a fresh process that starts with the environment
 import json
 import os
 import re
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from hub_server import HubServer, Repository
+from hub_server import HubServer, Repository, run_with
 
 from minidiff.checkpoints.hub import MissingFileError, Repo, find_file, weight_names
 from minidiff.checkpoints.save import save_json, write_atomically
@@ -178,18 +177,8 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[HubServer]:
         yield server
 
 
-START = "from minidiff.checkpoints.hub import *\nimport json, sys\nfrom pathlib import Path\n"
-
-
 def run(hub: HubServer, cache: Path, code: str, **environment: str) -> str:
-    """Run code in a fresh process that knows ``hub`` as the Hub; return what it prints, or the error's last lines."""
-    clean = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
-    settings = {"HF_ENDPOINT": hub.url, "HF_HOME": str(cache), "HF_HUB_DISABLE_TELEMETRY": "1", **environment}
-    hub.requests.clear()
-    done = subprocess.run(
-        [sys.executable, "-c", START + code], env={**clean, **settings}, capture_output=True, text=True, timeout=60
-    )
-    return done.stdout.strip() if done.returncode == 0 else done.stderr.strip().splitlines()[-1]
+    return run_with(hub, cache, "import json\nfrom minidiff.checkpoints.hub import *\n" + code, **environment)
 
 
 def test_hub_downloads_one_file_then_uses_the_cache(hub: HubServer, tmp_path: Path) -> None:
