@@ -14,6 +14,7 @@ _HOME = {  # public name -> module that defines it
     "CLIPTextConfig": "minidiff.clip",
     "CLIPTextModel": "minidiff.clip",
     "CLIPTokenizer": "minidiff.tokenizer",
+    "DDIMScheduler": "minidiff.schedulers.ddim",
     "DDPMScheduler": "minidiff.schedulers.ddpm",
     "DiffusionPipeline": "minidiff.pipelines.base",
     "PNDMScheduler": "minidiff.schedulers.pndm",

@@ -101,8 +101,6 @@ def combinations(
 
 def name(value: Any) -> str:
     """Return the options as the id of a test."""
-    return (
-        ",".join(f"{key}={item}" for key, item in value.items()) or "defaults"
-        if isinstance(value, dict)
-        else str(value)
-    )
+    if not isinstance(value, dict):
+        return str(value)
+    return ",".join(f"{key}={str(item)[:20]}" for key, item in value.items()) or "defaults"

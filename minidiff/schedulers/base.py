@@ -26,6 +26,7 @@ from torch import Generator, Tensor
 from minidiff.outputs import Output
 from minidiff.random import randn
 from minidiff.schedulers.configured import Configured
+from minidiff.schedulers.prediction import Clip
 
 KARRAS_SCHEDULERS = (  # the classes that may replace each other in a pipeline, by the reference's list
     "DDIMScheduler DDPMScheduler PNDMScheduler LMSDiscreteScheduler EulerDiscreteScheduler HeunDiscreteScheduler "
@@ -305,6 +306,8 @@ class Scheduler(Configured):
             plan = self._plan = self.start_at(plan, i if late else plan.start)
         if noise is None:
             noise = self.draw_noise(plan, i, x, generator)
+        elif generator is not None:
+            raise ValueError("give a generator or variance_noise, not both")
         update = self._checked_update(plan, i, x, out, self._past, noise)
         self._past, self._step_index = update.past, i + 1
         result = self._output(update)
@@ -342,6 +345,20 @@ class Scheduler(Configured):
         sigmas = ((1 - self.alphas_cumprod) / self.alphas_cumprod) ** 0.5
         last_first = torch.arange(len(self.alphas_cumprod) - 1, -1, -1)
         return Grid(last_first, torch.cat([sigmas.flip(0), torch.zeros(1)]))
+
+    def _alpha_bar(self, times: Sequence[float]) -> Tensor:
+        """Return alpha_bar (N,) at timesteps, and ``final_alpha_cumprod`` where they have gone below 0."""
+        index = torch.tensor(times, dtype=torch.int64)
+        return torch.where(index < 0, self.final_alpha_cumprod, self.alphas_cumprod[index.clamp(min=0)])
+
+    def _require_signal(self, alpha_bar: Tensor, clip: Clip) -> None:
+        """Refuse runs in which x0 = (x - sigma eps) / sqrt(alpha_bar) divides by 0 with nothing to bound it."""
+        if self.config.prediction_type == "epsilon" and clip.limit is None and not bool(alpha_bar.all()):
+            raise ValueError(
+                "rescale_betas_zero_snr leaves no signal at the last training timestep, where a network that predicts "
+                "epsilon says nothing about x0: use prediction_type='v_prediction' or 'sample', clip_sample=True, or "
+                "a timestep spacing that does not visit it"
+            )
 
     def _alpha_sigma_at(self, timesteps: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """Return sqrt(alpha_bar_t) and sqrt(1 - alpha_bar_t), shaped to broadcast over ``like`` (B, ...)."""

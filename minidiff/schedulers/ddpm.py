@@ -73,10 +73,7 @@ class DDPMScheduler(Scheduler):
             )
         )
         self.variance_type = variance_type
-        if thresholding:
-            self._clip = Clip(ratio=dynamic_thresholding_ratio, ceiling=sample_max_value)
-        else:
-            self._clip = Clip(limit=clip_sample_range if clip_sample else None)
+        self._clip = Clip.of(self.config)
 
     def _grid(self, count: int, timesteps: Sequence[int] | None = None) -> Grid:
         if timesteps is None:
@@ -100,12 +97,7 @@ class DDPMScheduler(Scheduler):
     def _steps(self, plan: Plan) -> tuple[Step, ...]:
         alpha_bar_t = self.alphas_cumprod[list(plan.times)]
         alpha_bar_s = torch.cat([alpha_bar_t[1:], torch.ones(1)])
-        if self._needs_signal() and not bool(alpha_bar_t.all()):
-            raise ValueError(
-                "rescale_betas_zero_snr leaves no signal at the last training timestep, where a network that predicts "
-                "epsilon says nothing about x0: use prediction_type='v_prediction' or 'sample', clip_sample=True, or "
-                "a timestep spacing that does not visit it"
-            )
+        self._require_signal(alpha_bar_t, self._clip)
         beta_bar_t, beta_bar_s = 1 - alpha_bar_t, 1 - alpha_bar_s
         alpha = alpha_bar_t / alpha_bar_s
         beta = 1 - alpha
@@ -120,10 +112,6 @@ class DDPMScheduler(Scheduler):
             beta.log(),
         )
         return tuple(Step(*numbers) for numbers in zip(*(column.tolist() for column in columns), strict=True))
-
-    def _needs_signal(self) -> bool:
-        """Say whether x0 is worked out by dividing by sqrt(alpha_bar_t) with nothing to bound it."""
-        return self.config.prediction_type == "epsilon" and self._clip.limit is None
 
     def _std(self, small: Tensor, large: Tensor) -> Tensor:
         """Return the standard deviation of the noise; what a network predicts is worked out at each step instead."""

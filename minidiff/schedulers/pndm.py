@@ -133,11 +133,6 @@ class PNDMScheduler(Scheduler):
         numbers = zip(*(column.tolist() for column in columns), strict=True)
         return tuple(Step(stage, repeat, *rest) for stage, repeat, rest in zip(stages, repeats, numbers, strict=True))
 
-    def _alpha_bar(self, times: Sequence[float]) -> Tensor:
-        """Return alpha_bar (N,) at timesteps, and the final one where they have gone below 0."""
-        index = torch.tensor(times, dtype=torch.int64)
-        return torch.where(index < 0, self.final_alpha_cumprod, self.alphas_cumprod[index.clamp(min=0)])
-
     def _move(self, plan: Plan, k: int) -> tuple[int | None, bool, int, int]:
         """Return the stage of the run's k-th step, whether it repeats, and the timesteps it goes from and to.
 

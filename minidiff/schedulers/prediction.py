@@ -10,7 +10,8 @@ With x = alpha x0 + sigma eps, a network may have been trained to return any of
 alpha and sigma are Python floats, so that nothing here waits for a GPU. v_prediction assumes alpha² + sigma² = 1.
 """
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,6 +23,13 @@ class Clip(NamedTuple):
     limit: float | None = None  # clamp to [-limit, limit]
     ratio: float | None = None  # dynamic thresholding at this quantile of |x0|, per picture
     ceiling: float = 1.0  # the largest threshold that dynamic thresholding may take
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any]) -> "Clip":
+        """Return what the configuration of a scheduler asks for; thresholding goes before clamping."""
+        if config["thresholding"]:
+            return cls(ratio=config["dynamic_thresholding_ratio"], ceiling=config["sample_max_value"])
+        return cls(limit=config["clip_sample_range"] if config.get("clip_sample") else None)
 
     def __call__(self, x0: Tensor) -> Tensor:
         """Apply it to x0 (B, ...)."""

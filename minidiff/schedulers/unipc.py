@@ -113,7 +113,7 @@ class UniPCMultistepScheduler(LogSnrScheduler):
                 "use_flow_sigmas goes with use_karras_sigmas or alone: the reference does not bring exponential and "
                 "beta sigmas below 1, where a flow's noise levels lie, and returns NaN"
             )
-        self._clip = Clip(ratio=dynamic_thresholding_ratio if thresholding else None, ceiling=sample_max_value)
+        self._clip = Clip.of(self.config)
 
     # ---- the noise levels of a run ------------------------------------------------------------------------------
 

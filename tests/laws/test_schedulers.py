@@ -13,6 +13,7 @@ from torch import Tensor
 import minidiff
 
 SCHEDULERS = {
+    "ddim": minidiff.DDIMScheduler(),
     "ddpm": minidiff.DDPMScheduler(),
     "pndm": minidiff.PNDMScheduler(),
     "plms": minidiff.PNDMScheduler(skip_prk_steps=True, steps_offset=1),
@@ -108,6 +109,30 @@ def test_the_first_step_of_plms_is_ddim():
     assert error(ddim(scheduler, way[:2], plan), way[:2]) < 1e-6  # measured 5e-8
 
 
+@pytest.mark.parametrize("spacing", ["leading", "trailing"])
+def test_ddim_with_all_of_the_noise_is_ddpm(spacing):
+    options = {"timestep_spacing": spacing, "clip_sample": False}
+    ways = [
+        through_core(minidiff.DDIMScheduler(**options), 20, eta=1.0)[:-1],  # DDPM does not draw in the last step
+        through_core(minidiff.DDPMScheduler(**options), 20)[:-1],
+    ]
+    assert error(*ways) < 1e-5  # measured 2e-6: float32 coefficients, in another order
+
+
+def test_ddim_is_euler_in_sigma():
+    """Karras et al. 2022, Algorithm 1 with x / sqrt(alpha_bar) as the sample, in float64."""
+    scheduler = minidiff.DDIMScheduler(clip_sample=False)
+    plan = scheduler.plan(20)
+    sigma = plan.sigmas.double()
+    y = noise() * (1 + sigma[0] ** 2).sqrt()
+    way = [noise()]
+    for i in range(20):
+        eps = network(y / (1 + sigma[i] ** 2).sqrt(), plan.timesteps[i])
+        y = y + (sigma[i + 1] - sigma[i]) * eps
+        way.append(y / (1 + sigma[i + 1] ** 2).sqrt())
+    assert error(through_core(scheduler, 20), torch.stack(way)) < 1e-6  # measured 2e-7
+
+
 class Gaussian:
     """Data with distribution N(0, s²) for each value, whose denoiser and whose sampling trajectories are known."""
 
@@ -186,6 +211,7 @@ def test_unipc_takes_as_many_steps_as_training(spacing):
 
 
 PERFECT = {
+    "ddim": minidiff.DDIMScheduler(clip_sample=False),
     "ddpm": minidiff.DDPMScheduler(clip_sample=False),
     "pndm": minidiff.PNDMScheduler(set_alpha_to_one=True),
     "plms": minidiff.PNDMScheduler(set_alpha_to_one=True, skip_prk_steps=True),
@@ -222,7 +248,7 @@ def test_previews_come_closer_to_the_picture():
             out = network(x, plan.timesteps[i])
             alpha_bar = scheduler.alphas_cumprod[int(plan.times[i])].double()
             x0 = (x - (1 - alpha_bar).sqrt() * out) / alpha_bar.sqrt()
-            if "DDPM" in type(scheduler).__name__:
+            if type(scheduler).__name__ in ("DDPMScheduler", "DDIMScheduler"):
                 x0 = x0.clamp(-1, 1)
             assert error(scheduler.denoised(plan, i, x, out), x0) < 1e-5  # measured 4e-7
             x, past = scheduler.advance(plan, i, x, out, past, noise())

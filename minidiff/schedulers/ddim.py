@@ -1,0 +1,146 @@
+"""DDIM: the implicit sampler, deterministic by default; the reference point of all the others.
+
+With alpha_bar_t at this timestep, alpha_bar_s at the next, and eps and x0 as the network predicts them:
+
+    x_s = sqrt(alpha_bar_s) x0 + sqrt(1 - alpha_bar_s - std²) eps + std noise
+    std = eta sqrt((1 - alpha_bar_s) / (1 - alpha_bar_t) (1 - alpha_bar_t / alpha_bar_s))
+
+eta = 0 is Euler's method in sigma = sqrt((1 - alpha_bar) / alpha_bar); eta = 1 is DDPM.
+
+Song et al. 2021, https://arxiv.org/abs/2010.02502, eq. 12 and 16. Checked against ``diffusers.DDIMScheduler``.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Generator, Tensor
+
+from minidiff import noise_schedule
+from minidiff.schedulers.base import Grid, Plan, Scheduler, SchedulerOutput, Update
+from minidiff.schedulers.configured import records_config
+from minidiff.schedulers.prediction import Clip, linear, predict_eps, predict_x0
+
+
+class Step(NamedTuple):
+    """The numbers of one DDIM step."""
+
+    alpha: float  # sqrt(alpha_bar_t)
+    sigma: float  # sqrt(1 - alpha_bar_t)
+    to_x0: float  # the coefficients of the predicted x0,
+    to_eps: float  # the predicted eps,
+    std: float  # and the noise
+
+
+class DDIMScheduler(Scheduler):
+    """Sample with DDIM. ``eta`` (0 to 1) says how much noise each step replaces; the default is none.
+
+    The next timestep is always ``T // steps`` below this one, as in the reference, even where the spacing is not.
+    """
+
+    looks_up = True
+    run_options: ClassVar[Mapping[str, Any]] = {"eta": 0.0, "use_clipped_model_output": False}
+
+    @records_config
+    def __init__(
+        self,
+        num_train_timesteps: int = 1000,
+        beta_start: float = 0.0001,
+        beta_end: float = 0.02,
+        beta_schedule: str = "linear",
+        trained_betas: Sequence[float] | None = None,
+        clip_sample: bool = True,
+        set_alpha_to_one: bool = True,
+        steps_offset: int = 0,
+        prediction_type: str = "epsilon",
+        thresholding: bool = False,
+        dynamic_thresholding_ratio: float = 0.995,
+        clip_sample_range: float = 1.0,
+        sample_max_value: float = 1.0,
+        timestep_spacing: str = "leading",
+        rescale_betas_zero_snr: bool = False,
+    ) -> None:
+        self._require("beta_schedule", noise_schedule.BETA_SCHEDULES[:3])
+        self._require("prediction_type", ("epsilon", "sample", "v_prediction"))
+        self._require("timestep_spacing", noise_schedule.SPACINGS)
+        super().__init__(
+            noise_schedule.training_betas(
+                beta_schedule, beta_start, beta_end, num_train_timesteps, trained_betas, rescale_betas_zero_snr
+            )
+        )
+        self.final_alpha_cumprod = torch.tensor(1.0) if set_alpha_to_one else self.alphas_cumprod[0]
+        self._clip = Clip.of(self.config)
+
+    def _grid(self, count: int) -> Grid:
+        config = self.config
+        times = noise_schedule.spaced_timesteps(
+            config.timestep_spacing, count, config.num_train_timesteps, config.steps_offset
+        )
+        alpha_bar = torch.cat([self.alphas_cumprod[times], self.final_alpha_cumprod[None]])
+        return Grid(times, ((1 - alpha_bar) / alpha_bar) ** 0.5)
+
+    def _steps(self, plan: Plan) -> tuple[Step, ...]:
+        eta = plan.options["eta"]
+        if not 0 <= eta <= 1:
+            raise ValueError(f"eta should lie between 0 (DDIM) and 1 (DDPM), found {eta}")
+        stride = self.config.num_train_timesteps // plan.num_inference_steps
+        alpha_bar_t = self._alpha_bar(plan.times)
+        alpha_bar_s = self._alpha_bar([t - stride for t in plan.times])
+        self._require_signal(alpha_bar_t, self._clip)
+        std = eta * ((1 - alpha_bar_s) / (1 - alpha_bar_t) * (1 - alpha_bar_t / alpha_bar_s)) ** 0.5
+        columns = (
+            alpha_bar_t**0.5,
+            (1 - alpha_bar_t) ** 0.5,
+            alpha_bar_s**0.5,
+            # With eta = 1 and no signal at t this is 0, or by rounding below 0 and NaN in the reference.
+            (1 - alpha_bar_s - std**2).clamp(min=0) ** 0.5,
+            std,
+        )
+        return tuple(Step(*numbers) for numbers in zip(*(column.tolist() for column in columns), strict=True))
+
+    def wants_noise(self, plan: Plan, i: int) -> bool:
+        return plan.options["eta"] > 0
+
+    def denoised(self, plan: Plan, i: int, x: Tensor, out: Tensor) -> Tensor:
+        step = plan.steps[i]
+        return self._clip(predict_x0(self.config.prediction_type, x, out, step.alpha, step.sigma))
+
+    def _update(
+        self, plan: Plan, i: int, x: Tensor, out: Tensor, past: tuple[Any, ...], noise: Tensor | None
+    ) -> Update:
+        step = plan.steps[i]
+        x0 = self.denoised(plan, i, x, out)
+        if plan.options["use_clipped_model_output"]:
+            eps = predict_eps("sample", x, x0, step.alpha, step.sigma)
+        else:
+            eps = predict_eps(self.config.prediction_type, x, out, step.alpha, step.sigma)
+        terms = [(step.to_x0, x0), (step.to_eps, eps)]
+        if self.wants_noise(plan, i):
+            terms.append((step.std, noise))
+        return Update(linear(*terms), (), x0)
+
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: float | Tensor,
+        sample: Tensor,
+        eta: float = 0.0,
+        use_clipped_model_output: bool = False,
+        generator: Generator | Sequence[Generator] | None = None,
+        variance_noise: Tensor | None = None,
+        return_dict: bool = True,
+    ) -> SchedulerOutput | tuple[Tensor, ...]:
+        """Take the step at ``timestep``, with ``variance_noise`` for its noise if given; see ``Scheduler.step``.
+
+        ``use_clipped_model_output`` works out eps anew from the clipped x0, as GLIDE does.
+        """
+        return self._take_step(
+            model_output,
+            timestep,
+            sample,
+            generator,
+            return_dict,
+            variance_noise,
+            eta=eta,
+            use_clipped_model_output=use_clipped_model_output,
+        )
