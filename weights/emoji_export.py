@@ -23,6 +23,9 @@ from minidiff import (
     UniPCMultistepScheduler,
 )
 
+# Fields that UniPC does not have, for schedulers made from its configuration: latents go beyond [-1, 1], so they must not
+# be clipped, and PNDM needs no Runge-Kutta start. They are those of Stable Diffusion's own files.
+OTHER_SCHEDULERS = {"clip_sample": False, "skip_prk_steps": True, "set_alpha_to_one": False, "steps_offset": 1}
 CARD = Path(__file__).with_name("emoji_card.md")
 
 
@@ -40,7 +43,7 @@ def export(args: argparse.Namespace) -> None:
         text_encoder=networks["text_encoder"],
         tokenizer=tokenizer_for(emoji),
         unet=networks["unet"],
-        scheduler=UniPCMultistepScheduler(**SCHEDULE),
+        scheduler=UniPCMultistepScheduler.from_config(SCHEDULE | OTHER_SCHEDULERS),
         requires_safety_checker=False,
     )
     pipe.to(torch.float16).save_pretrained(args.to)
