@@ -6,7 +6,8 @@ The three networks have their full size and random weights (4.3 GB in float32, m
 Each measurement is a fresh process that has imported everything before the clock starts; ours and theirs alternate on
 the same files, which are in the page cache. The figures are medians of:
 
-- time: from the call of ``from_pretrained`` to the last network;
+- time: from the call of ``from_pretrained`` to the last network, by the clock and of the processor (the fairer figure
+  on a machine that is busy with other things);
 - peak: the largest resident memory since the clock started, less that at the start. Pages of mapped files count as
   soon as they are touched, so this is an upper bound of what is needed beyond the mapped weights;
 - anonymous: memory afterwards that is not backed by a file, less that at the start.
@@ -67,16 +68,17 @@ def measure(side: str, dtype: str, folder: Path) -> dict[str, float]:
     options: dict[str, Any] = {} if DTYPES[dtype] is None else {"torch_dtype": DTYPES[dtype]}
     Path("/proc/self/clear_refs").write_text("5")  # forget the peak of the imports
     before = memory()
-    start = time.perf_counter()
+    start, cpu = time.perf_counter(), time.process_time()
     networks = [
         cls.from_pretrained(folder / name, **options, **({} if name == "text_encoder" else SIDES[side]))
         for name, cls in classes.items()
     ]
-    seconds = time.perf_counter() - start
+    seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
     after = memory()
     weights = sum(p.numel() * p.element_size() for network in networks for p in network.parameters())
     return {
         "seconds": seconds,
+        "cpu_seconds": cpu,
         "peak_mb": (after["VmHWM"] - before["VmRSS"]) / 1e6,
         "anonymous_mb": (after["RssAnon"] - before["RssAnon"]) / 1e6,
         "weights_mb": weights / 1e6,
@@ -112,9 +114,11 @@ def compare(folder: Path, repeats: int) -> dict[str, dict[str, dict[str, float]]
 
 def report(result: dict[str, dict[str, dict[str, float]]]) -> str:
     """Format the medians as a table."""
-    head = f"{'dtype':<10} {'side':<18} {'seconds':>8} {'peak MB':>9} {'anonymous MB':>13} {'weights MB':>11}"
+    head = (
+        f"{'dtype':<10} {'side':<18} {'seconds':>8} {'CPU s':>6} {'peak MB':>9} {'anonymous MB':>13} {'weights MB':>11}"
+    )
     lines = [
-        f"{kind:<10} {side:<18} {m['seconds']:8.2f} {m['peak_mb']:9.0f} {m['anonymous_mb']:13.0f} "
+        f"{kind:<10} {side:<18} {m['seconds']:8.2f} {m['cpu_seconds']:6.2f} {m['peak_mb']:9.0f} {m['anonymous_mb']:13.0f} "
         f"{m['weights_mb']:11.0f}"
         for kind, sides in result.items()
         for side, m in sides.items()
