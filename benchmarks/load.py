@@ -118,8 +118,8 @@ def report(result: dict[str, dict[str, dict[str, float]]]) -> str:
         f"{'dtype':<10} {'side':<18} {'seconds':>8} {'CPU s':>6} {'peak MB':>9} {'anonymous MB':>13} {'weights MB':>11}"
     )
     lines = [
-        f"{kind:<10} {side:<18} {m['seconds']:8.2f} {m['cpu_seconds']:6.2f} {m['peak_mb']:9.0f} {m['anonymous_mb']:13.0f} "
-        f"{m['weights_mb']:11.0f}"
+        f"{kind:<10} {side:<18} {m['seconds']:8.2f} {m['cpu_seconds']:6.2f} {m['peak_mb']:9.0f} "
+        f"{m['anonymous_mb']:13.0f} {m['weights_mb']:11.0f}"
         for kind, sides in result.items()
         for side, m in sides.items()
     ]
