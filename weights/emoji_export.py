@@ -23,8 +23,8 @@ from minidiff import (
     UniPCMultistepScheduler,
 )
 
-# Fields that UniPC does not have, for schedulers made from its configuration: latents go beyond [-1, 1], so they must not
-# be clipped, and PNDM needs no Runge-Kutta start. They are those of Stable Diffusion's own files.
+# Fields that UniPC does not have, for schedulers made from its configuration: latents go beyond [-1, 1] and must not be
+# clipped, and PNDM needs no Runge-Kutta start. They are those of Stable Diffusion's own files.
 OTHER_SCHEDULERS = {"clip_sample": False, "skip_prk_steps": True, "set_alpha_to_one": False, "steps_offset": 1}
 CARD = Path(__file__).with_name("emoji_card.md")
 
@@ -88,7 +88,8 @@ def card(pipe: StableDiffusionPipeline, run: Path, pictures: int, steps: int) ->
 def _settings(log: list[dict[str, Any]]) -> str:
     """Return the settings of the last start of a run, as a list."""
     settings = next(record["settings"] for record in reversed(log) if "settings" in record)
-    return ", ".join(f"{name} {value}" for name, value in settings.items() if name not in ("data", "run", "stage"))
+    shown = ("seed", "steps", "batch", "lr", "muon_lr", "workers")
+    return ", ".join(f"{name} {settings[name]}" for name in shown if name in settings)
 
 
 def _losses(log: list[dict[str, Any]], columns: tuple[str, ...], rows: int) -> str:
@@ -103,7 +104,7 @@ def _losses(log: list[dict[str, Any]], columns: tuple[str, ...], rows: int) -> s
 def _quality(path: Path) -> str:
     """Return a sentence with what ``benchmarks/emoji_quality.py`` measured."""
     if not path.exists():
-        return "not measured yet: `python -m benchmarks.emoji_quality`"
+        return "not measured yet"
     found = json.loads(path.read_text(encoding="utf-8"))
     return (
         f"**{found['at_64']:.1%}** compared at 64x64 and **{found['at_16']:.1%}** at 16x16 "
