@@ -17,6 +17,8 @@ _HOME = {  # public name -> module that defines it
     "DDIMScheduler": "minidiff.schedulers.ddim",
     "DDPMScheduler": "minidiff.schedulers.ddpm",
     "DiffusionPipeline": "minidiff.pipelines.base",
+    "EulerAncestralDiscreteScheduler": "minidiff.schedulers.euler_ancestral",
+    "EulerDiscreteScheduler": "minidiff.schedulers.euler",
     "PNDMScheduler": "minidiff.schedulers.pndm",
     "StableDiffusionPipeline": "minidiff.pipelines.stable_diffusion",
     "UNet2DConditionModel": "minidiff.unet",

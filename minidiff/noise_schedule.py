@@ -12,21 +12,26 @@ computed in float64 would differ from it by 6e-8 and a chained float64 compariso
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "laplace", "sigmoid")
+from minidiff.errors import ConfigError
+
+BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")  # what every scheduler has; some have more
+ALMOST_NO_SIGNAL = 2**-24  # alpha_bar where zero-SNR rescaling leaves none: the smallest positive half-precision number
 
 
 def betas(schedule: str, beta_start: float, beta_end: float, steps: int) -> Tensor:
-    """Return the ``steps`` betas (T,) of one of ``BETA_SCHEDULES``, float32.
+    """Return the ``steps`` betas (T,) of a named schedule, float32.
 
     ``linear``             evenly spaced betas (Ho et al. 2020)
     ``scaled_linear``      evenly spaced square roots of betas (latent diffusion, Rombach et al. 2022)
     ``squaredcos_cap_v2``  alpha_bar(u) = cos^2((u + 0.008) / 1.008 pi / 2) (Nichol & Dhariwal 2021, eq. 17)
+    ``exp``                alpha_bar(u) = exp(-12 u)
     ``laplace``            log signal-to-noise ratio with a Laplace distribution (Hang et al. 2024)
     ``sigmoid``            a sigmoid between the two ends (GeoDiff, Xu et al. 2022)
     """
@@ -36,11 +41,13 @@ def betas(schedule: str, beta_start: float, beta_end: float, steps: int) -> Tens
         return torch.linspace(beta_start**0.5, beta_end**0.5, steps, dtype=torch.float32) ** 2
     if schedule == "squaredcos_cap_v2":
         return _betas_for(lambda u: math.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2, steps)
+    if schedule == "exp":
+        return _betas_for(lambda u: math.exp(u * -12.0), steps)
     if schedule == "laplace":
         return _betas_for(_laplace_alpha_bar, steps)
     if schedule == "sigmoid":
         return torch.sigmoid(torch.linspace(-6, 6, steps)) * (beta_end - beta_start) + beta_start
-    raise ValueError(f"beta schedule {schedule!r} is not one of {', '.join(BETA_SCHEDULES)}")
+    raise ValueError(f"there is no beta schedule {schedule!r}")
 
 
 def _laplace_alpha_bar(u: float) -> float:
@@ -121,19 +128,19 @@ def spaced_timesteps(spacing: str, steps: int, train_steps: int, offset: int = 0
     return torch.from_numpy(times.copy())
 
 
-def custom_timesteps(timesteps: Sequence[int], train_steps: int) -> Tensor:
-    """Check timesteps that a user gives, largest first, and return them as int64.
+def custom_timesteps(timesteps: Sequence[float], train_steps: int, *, whole: bool = True) -> Tensor:
+    """Check timesteps that a user gives, largest first, and return them as int64, or as float32 unless ``whole``.
 
     Raises ValueError if they do not descend or leave 0 ... T - 1.
     """
     times = np.asarray(timesteps)
-    if times.ndim != 1 or not np.issubdtype(times.dtype, np.integer):
-        raise ValueError(f"timesteps should be a list of integers, found {timesteps!r}")
+    if times.ndim != 1 or not np.issubdtype(times.dtype, np.integer if whole else np.number):
+        raise ValueError(f"timesteps should be a list of {'integers' if whole else 'numbers'}, found {timesteps!r}")
     if (np.diff(times) >= 0).any():
         raise ValueError(f"timesteps should descend, found {times.tolist()}")
     if times[0] >= train_steps or times[-1] < 0:
         raise ValueError(f"timesteps should lie in 0 ... {train_steps - 1}, found {times.max()} ... {times.min()}")
-    return torch.from_numpy(times.astype(np.int64))
+    return torch.from_numpy(times.astype(np.int64 if whole else np.float32))
 
 
 def karras_sigmas(sigma_min: float, sigma_max: float, steps: int, rho: float = 7.0) -> np.ndarray:
@@ -163,6 +170,17 @@ SIGMA_SPACINGS = {
     "use_exponential_sigmas": exponential_sigmas,
     "use_beta_sigmas": beta_sigmas,
 }
+
+
+def chosen_spacing(config: Mapping[str, Any]) -> Callable[[float, float, int], np.ndarray] | None:
+    """Return which of ``SIGMA_SPACINGS`` a scheduler's configuration asks for, None for the training timesteps' own.
+
+    Raises ConfigError if it asks for several.
+    """
+    given = [name for name in SIGMA_SPACINGS if config.get(name)]
+    if len(given) > 1:
+        raise ConfigError(f"{' and '.join(given)} exclude each other: set one of them")
+    return SIGMA_SPACINGS[given[0]] if given else None
 
 
 def sigma_to_timestep(sigmas: np.ndarray, log_sigmas: np.ndarray) -> np.ndarray:

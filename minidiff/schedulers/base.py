@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from torch import Generator, Tensor
 
+from minidiff import noise_schedule
 from minidiff.outputs import Output
 from minidiff.random import randn
 from minidiff.schedulers.configured import Configured
@@ -75,13 +76,27 @@ class Scheduler(Configured):
     """Base of the schedulers. A solver provides ``_grid``, ``_steps``, ``_update`` and ``denoised``."""
 
     order: ClassVar[int] = 1  # network evaluations per step that the caller asked for
+    beta_schedules: ClassVar[tuple[str, ...]] = noise_schedule.BETA_SCHEDULES
+    prediction_types: ClassVar[tuple[str, ...]] = ("epsilon", "sample", "v_prediction")
     looks_up: ClassVar[bool] = False  # step() finds its place by the timestep each time; others count
     plan_inputs: ClassVar[tuple[str, ...]] = ()  # which of timesteps=, sigmas=, mu= the solver can plan from
+    sigmas_include_last: ClassVar[bool] = False  # sigmas= that a user gives end with the level after the last step
     run_options: ClassVar[Mapping[str, Any]] = {}  # options of a run and their defaults, such as eta
 
-    def __init__(self, betas: Tensor) -> None:
-        self.betas = betas  # (T,)
-        self.alphas = 1.0 - betas
+    def __init__(self) -> None:
+        config = self.config
+        self._require("beta_schedule", self.beta_schedules)
+        self._require("prediction_type", self.prediction_types)
+        self._require("timestep_spacing", noise_schedule.SPACINGS)
+        self.betas = noise_schedule.training_betas(  # (T,)
+            config.beta_schedule,
+            config.beta_start,
+            config.beta_end,
+            config.num_train_timesteps,
+            config.trained_betas,
+            config.get("rescale_betas_zero_snr", False),
+        )
+        self.alphas = 1.0 - self.betas
         self.alphas_cumprod = torch.cumprod(self.alphas, dim=0)  # alpha_bar
         self._tables: dict[tuple[torch.device, torch.dtype], Tensor] = {}
         self._plan: Plan | None = None
@@ -114,7 +129,7 @@ class Scheduler(Configured):
         given = [name for name in ("timesteps", "sigmas") if name in custom]
         if len(given) + (steps is not None) != 1:
             raise ValueError("give exactly one of num_inference_steps, timesteps and sigmas")
-        count = len(custom[given[0]]) if given else steps
+        count = len(custom[given[0]]) - (given == ["sigmas"] and self.sigmas_include_last) if given else steps
         if isinstance(count, bool) or not isinstance(count, (int, np.integer)) or count < 1:
             raise ValueError(f"num_inference_steps should be a positive integer, found {count!r}")
         return self._plan_of(self._grid(int(count), **custom), int(count), device, start, options)
@@ -345,6 +360,20 @@ class Scheduler(Configured):
         sigmas = ((1 - self.alphas_cumprod) / self.alphas_cumprod) ** 0.5
         last_first = torch.arange(len(self.alphas_cumprod) - 1, -1, -1)
         return Grid(last_first, torch.cat([sigmas.flip(0), torch.zeros(1)]))
+
+    def _training_sigmas(self) -> np.ndarray:
+        """Return the noise levels of training, smallest first (T,), float32."""
+        return (((1 - self.alphas_cumprod) / self.alphas_cumprod) ** 0.5).numpy()
+
+    def _levels_at(self, timesteps: Tensor, like: Tensor) -> Tensor:
+        """Return noise levels at timesteps (B,) of the run (before it: of training), shaped like ``like`` (B, ...)."""
+        if self._plan is None:
+            index = len(self) - 1 - timesteps.long()  # the training grid begins with its last timestep
+        elif self._begin_index is None:
+            index = [self._index_of(t) for t in timesteps.tolist()]
+        else:  # image-to-image noises to the level it begins at, inpainting to the one it has reached
+            index = [self._begin_index if self._step_index is None else self._step_index] * len(timesteps)
+        return self.sigmas.to(like.device, like.dtype)[index].reshape(-1, *[1] * (like.ndim - 1))
 
     def _alpha_bar(self, times: Sequence[float]) -> Tensor:
         """Return alpha_bar (N,) at timesteps, and ``final_alpha_cumprod`` where they have gone below 0."""

@@ -60,14 +60,7 @@ class DDIMScheduler(Scheduler):
         timestep_spacing: str = "leading",
         rescale_betas_zero_snr: bool = False,
     ) -> None:
-        self._require("beta_schedule", noise_schedule.BETA_SCHEDULES[:3])
-        self._require("prediction_type", ("epsilon", "sample", "v_prediction"))
-        self._require("timestep_spacing", noise_schedule.SPACINGS)
-        super().__init__(
-            noise_schedule.training_betas(
-                beta_schedule, beta_start, beta_end, num_train_timesteps, trained_betas, rescale_betas_zero_snr
-            )
-        )
+        super().__init__()
         self.final_alpha_cumprod = torch.tensor(1.0) if set_alpha_to_one else self.alphas_cumprod[0]
         self._clip = Clip.of(self.config)
 

@@ -40,6 +40,7 @@ class Step(NamedTuple):
 class DDPMScheduler(Scheduler):
     """Sample by the reversed diffusion process of DDPM, drawing noise at every step but the last."""
 
+    beta_schedules = (*noise_schedule.BETA_SCHEDULES, "laplace", "sigmoid")
     looks_up = True
     plan_inputs = ("timesteps",)
 
@@ -62,16 +63,9 @@ class DDPMScheduler(Scheduler):
         steps_offset: int = 0,
         rescale_betas_zero_snr: bool = False,
     ) -> None:
-        self._require("beta_schedule", noise_schedule.BETA_SCHEDULES)
         # DPM-Solver files say `variance_type: null`; it means fixed_small here, as it does in the reference.
         self._require("variance_type", (*VARIANCES, None))
-        self._require("prediction_type", ("epsilon", "sample", "v_prediction"))
-        self._require("timestep_spacing", noise_schedule.SPACINGS)
-        super().__init__(
-            noise_schedule.training_betas(
-                beta_schedule, beta_start, beta_end, num_train_timesteps, trained_betas, rescale_betas_zero_snr
-            )
-        )
+        super().__init__()
         self.variance_type = variance_type
         self._clip = Clip.of(self.config)
 

@@ -13,28 +13,18 @@ import torch
 from torch import Tensor
 
 from minidiff import noise_schedule
-from minidiff.errors import ConfigError
 from minidiff.schedulers.base import Grid, Scheduler
-
-ALMOST_NO_SIGNAL = 2**-24  # alpha_bar where zero-SNR rescaling leaves none: the smallest positive half-precision number
 
 
 class LogSnrScheduler(Scheduler):
     """Base of the solvers that work in lambda."""
 
-    def __init__(self, betas: Tensor) -> None:
-        super().__init__(betas)
-        given = [name for name in noise_schedule.SIGMA_SPACINGS if self.config[name]]
-        if len(given) > 1:
-            raise ConfigError(f"{type(self).__name__} takes one of {' and '.join(given)}, not several")
-        self._respace = noise_schedule.SIGMA_SPACINGS[given[0]] if given else None
+    def __init__(self) -> None:
+        super().__init__()
+        self._respace = noise_schedule.chosen_spacing(self.config)
         self._require("final_sigmas_type", ("zero", "sigma_min"))
         if self.config.rescale_betas_zero_snr:
-            self.alphas_cumprod[-1] = ALMOST_NO_SIGNAL  # so that the first sigma is finite
-
-    def _training_sigmas(self) -> np.ndarray:
-        """Return the noise levels of training, smallest first (T,), float32."""
-        return (((1 - self.alphas_cumprod) / self.alphas_cumprod) ** 0.5).numpy()
+            self.alphas_cumprod[-1] = noise_schedule.ALMOST_NO_SIGNAL  # so that the first sigma is finite
 
     def _respaced(self, count: int) -> np.ndarray:
         """Return ``count`` Karras, exponential or beta noise levels, largest first, float64."""
@@ -67,9 +57,4 @@ class LogSnrScheduler(Scheduler):
             if self.config.get("use_flow_sigmas"):
                 raise ValueError("use_flow_sigmas has no table of training timesteps: call set_timesteps first")
             return super()._alpha_sigma_at(timesteps, like)
-        if self._begin_index is None:
-            index = [self._index_of(t) for t in timesteps.tolist()]
-        else:  # image-to-image noises to the level it begins at, inpainting to the one it has reached
-            index = [self._begin_index if self._step_index is None else self._step_index] * len(timesteps)
-        sigma = self.sigmas.to(like.device, like.dtype)[index]
-        return self._alpha_sigma(sigma.reshape(-1, *[1] * (like.ndim - 1)))
+        return self._alpha_sigma(self._levels_at(timesteps, like))

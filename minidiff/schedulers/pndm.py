@@ -64,6 +64,8 @@ class PNDMScheduler(Scheduler):
     because a picture must not change with the import line; UniPC and DDIM convert first.
     """
 
+    prediction_types = ("epsilon", "v_prediction")
+
     @records_config
     def __init__(
         self,
@@ -78,12 +80,7 @@ class PNDMScheduler(Scheduler):
         timestep_spacing: str = "leading",
         steps_offset: int = 0,
     ) -> None:
-        self._require("beta_schedule", noise_schedule.BETA_SCHEDULES[:3])
-        self._require("prediction_type", ("epsilon", "v_prediction"))
-        self._require("timestep_spacing", noise_schedule.SPACINGS)
-        super().__init__(
-            noise_schedule.training_betas(beta_schedule, beta_start, beta_end, num_train_timesteps, trained_betas)
-        )
+        super().__init__()
         self.final_alpha_cumprod = torch.tensor(1.0) if set_alpha_to_one else self.alphas_cumprod[0]
 
     def _grid(self, count: int) -> Grid:

@@ -63,6 +63,22 @@ def predict_x0(kind: str, x: Tensor, out: Tensor, alpha: float, sigma: float) ->
     raise ValueError(f"prediction_type {kind!r} has no x0")
 
 
+def predict_x0_unscaled(
+    kind: str, y: Tensor, out: Tensor, sigma: float, scale: float, square: float, ratio: float
+) -> Tensor:
+    """Return the x0 that ``out`` implies at y = x0 + sigma eps, the sample of the solvers that do not scale it down.
+
+    It is ``predict_x0`` of x = y / scale, with scale = sqrt(square), square = sigma² + 1 and ratio = sigma / scale.
+    """
+    if kind == "epsilon":
+        return y - sigma * out
+    if kind == "sample":
+        return out
+    if kind == "v_prediction":
+        return y / square - ratio * out
+    raise ValueError(f"prediction_type {kind!r} has no x0")
+
+
 def predict_eps(kind: str, x: Tensor, out: Tensor, alpha: float, sigma: float) -> Tensor:
     """Return the noise that the network's output ``out`` implies at x = alpha x0 + sigma eps."""
     if kind == "epsilon":

@@ -55,6 +55,7 @@ class UniPCMultistepScheduler(LogSnrScheduler):
     reference: the last evaluation moves nothing. ``thresholding`` has an effect only with ``predict_x0``.
     """
 
+    prediction_types = ("epsilon", "sample", "v_prediction", "flow_prediction")
     plan_inputs = ("sigmas", "mu")
 
     @records_config
@@ -92,22 +93,16 @@ class UniPCMultistepScheduler(LogSnrScheduler):
     ) -> None:
         if solver_type in ("midpoint", "heun", "logrho"):  # what the files of DPM-Solver and DEIS say
             self._config = Config({**self._config, "solver_type": "bh2"})
-        self._require("beta_schedule", noise_schedule.BETA_SCHEDULES[:3])
-        predictions = ("epsilon", "sample", "v_prediction", "flow_prediction")
-        self._require("prediction_type", predictions if predict_x0 else predictions[:3])
+        if not predict_x0:
+            self._require("prediction_type", self.prediction_types[:3])
         self._require("solver_type", ("bh1", "bh2"))
-        self._require("timestep_spacing", noise_schedule.SPACINGS)
         self._require("time_shift_type", ("exponential", "linear"))
         self._require("solver_p", (None,))  # another scheduler as predictor: its state could not be shared by threads
         if not isinstance(solver_order, int) or solver_order < 1:
             raise ConfigError(f"solver_order should be a positive integer, found {solver_order!r}")
         if shift_terminal is not None and not use_flow_sigmas:
             raise ConfigError("shift_terminal needs use_flow_sigmas=True")
-        super().__init__(
-            noise_schedule.training_betas(
-                beta_schedule, beta_start, beta_end, num_train_timesteps, trained_betas, rescale_betas_zero_snr
-            )
-        )
+        super().__init__()
         if use_flow_sigmas and (use_exponential_sigmas or use_beta_sigmas):
             raise ConfigError(
                 "use_flow_sigmas goes with use_karras_sigmas or alone: the reference does not bring exponential and "

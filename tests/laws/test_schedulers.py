@@ -13,6 +13,8 @@ from torch import Tensor
 import minidiff
 
 SCHEDULERS = {
+    "euler": minidiff.EulerDiscreteScheduler(),
+    "euler-ancestral": minidiff.EulerAncestralDiscreteScheduler(),
     "ddim": minidiff.DDIMScheduler(),
     "ddpm": minidiff.DDPMScheduler(),
     "pndm": minidiff.PNDMScheduler(),
@@ -20,12 +22,13 @@ SCHEDULERS = {
     "unipc": minidiff.UniPCMultistepScheduler(solver_order=3),
     "unipc-eps": minidiff.UniPCMultistepScheduler(predict_x0=False, final_sigmas_type="sigma_min"),
 }
+DRAWS = {"DDPMScheduler", "EulerAncestralDiscreteScheduler"}
 every = pytest.mark.parametrize("scheduler", SCHEDULERS.values(), ids=SCHEDULERS)
 
 
 @every
 def test_both_faces_take_the_same_steps(scheduler):
-    assert torch.equal(through_core(scheduler, 9), by_hand(scheduler, 9, seeded="DDPM" in type(scheduler).__name__))
+    assert torch.equal(through_core(scheduler, 9), by_hand(scheduler, 9, seeded=type(scheduler).__name__ in DRAWS))
 
 
 @every
@@ -133,6 +136,23 @@ def test_ddim_is_euler_in_sigma():
     assert error(through_core(scheduler, 20), torch.stack(way)) < 1e-6  # measured 2e-7
 
 
+def test_euler_is_ddim():
+    """On timesteps they share: linspace to whole numbers."""
+    ddim = minidiff.DDIMScheduler(clip_sample=False)
+    euler = minidiff.EulerDiscreteScheduler(timestep_spacing="leading")
+    plan = euler.plan(20)
+    way, scale = through_core(euler, 20), (1 + plan.sigmas.double() ** 2).sqrt().reshape(-1, 1, 1, 1, 1)
+    assert torch.equal(plan.timesteps, ddim.plan(20).timesteps.float())
+    assert error(way / scale, through_core(ddim, 20)) < 1e-6  # measured 3e-7
+
+
+def test_ancestral_steps_from_very_high_levels_are_finite():
+    """Between 20,000 and 20 nothing is left of sigma_down; the reference takes the root of a rounding error, NaN."""
+    scheduler = minidiff.EulerAncestralDiscreteScheduler(beta_schedule="squaredcos_cap_v2", timestep_spacing="trailing")
+    for steps in range(1, 60):
+        assert through_core(scheduler, steps).isfinite().all()
+
+
 class Gaussian:
     """Data with distribution N(0, s²) for each value, whose denoiser and whose sampling trajectories are known."""
 
@@ -211,6 +231,8 @@ def test_unipc_takes_as_many_steps_as_training(spacing):
 
 
 PERFECT = {
+    "euler": minidiff.EulerDiscreteScheduler(),
+    "euler-ancestral": minidiff.EulerAncestralDiscreteScheduler(),
     "ddim": minidiff.DDIMScheduler(clip_sample=False),
     "ddpm": minidiff.DDPMScheduler(clip_sample=False),
     "pndm": minidiff.PNDMScheduler(set_alpha_to_one=True),
@@ -232,26 +254,29 @@ def test_a_perfect_denoiser_returns_the_picture(scheduler, steps):
     picture = noise().flip(0).clamp(-1, 1)
 
     def perfect(x: Tensor, t: Tensor) -> Tensor:
-        alpha_bar = scheduler.alphas_cumprod[int(t)].double()
-        return (x - alpha_bar.sqrt() * picture) / (1 - alpha_bar).sqrt()
+        low, part = int(t), float(t) % 1  # linspace leaves fractions to some solvers
+        levels = scheduler._training_sigmas().astype(float)
+        sigma = levels[low] if not part else levels[low] * (1 - part) + levels[low + 1] * part
+        return (x * math.sqrt(1 + sigma**2) - picture) / sigma
 
     # Coefficients are float32, and a run begins with x0 = (x - ...) / 0.006: 6e-8 becomes 1e-5. Worst measured: 4e-4.
     assert (through_core(scheduler, steps, denoise=perfect)[-1] - picture).abs().max() < 1e-3
 
 
-def test_previews_come_closer_to_the_picture():
-    """``denoised`` of every step is the x0 that the same output would give by definition."""
-    for scheduler in SCHEDULERS.values():
-        plan = scheduler.plan(8)
-        x, past = noise(), ()
-        for i in range(len(plan.steps)):
-            out = network(x, plan.timesteps[i])
-            alpha_bar = scheduler.alphas_cumprod[int(plan.times[i])].double()
-            x0 = (x - (1 - alpha_bar).sqrt() * out) / alpha_bar.sqrt()
-            if type(scheduler).__name__ in ("DDPMScheduler", "DDIMScheduler"):
-                x0 = x0.clamp(-1, 1)
-            assert error(scheduler.denoised(plan, i, x, out), x0) < 1e-5  # measured 4e-7
-            x, past = scheduler.advance(plan, i, x, out, past, noise())
+@every
+def test_previews_are_what_the_output_means(scheduler):
+    """``denoised`` is the x0 that the network's output implies, by definition, for the x that it was shown."""
+    plan = scheduler.plan(8)
+    x, past = noise() * plan.init_noise_sigma, ()
+    for i in range(len(plan.steps)):
+        shown = scheduler.scale_input(plan, i, x)
+        out = network(shown, plan.timesteps[i])
+        alpha_bar = 1 / (1 + plan.sigmas[i].double() ** 2)
+        x0 = (shown - (1 - alpha_bar).sqrt() * out) / alpha_bar.sqrt()
+        if type(scheduler).__name__ in ("DDPMScheduler", "DDIMScheduler"):
+            x0 = x0.clamp(-1, 1)
+        assert error(scheduler.denoised(plan, i, x, out), x0) < 1e-5  # measured 4e-7
+        x, past = scheduler.advance(plan, i, x, out, past, noise())
 
 
 def test_dynamic_thresholding_keeps_pictures_apart():

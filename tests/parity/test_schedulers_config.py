@@ -7,7 +7,14 @@ from theirs import diffusers
 
 import minidiff
 
-KINDS = ["DDIMScheduler", "DDPMScheduler", "PNDMScheduler", "UniPCMultistepScheduler"]
+KINDS = [
+    "EulerDiscreteScheduler",
+    "EulerAncestralDiscreteScheduler",
+    "DDIMScheduler",
+    "DDPMScheduler",
+    "PNDMScheduler",
+    "UniPCMultistepScheduler",
+]
 STABLE_DIFFUSION = {  # the scheduler file of Stable Diffusion 1.5
     "_class_name": "PNDMScheduler",
     "_diffusers_version": "0.6.0",

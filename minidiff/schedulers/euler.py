@@ -1,0 +1,133 @@
+"""Euler's method in sigma, with optional churn: the simplest solver, one evaluation per step.
+
+    sigma_hat = sigma (1 + gamma)                                   gamma > 0 only within [s_tmin, s_tmax]
+    y_hat     = y + sqrt(sigma_hat² - sigma²) s_noise noise         churn: put some noise back first
+    y'        = (sigma' / sigma_hat) y_hat + (1 - sigma' / sigma_hat) x0
+
+Karras et al. 2022, https://arxiv.org/abs/2206.00364, Algorithm 2 without its second-order correction. Checked against
+``diffusers.EulerDiscreteScheduler``. Without churn it is DDIM (eta = 0).
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple
+
+import numpy as np
+import torch
+from torch import Generator, Tensor
+
+from minidiff import noise_schedule
+from minidiff.schedulers.base import Grid, Plan, SchedulerOutput, Update
+from minidiff.schedulers.configured import records_config
+from minidiff.schedulers.prediction import linear
+from minidiff.schedulers.sigma_space import Level, SigmaSpaceScheduler, levels, wide
+
+
+class Step(NamedTuple):
+    """The numbers of one Euler step."""
+
+    level: Level
+    sigma_hat: float  # after churn
+    churn: float  # standard deviation of the noise put back
+    move: float  # (sigma' - sigma_hat) / sigma_hat
+
+
+class EulerDiscreteScheduler(SigmaSpaceScheduler):
+    """Sample with Euler's method on unscaled samples."""
+
+    refuses_indices = True
+    plan_inputs = ("timesteps", "sigmas")
+    sigmas_include_last = True
+    run_options: ClassVar[Mapping[str, Any]] = {"s_churn": 0.0, "s_tmin": 0.0, "s_tmax": math.inf, "s_noise": 1.0}
+
+    @records_config
+    def __init__(
+        self,
+        num_train_timesteps: int = 1000,
+        beta_start: float = 0.0001,
+        beta_end: float = 0.02,
+        beta_schedule: str = "linear",
+        trained_betas: Sequence[float] | None = None,
+        prediction_type: str = "epsilon",
+        interpolation_type: str = "linear",
+        use_karras_sigmas: bool | None = False,
+        use_exponential_sigmas: bool | None = False,
+        use_beta_sigmas: bool | None = False,
+        sigma_min: float | None = None,
+        sigma_max: float | None = None,
+        timestep_spacing: str = "linspace",
+        timestep_type: str = "discrete",
+        steps_offset: int = 0,
+        rescale_betas_zero_snr: bool = False,
+        final_sigmas_type: str = "zero",
+    ) -> None:
+        self._require("interpolation_type", ("linear", "log_linear"))
+        self._require("timestep_type", ("discrete", "continuous"))
+        self._require("final_sigmas_type", ("zero", "sigma_min"))
+        super().__init__()
+
+    def _grid(
+        self, count: int, timesteps: Sequence[float] | None = None, sigmas: Sequence[float] | None = None
+    ) -> Grid:
+        if sigmas is None:
+            times, spaced = self._spaced(count, timesteps)
+            last = 0.0 if self.config.final_sigmas_type == "zero" else self._training_sigmas()[0]
+            closed = np.append(spaced, last).astype(np.float32)
+        else:
+            closed = np.asarray(sigmas, dtype=np.float32)
+            if closed.ndim != 1 or (np.diff(closed) >= 0).any():
+                raise ValueError(f"sigmas should descend, and end with the level after the last step; found {sigmas!r}")
+            times = noise_schedule.sigma_to_timestep(closed[:-1], np.log(self._training_sigmas()))
+        closed = torch.from_numpy(closed)
+        if self._tells_log_sigma():
+            return Grid(0.25 * closed[:-1].log(), closed)
+        return Grid(torch.from_numpy(times.astype(np.float32)), closed)
+
+    def _interpolated(self, times: np.ndarray, training: np.ndarray) -> np.ndarray:
+        if self.config.interpolation_type == "linear":
+            return super()._interpolated(times, training)
+        # One level more than there are timesteps, so such a run ends one level before the last: the reference's way.
+        ends = np.log(training[-1]).item(), np.log(training[0]).item()
+        return torch.linspace(*ends, len(times) + 1).exp().numpy()
+
+    def _tells_log_sigma(self) -> bool:
+        return self.config.timestep_type == "continuous" and self.config.prediction_type == "v_prediction"
+
+    def _steps(self, plan: Plan) -> tuple[Step, ...]:
+        options, count = plan.options, len(plan.times)
+        sigma, following = plan.sigmas[:count], plan.sigmas[1 : count + 1]
+        churned = (options["s_tmin"] <= sigma) & (sigma <= options["s_tmax"])
+        gamma = torch.where(churned, min(options["s_churn"] / (len(plan.sigmas) - 1), 2**0.5 - 1), 0.0)
+        hat = sigma * (gamma + 1)
+        columns = (hat, options["s_noise"] * (hat**2 - sigma**2).double() ** 0.5, (following - hat).double() / hat)
+        numbers = zip(*(column.tolist() for column in columns), strict=True)
+        return tuple(Step(level, *rest) for level, rest in zip(levels(sigma), numbers, strict=True))
+
+    def wants_noise(self, plan: Plan, i: int) -> bool:
+        return plan.steps[i].sigma_hat > plan.steps[i].level.sigma
+
+    def _update(
+        self, plan: Plan, i: int, x: Tensor, out: Tensor, past: tuple[Any, ...], noise: Tensor | None
+    ) -> Update:
+        step, y = plan.steps[i], wide(x)
+        if self.wants_noise(plan, i):
+            y = y + step.churn * wide(noise)
+        # eps belongs to the churned level, v (which the reference does not move) to the one before.
+        x0 = self._x0(step.level._replace(sigma=step.sigma_hat), y, out)
+        return Update(linear((1 + step.move, y), (-step.move, x0)).to(out.dtype), (), x0)
+
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: float | Tensor,
+        sample: Tensor,
+        s_churn: float = 0.0,
+        s_tmin: float = 0.0,
+        s_tmax: float = math.inf,
+        s_noise: float = 1.0,
+        generator: Generator | Sequence[Generator] | None = None,
+        return_dict: bool = True,
+    ) -> SchedulerOutput | tuple[Tensor, ...]:
+        """Take the step at ``timestep``; ``s_churn`` and the rest as in Karras et al.; see ``Scheduler.step``."""
+        churn = {"s_churn": s_churn, "s_tmin": s_tmin, "s_tmax": s_tmax, "s_noise": s_noise}
+        return self._take_step(model_output, timestep, sample, generator, return_dict, **churn)
