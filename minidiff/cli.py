@@ -14,13 +14,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 import minidiff
-from minidiff.embedded import DEFAULT, embedded_checkpoint
+from minidiff.embedded import DEFAULT, GUIDANCE, embedded_checkpoint
 
 if TYPE_CHECKING:
     import torch
     from PIL import Image
 
     from minidiff.pipelines.base import DiffusionPipeline
+
+USUAL_GUIDANCE = 7.5  # the reference's default
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -56,7 +58,8 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     add("--model", help=f"folder or Hub id of a checkpoint in diffusers layout (default: the embedded {DEFAULT})")
     add("--negative", metavar="PROMPT", help="what to stay away from")
     add("--steps", type=_positive, default=25, help="denoising steps (default: %(default)s)")
-    add("--guidance", type=float, default=7.5, help="classifier-free guidance scale, 1 is off (default: %(default)s)")
+    guidance = f"guidance scale, 1 is off (default: {USUAL_GUIDANCE}, for the embedded checkpoint {GUIDANCE})"
+    add("--guidance", type=float, help=guidance)
     add("--scheduler", type=_scheduler, help=f"{', '.join(_schedulers())}, or a class name (default: the checkpoint's)")
     add("--seed", type=_seed, help="picture k is drawn with SEED + k (default: a random one, printed)")
     add("--size", type=_size, metavar="N|WxH", help="pixels (default: the checkpoint's)")
@@ -69,6 +72,7 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
 
 def _generate(args: argparse.Namespace) -> None:
     seed = random.SystemRandom().randrange(2**32) if args.seed is None else args.seed
+    guidance = (USUAL_GUIDANCE if args.model else GUIDANCE) if args.guidance is None else args.guidance
     output = args.output or Path(f"{_slug(args.prompt)}-{seed}.png")
     if not output.parent.is_dir():  # said now, not after minutes of work
         raise FileNotFoundError(f"the folder {output.parent} of the output file {output.name} does not exist")
@@ -81,7 +85,7 @@ def _generate(args: argparse.Namespace) -> None:
         args.prompt,
         negative_prompt=args.negative,
         num_inference_steps=args.steps,
-        guidance_scale=args.guidance,
+        guidance_scale=guidance,
         height=height,
         width=width,
         num_images_per_prompt=args.num,
@@ -92,7 +96,7 @@ def _generate(args: argparse.Namespace) -> None:
         "negative": args.negative or "",
         "steps": args.steps,
         "scheduler": type(pipe.scheduler).__name__,
-        "guidance": args.guidance,
+        "guidance": guidance,
         "checkpoint": args.model or DEFAULT,
         "size": "{}x{}".format(*out.images[0].size),
         "dtype": args.dtype,
