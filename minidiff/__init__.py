@@ -14,7 +14,9 @@ _HOME = {  # public name -> module that defines it
     "CLIPTextConfig": "minidiff.clip",
     "CLIPTextModel": "minidiff.clip",
     "CLIPTokenizer": "minidiff.tokenizer",
+    "DDIMPipeline": "minidiff.pipelines.ddpm",
     "DDIMScheduler": "minidiff.schedulers.ddim",
+    "DDPMPipeline": "minidiff.pipelines.ddpm",
     "DDPMScheduler": "minidiff.schedulers.ddpm",
     "DiffusionPipeline": "minidiff.pipelines.base",
     "EulerAncestralDiscreteScheduler": "minidiff.schedulers.euler_ancestral",
@@ -22,6 +24,7 @@ _HOME = {  # public name -> module that defines it
     "PNDMScheduler": "minidiff.schedulers.pndm",
     "StableDiffusionPipeline": "minidiff.pipelines.stable_diffusion",
     "UNet2DConditionModel": "minidiff.unet",
+    "UNet2DModel": "minidiff.unet_unconditional",
     "UniPCMultistepScheduler": "minidiff.schedulers.unipc",
     "make_image_grid": "minidiff.images",
 }

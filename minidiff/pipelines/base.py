@@ -20,6 +20,7 @@ from minidiff.checkpoints.model import REFERENCE_VERSION, Model, refuse_pickles,
 from minidiff.checkpoints.save import save_json
 from minidiff.config import Config, read_json
 from minidiff.errors import CheckpointError, ConfigError
+from minidiff.schedulers.configured import CONFIG_NAME, Configured
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -271,7 +272,7 @@ def _component_class(name: str, entry: Any, optional: bool, path: Path) -> type 
 
 def _load_component(kind: type, repo: Repo, name: str, dtype: torch.dtype, variant: str | None) -> Any:
     where = {
-        "subfolder": name,
+        "subfolder": _subfolder(kind, repo, name),
         "revision": repo.revision,
         "cache_dir": repo.cache_dir,
         "local_files_only": repo.local_files_only,
@@ -281,6 +282,15 @@ def _load_component(kind: type, repo: Repo, name: str, dtype: torch.dtype, varia
     if issubclass(kind, Model):
         where |= {"torch_dtype": dtype, "variant": variant}
     return kind.from_pretrained(repo.source, **where)
+
+
+def _subfolder(kind: type, repo: Repo, name: str) -> str | None:
+    """Return the folder of a component; in the oldest repositories (google/ddpm-...) all lie beside the index: None."""
+    if not issubclass(kind, (Model, Configured)):
+        return name
+    filename = "config.json" if issubclass(kind, Model) else CONFIG_NAME
+    flat = repo.at(name).optional_file(filename) is None and repo.optional_file(filename) is not None
+    return None if flat else name
 
 
 def _library_and_class(name: str, component: Any) -> list[str | None]:

@@ -9,7 +9,7 @@ scheduler's pure core: the pipeline object itself is never written to, so any nu
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Generator, Tensor
@@ -91,7 +91,16 @@ def make_plan(scheduler: Scheduler, request: Request, device: torch.device) -> P
     return scheduler.plan(steps, device=device, timesteps=request.timesteps, sigmas=request.sigmas, **options)
 
 
-def make_generators(request: Request) -> tuple[Generators, list[int] | None]:
+class Asked(Protocol):
+    """What a request must say for its noise to be drawn."""
+
+    count: int
+    generator: Generators
+    seed: int | None
+    seeds: Sequence[int] | None
+
+
+def make_generators(request: Asked) -> tuple[Generators, list[int] | None]:
     """Return what draws the noise of the pictures, and their seeds if they have some.
 
     Seeds give every picture a CPU generator of its own, so picture k depends neither on the rest of the batch nor on
