@@ -107,6 +107,14 @@ def test_every_epoch_shows_every_picture_once(training):
     assert batch_of(3, 7, 35, seed=0) == shown[21:28]
 
 
+def test_late_timesteps_come_more_often(training):
+    draw = training("emoji_denoiser").draw_timesteps
+    for late, mean in ((False, 1 / 2), (True, 2 / 3)):
+        t = draw(100_000, 1000, late, torch.Generator().manual_seed(0))
+        assert t.min() >= 0 and t.max() == 999
+        assert abs(t.float().mean() / 1000 - mean) < 0.005  # 5 standard deviations
+
+
 def test_captions_are_drawn_in_the_stated_shares(training):
     import random
 

@@ -2,11 +2,12 @@
 
     x_t  = alpha_t x0 + sigma_t noise              alpha_t^2 = alpha_bar_t, sigma_t^2 = 1 - alpha_bar_t
     v    = alpha_t noise - sigma_t x0
-    loss = |UNet(x_t, t, text) - v|^2              for a random t, mostly late; the text is sometimes empty
+    loss = |UNet(x_t, t, text) - v|^2              for a random t; the text is sometimes empty
 
 v-prediction (Salimans & Ho 2022, https://arxiv.org/abs/2202.00512) asks for the picture itself where there is only
 noise, which is where the text decides what the picture is. With linear betas the last third of the timesteps is so.
-Dropping the text is what classifier-free guidance needs (Ho & Salimans 2022, https://arxiv.org/abs/2207.12598).
+The first half of the training therefore prefers those. Dropping the text is what classifier-free guidance needs
+(Ho & Salimans 2022, https://arxiv.org/abs/2207.12598).
 """
 
 import argparse
@@ -89,12 +90,13 @@ def batch_of(step: int, size: int, count: int, seed: int) -> list[int]:
     return [orders[p // count][p % count] for p in positions]
 
 
-def draw_timesteps(count: int, T: int, rng: torch.Generator) -> Tensor:
-    """Draw timesteps below ``T`` with a density proportional to t: half of them are in the text's part of the process.
+def draw_timesteps(count: int, T: int, late: bool, rng: torch.Generator) -> Tensor:
+    """Draw timesteps below ``T``: uniformly, or ``late`` ones more often, with a density proportional to t.
 
-    The square root of a uniform number has density 2 u on [0, 1].
+    The square root of a uniform number u has density 2 u on [0, 1].
     """
-    return (T * torch.rand(count, generator=rng).sqrt()).long().clamp(max=T - 1)
+    u = torch.rand(count, generator=rng)
+    return (T * (u.sqrt() if late else u)).long().clamp(max=T - 1)
 
 
 def prediction_loss(
@@ -146,7 +148,8 @@ def train(args: argparse.Namespace) -> None:
         rng, share = step_generator(args.seed, step), slice(workers.RANK, None, workers.WORKERS)
         chosen = batch_of(step, args.batch, len(emoji), args.seed)
         ids = captions.draw(chosen, random.Random(args.seed * 1_000_003 + step))[share]
-        t = draw_timesteps(args.batch, scheduler.config.num_train_timesteps, rng)[share]
+        T, late = scheduler.config.num_train_timesteps, step < args.steps // 2  # first what to draw, then how
+        t = draw_timesteps(args.batch, T, late, rng)[share]
         noise = torch.randn((args.batch, *latents.shape[1:]), generator=rng)[share]
         losses = prediction_loss(networks, scheduler, latents[chosen[share]], noise, t, ids)
         networks.zero_grad()
