@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hub_server import HubServer, Repository, run_with
 from PIL import Image
 from theirs import diffusers, randomize, relative_error
 
@@ -220,6 +221,21 @@ def test_flat_folder(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "config.json").unlink()
     with pytest.raises(minidiff.errors.CheckpointNotFoundError, match="no folder 'unet'"):
         DDPMPipeline.from_pretrained(tmp_path)
+
+
+def test_flat_repository_on_the_hub(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "repo").mkdir()
+    names = {path.name for path in flat(folder, tmp_path / "repo").iterdir()}
+    load = (
+        "from minidiff import DiffusionPipeline\n"
+        "pipe = DiffusionPipeline.from_pretrained('some/ddpm')\n"
+        "print(type(pipe.unet).__name__, type(pipe.scheduler).__name__)"
+    )
+    with HubServer({"some/ddpm": Repository({"main": tmp_path / "repo"})}) as hub:
+        assert run_with(hub, tmp_path / "cache", load) == "UNet2DModel DDPMScheduler"
+        assert sorted(Path(path).name for path in hub.downloaded()) == sorted(names)  # each once
+        assert run_with(hub, tmp_path / "cache", load, HF_HUB_OFFLINE="1") == "UNet2DModel DDPMScheduler"
+        assert hub.requests == []
 
 
 # --- What only ours has -----------------------------------------------------------------------------------------------
