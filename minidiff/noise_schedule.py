@@ -93,7 +93,9 @@ def training_betas(
 SPACINGS = ("linspace", "leading", "trailing")
 
 
-def spaced_timesteps(spacing: str, steps: int, train_steps: int, offset: int = 0, *, extra: bool = False) -> Tensor:
+def spaced_timesteps(
+    spacing: str, steps: int, train_steps: int, offset: int = 0, *, extra: bool = False, last: int | None = None
+) -> Tensor:
     """Return ``steps`` training timesteps, largest first, int64 (Lin et al. 2023, table 2).
 
     ``linspace``  0 ... T - 1 evenly, both ends included
@@ -102,21 +104,25 @@ def spaced_timesteps(spacing: str, steps: int, train_steps: int, offset: int = 0
 
     With ``extra`` (the multistep solvers), linspace and leading space one more timestep and leave out the smallest.
 
+    ``last`` (T by default) is one more than the noisiest timestep that may be visited; trailing keeps its stride and
+    so returns fewer.
+
     Raises ValueError if there are more steps than training timesteps or if the offset leads beyond the last of them.
     """
-    if steps > train_steps:
-        raise ValueError(f"{steps} inference steps are more than the {train_steps} timesteps of training")
+    last = train_steps if last is None else last
+    if steps > last:
+        raise ValueError(f"{steps} inference steps are more than the {last} timesteps of training")
     count = steps + extra
-    if spacing == "leading" and count > train_steps:
-        raise ValueError(f"timestep spacing 'leading' has room for at most {train_steps - 1} steps here, found {steps}")
+    if spacing == "leading" and count > last:
+        raise ValueError(f"timestep spacing 'leading' has room for at most {last - 1} steps here, found {steps}")
     if spacing == "linspace":
-        times = np.linspace(0, train_steps - 1, count).round()[::-1][:steps]
+        times = np.linspace(0, last - 1, count).round()[::-1][:steps]
     elif spacing == "leading":
-        times = (np.arange(count) * (train_steps // count))[::-1][:steps] + offset
+        times = (np.arange(count) * (last // count))[::-1][:steps] + offset
     elif spacing == "trailing":
         # NumPy's arange has one element too many for 62 of the counts up to 1000 (61, 103, 121...), a rounding error
         # that makes the reference call the network at timestep -1. `steps` were asked for: the rest is cut off.
-        times = np.arange(train_steps, 0, -train_steps / steps).round()[:steps] - 1
+        times = np.arange(last, 0, -train_steps / steps).round()[:steps] - 1
     else:
         raise ValueError(f"timestep spacing {spacing!r} is not one of {', '.join(SPACINGS)}")
     times = times.astype(np.int64)
@@ -189,8 +195,10 @@ def sigma_to_timestep(sigmas: np.ndarray, log_sigmas: np.ndarray) -> np.ndarray:
     log_sigmas: those of training, smallest first (T,). Levels outside their range go to its ends.
     """
     wanted = np.log(np.maximum(sigmas, 1e-10))
-    low = np.searchsorted(log_sigmas, wanted, side="right") - 1  # the last one that is not larger
-    low = low.clip(0, len(log_sigmas) - 2)
+    # The last one that is not larger. Zero-SNR levels do not ascend at their end, so a binary search would not do.
+    reached = log_sigmas[:, None] <= wanted  # (T, N)
+    low = len(log_sigmas) - 1 - reached[::-1].argmax(axis=0)
+    low = np.where(reached.any(axis=0), low, 0).clip(max=len(log_sigmas) - 2)
     below, above = log_sigmas[low], log_sigmas[low + 1]
     part = ((below - wanted) / (below - above)).clip(0, 1)
     return (1 - part) * low + part * (low + 1)

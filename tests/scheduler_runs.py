@@ -1,8 +1,11 @@
 """What the scheduler tests share: a stand-in network, whole runs through it, and grids of options."""
 
 import random
+import sys
+import types
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -37,6 +40,7 @@ def by_hand(
     dtype: torch.dtype = torch.float64,
     denoise: Callable[[Tensor, Any], Tensor] = network,
     seeded: bool = False,
+    given_noise: bool = False,
     **step_options: Any,
 ) -> Tensor:
     """Sample with the loop of the tutorials, ours or theirs, and return every x of the way (N + 1, B, 3, 4, 4)."""
@@ -48,11 +52,39 @@ def by_hand(
         step_options["generator"] = torch.Generator().manual_seed(1)
     x = noise(dtype) * scheduler.init_noise_sigma
     way = [x]
+    source = torch.Generator().manual_seed(2)
     for t in scheduler.timesteps[start:]:
+        if given_noise:
+            step_options["variance_noise"] = torch.randn(x.shape, generator=source, dtype=dtype)
         out = denoise(scheduler.scale_model_input(x, t), t)
         x = scheduler.step(out, t, x, **step_options).prev_sample
         way.append(x)
     return torch.stack(way)
+
+
+class InDouble:
+    """A reference scheduler whose ``step`` does not bring samples to float32.
+
+    Some of the reference's solvers round float64 samples to float32 at every step, which would hide any difference
+    below 1e-7. Here ``torch.float32`` means float64 to their module while ``step`` runs, and nothing else changes.
+    """
+
+    def __init__(self, scheduler: Any) -> None:
+        self.scheduler, self.module = scheduler, sys.modules[type(scheduler).__module__]
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.scheduler, name)
+
+    def step(self, *args: Any, **kwargs: Any) -> Any:
+        with mock.patch.object(self.module, "torch", _DoubleTorch("torch")):
+            return self.scheduler.step(*args, **kwargs)
+
+
+class _DoubleTorch(types.ModuleType):
+    float32 = torch.float64
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
 
 
 def through_core(

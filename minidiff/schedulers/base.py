@@ -87,7 +87,8 @@ class Scheduler(Configured):
         config = self.config
         self._require("beta_schedule", self.beta_schedules)
         self._require("prediction_type", self.prediction_types)
-        self._require("timestep_spacing", noise_schedule.SPACINGS)
+        if "timestep_spacing" in config:
+            self._require("timestep_spacing", noise_schedule.SPACINGS)
         self.betas = noise_schedule.training_betas(  # (T,)
             config.beta_schedule,
             config.beta_start,

@@ -13,6 +13,9 @@ from torch import Tensor
 import minidiff
 
 SCHEDULERS = {
+    "dpm++": minidiff.DPMSolverMultistepScheduler(solver_order=3),
+    "dpm++-sde": minidiff.DPMSolverMultistepScheduler(algorithm_type="sde-dpmsolver++", solver_type="heun"),
+    "dpm": minidiff.DPMSolverMultistepScheduler(algorithm_type="dpmsolver", final_sigmas_type="sigma_min"),
     "euler": minidiff.EulerDiscreteScheduler(),
     "euler-ancestral": minidiff.EulerAncestralDiscreteScheduler(),
     "ddim": minidiff.DDIMScheduler(),
@@ -22,7 +25,7 @@ SCHEDULERS = {
     "unipc": minidiff.UniPCMultistepScheduler(solver_order=3),
     "unipc-eps": minidiff.UniPCMultistepScheduler(predict_x0=False, final_sigmas_type="sigma_min"),
 }
-DRAWS = {"DDPMScheduler", "EulerAncestralDiscreteScheduler"}
+DRAWS = {"DDPMScheduler", "EulerAncestralDiscreteScheduler", "DPMSolverMultistepScheduler"}
 every = pytest.mark.parametrize("scheduler", SCHEDULERS.values(), ids=SCHEDULERS)
 
 
@@ -104,6 +107,13 @@ def test_unipc_of_order_1_without_corrector_is_ddim(final, solver_type):
     )
     way = through_core(scheduler, 20)
     assert error(ddim(scheduler, way, scheduler.plan(20)), way) < 1e-6  # measured 3e-7: the coefficients are float32
+
+
+@pytest.mark.parametrize("final", ["zero", "sigma_min"])
+def test_dpm_solver_of_order_1_is_ddim(final):
+    scheduler = minidiff.DPMSolverMultistepScheduler(solver_order=1, final_sigmas_type=final)
+    way = through_core(scheduler, 20)
+    assert error(ddim(scheduler, way, scheduler.plan(20)), way) < 1e-6  # measured 3e-7
 
 
 def test_the_first_step_of_plms_is_ddim():
@@ -197,6 +207,22 @@ def test_unipc_converges_with_its_order(order, corrects, predict_x0):
     assert math.log2(coarse / fine) > order + corrects - 0.4  # measured: 1.0, 2.1; 1.9, 3.0; 3.1, 4.1
 
 
+@pytest.mark.parametrize("algorithm", ["dpmsolver++", "dpmsolver"])
+@pytest.mark.parametrize("order, solver_type", [(1, "midpoint"), (2, "midpoint"), (2, "heun"), (3, "midpoint")])
+def test_dpm_solver_converges_with_its_order(order, solver_type, algorithm):
+    scheduler = minidiff.DPMSolverMultistepScheduler(
+        solver_order=order,
+        solver_type=solver_type,
+        algorithm_type=algorithm,
+        use_lu_lambdas=True,
+        lower_order_final=False,
+        final_sigmas_type="sigma_min",
+    )
+    coarse, fine = flow_error(scheduler, 40), flow_error(scheduler, 80)
+    # Measured: 1.0, 2.0, 2.0, and 2.1 for order 3, see the docstring of dpm_solver_multistep.
+    assert math.log2(coarse / fine) > min(order, 2) - 0.4, (coarse, fine)
+
+
 NAN_IN_THE_REFERENCE = {
     "solver_type": ["bh1", "bh2"],
     "predict_x0": [True, False],
@@ -231,6 +257,8 @@ def test_unipc_takes_as_many_steps_as_training(spacing):
 
 
 PERFECT = {
+    "dpm++": minidiff.DPMSolverMultistepScheduler(solver_order=3, solver_type="heun"),
+    "dpm++-sde": minidiff.DPMSolverMultistepScheduler(algorithm_type="sde-dpmsolver++"),
     "euler": minidiff.EulerDiscreteScheduler(),
     "euler-ancestral": minidiff.EulerAncestralDiscreteScheduler(),
     "ddim": minidiff.DDIMScheduler(clip_sample=False),

@@ -8,6 +8,7 @@ from theirs import diffusers
 import minidiff
 
 KINDS = [
+    "DPMSolverMultistepScheduler",
     "EulerDiscreteScheduler",
     "EulerAncestralDiscreteScheduler",
     "DDIMScheduler",

@@ -1,0 +1,204 @@
+"""DPM-Solver and DPM-Solver++: what the multistep and the singlestep variant share.
+
+From noise level s to t, with h = lambda_t - lambda_s and estimates D_n of the n-th derivative in lambda (in units of h)
+of what the network predicts, x0 (the ++ variants) or eps:
+
+    x_t = a x_s + d_0 D_0 + d_1 D_1 + d_2 D_2 + std noise
+
+                    a                        d_0                      std
+    dpmsolver++     sigma_t / sigma_s        -alpha_t (e^-h - 1)      0
+    dpmsolver       alpha_t / alpha_s        -sigma_t (e^h - 1)       0
+    sde-dpmsolver++ sigma_t / sigma_s e^-h   alpha_t (1 - e^-2h)      sigma_t sqrt(1 - e^-2h)
+    sde-dpmsolver   alpha_t / alpha_s        -2 sigma_t (e^h - 1)     sigma_t sqrt(e^2h - 1)
+
+and d_1, d_2 the further integrals of the exponential (``heun``), or d_1 = d_0 / 2 (``midpoint``).
+
+Lu et al. 2022, https://arxiv.org/abs/2206.00927 (DPM-Solver) and https://arxiv.org/abs/2211.01095 (DPM-Solver++).
+"""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from minidiff import noise_schedule
+from minidiff.config import Config
+from minidiff.errors import ConfigError
+from minidiff.schedulers.base import Grid, Plan
+from minidiff.schedulers.ddpm import VARIANCES
+from minidiff.schedulers.log_snr import LogSnrScheduler
+from minidiff.schedulers.prediction import Clip, predict_eps, predict_x0
+
+
+class Weights(NamedTuple):
+    """The coefficients of one transition."""
+
+    to_x: float  # a
+    d0: float
+    d1: float
+    d2: float
+    half: float  # d_1 of the midpoint method
+    std: float
+
+
+class Step(NamedTuple):
+    """The numbers of one step of DPM-Solver."""
+
+    alpha: float  # x = alpha x0 + sigma eps
+    sigma: float
+    order: int
+    to_x: float
+    to_m: tuple[float, ...]  # of the predictions, newest first
+    std: float  # of the noise
+
+
+class Transitions:
+    """The noise levels of a run and the coefficients of the transitions between them, float32 as in the reference."""
+
+    def __init__(self, alpha: Tensor, sigma: Tensor, algorithm: str) -> None:
+        self.alpha, self.sigma, self.algorithm = alpha, sigma, algorithm
+        self.lam = alpha.log() - sigma.log()  # (N + 1,)
+
+    def weights(self, s: int, t: int) -> Weights:
+        """Return the coefficients of the transition from level s to level t."""
+        alpha, sigma, h = self.alpha[t], self.sigma[t], self.lam[t] - self.lam[s]
+        shrink, growth = torch.exp(-h) - 1.0, torch.exp(h) - 1.0
+        if self.algorithm == "dpmsolver++":
+            to_x, d0, std = sigma / self.sigma[s], -(alpha * shrink), 0.0
+            d1, d2 = alpha * (shrink / h + 1.0), -(alpha * ((shrink + h) / h**2 - 0.5))
+        elif self.algorithm == "sde-dpmsolver++":
+            lost = 1.0 - torch.exp(-2.0 * h)
+            to_x, d0, std = sigma / self.sigma[s] * torch.exp(-h), alpha * lost, sigma * torch.sqrt(lost)
+            d1, d2 = alpha * (lost / (-2.0 * h) + 1.0), alpha * ((lost - 2.0 * h) / (2.0 * h) ** 2 - 0.5)
+        else:  # dpmsolver, and sde-dpmsolver, which moves twice as far and adds noise
+            times = 1.0 if self.algorithm == "dpmsolver" else 2.0
+            std = 0.0 if times == 1.0 else sigma * torch.sqrt(torch.exp(2 * h) - 1.0)
+            to_x, d0 = alpha / self.alpha[s], -times * (sigma * growth)
+            d1, d2 = -times * (sigma * (growth / h - 1.0)), -(sigma * ((growth - h) / h**2 - 0.5))
+        return Weights(float(to_x), float(d0), float(d1), float(d2), 0.5 * float(d0), float(std))
+
+    def ratio(self, a: int, b: int, s: int, t: int) -> Tensor:
+        """Return (lambda_a - lambda_b) in units of h = lambda_t - lambda_s."""
+        return (self.lam[a] - self.lam[b]) / (self.lam[t] - self.lam[s])
+
+
+class DpmSolver(LogSnrScheduler):
+    """Base of the two variants: the noise levels of a run and what the network predicts."""
+
+    prediction_types = ("epsilon", "sample", "v_prediction", "flow_prediction")
+    plan_inputs = ("timesteps",)
+    algorithms: tuple[str, ...] = ()
+
+    def __init__(self) -> None:
+        # What the files of DEIS and UniPC say; register what it stands for here.
+        renamed = {}
+        if self.config.algorithm_type == "deis":
+            renamed["algorithm_type"] = "dpmsolver++"
+        if self.config.solver_type in ("logrho", "bh1", "bh2"):
+            renamed["solver_type"] = "midpoint"
+        self._config = Config({**self._config, **renamed})
+        config = self.config
+        self._require("algorithm_type", self.algorithms)
+        self._require("solver_type", ("midpoint", "heun"))
+        self._require("solver_order", (1, 2, 3))
+        self._require("variance_type", (None, *VARIANCES))  # DDPM's files name fixed ones, which mean nothing here
+        self._require("use_dynamic_shifting", (False,))  # the reference fails when it is used
+        self._predicts_x0 = config.algorithm_type.endswith("++")
+        if not self._predicts_x0:
+            self._require("prediction_type", self.prediction_types[:3])
+            if config.final_sigmas_type == "zero":
+                raise ConfigError(
+                    f"algorithm_type={config.algorithm_type!r} cannot reach final_sigmas_type='zero', where e^h is "
+                    "infinite: use final_sigmas_type='sigma_min' or algorithm_type='dpmsolver++'"
+                )
+        super().__init__()
+        spaced_by = [name for name in ("use_lu_lambdas", "use_flow_sigmas") if config.get(name)]
+        if len(spaced_by) + (self._respace is not None) > 1:
+            raise ConfigError(f"{' and '.join(spaced_by)} cannot be combined with each other or another sigma spacing")
+        self._clip = Clip.of(config)
+
+    # ---- the noise levels of a run ------------------------------------------------------------------------------
+
+    def _grid(self, count: int, timesteps: Sequence[int] | None = None) -> Grid:
+        config, training = self.config, self._training_sigmas()
+        respaced = self._respace is not None or config.get("use_lu_lambdas")
+        if timesteps is not None and (respaced or config.use_flow_sigmas):
+            raise ValueError("timesteps= cannot be combined with Karras, exponential, beta, Lu or flow sigmas")
+        if config.use_flow_sigmas:
+            levels = 1.0 - np.linspace(1, 1 / config.num_train_timesteps, count + 1)
+            levels = (config.flow_shift * levels / (1 + (config.flow_shift - 1) * levels))[::-1][:-1]
+            return self._closed(levels * config.num_train_timesteps, levels, training[0])
+        if respaced:
+            levels = self._respaced(count) if self._respace is not None else self._lu(count, np.log(training))
+            times = noise_schedule.sigma_to_timestep(levels, np.log(training))
+            return self._closed(times.round() if self._rounds() else times, levels, training[0])
+        if timesteps is not None:
+            times = noise_schedule.custom_timesteps(timesteps, config.num_train_timesteps).numpy()
+        else:
+            times = self._spaced(count)
+        return self._closed(times, np.interp(times, np.arange(len(training)), training), training[0])
+
+    def _spaced(self, count: int) -> np.ndarray:
+        """Return ``count`` timesteps from the noisiest that ``lambda_min_clipped`` leaves (cosine schedules)."""
+        config, alpha_bar = self.config, self.alphas_cumprod
+        lam = torch.sqrt(alpha_bar).log() - torch.sqrt(1 - alpha_bar).log()
+        clipped = torch.searchsorted(lam.flip(0), config.lambda_min_clipped).item()
+        spacing, offset = config.get("timestep_spacing", "linspace"), config.get("steps_offset", 0)
+        return noise_schedule.spaced_timesteps(
+            spacing, count, config.num_train_timesteps, offset, extra=True, last=config.num_train_timesteps - clipped
+        ).numpy()
+
+    @staticmethod
+    def _lu(count: int, log_sigmas: np.ndarray) -> np.ndarray:
+        """Return noise levels evenly spaced in lambda: Lu et al. 2022 (++), section 5.2, with rho = 1."""
+        low, high = log_sigmas[0].item(), log_sigmas[-1].item()
+        return np.exp(high + np.linspace(0, 1, count) * (low - high))
+
+    def _rounds(self) -> bool:
+        """Say whether timesteps of respaced levels are rounded; otherwise their fraction is cut off."""
+        return bool(self.config.use_karras_sigmas)
+
+    def _transitions(self, plan: Plan) -> Transitions:
+        alpha, sigma = self._alpha_sigma(plan.sigmas)
+        return Transitions(alpha, sigma, self.config.algorithm_type)
+
+    # ---- what the network predicts ------------------------------------------------------------------------------
+
+    def denoised(self, plan: Plan, i: int, x: Tensor, out: Tensor) -> Tensor:
+        step = plan.steps[i]
+        out = self._without_variance(out, x)
+        return self._clip(predict_x0(self.config.prediction_type, x, out, step.alpha, step.sigma))
+
+    def _prediction(self, plan: Plan, i: int, x: Tensor, out: Tensor) -> Tensor:
+        """Return x0, or eps for the algorithms that integrate it."""
+        if self._predicts_x0:
+            return self.denoised(plan, i, x, out)
+        alpha, sigma = plan.steps[i].alpha, plan.steps[i].sigma
+        eps = predict_eps(self.config.prediction_type, x, self._without_variance(out, x), alpha, sigma)
+        if self._clip.ratio is None:
+            return eps
+        x0 = self._clip(predict_x0("epsilon", x, eps, alpha, sigma))
+        return predict_eps("sample", x, x0, alpha, sigma)  # the eps of the x0 that dynamic thresholding leaves
+
+    def _without_variance(self, out: Tensor, x: Tensor) -> Tensor:
+        """Return the prediction of a network that predicts its variance in a second half of the channels too."""
+        learned = self.config.variance_type in ("learned", "learned_range")
+        return out[:, : x.shape[1]] if learned else out
+
+    def wants_noise(self, plan: Plan, i: int) -> bool:
+        return self.config.algorithm_type.startswith("sde")
+
+    def _seen_sigma(self, plan: Plan, sigma: Tensor) -> list[float]:
+        """Return the sigma of each input, which for a flow's prediction is the noise level itself."""
+        return (plan.sigmas if self.config.prediction_type == "flow_prediction" else sigma).tolist()
+
+
+def remembered(h: Sequence[float], start: int, k: int) -> int:
+    """Return how many predictions before the k-th differ in noise level, counted back from it to the run's start."""
+    count = 0
+    while k - count > start and h[k - count - 1] and not math.isnan(h[k - count - 1]):
+        count += 1
+    return count

@@ -1,0 +1,143 @@
+"""DPM-Solver++ multistep: the derivatives are differences of the predictions at earlier steps.
+
+With r_0, r_1 the last two transitions in units of this one and m_0, m_1, m_2 the predictions, newest first:
+
+    D_0 = m_0,   D_10 = (m_0 - m_1) / r_0,   D_11 = (m_1 - m_2) / r_1
+    order 2:  D_1 = D_10
+    order 3:  D_1 = D_10 + r_0 / (r_0 + r_1) (D_10 - D_11),   D_2 = (D_10 - D_11) / (r_0 + r_1)
+
+and ``dpm_solver`` puts them together. D_2 is a divided difference, half the second derivative, where Taylor's formula
+needs the whole. The reference and the authors' code have it so, and with it order 3 converges like order 2 (measured on
+a Gaussian: 2.1, against 4.0 with 2 D_2). minidiff follows them: a picture must not change with the import line.
+
+Lu et al. 2022, https://arxiv.org/abs/2211.01095, Algorithm 2. Checked against
+``diffusers.DPMSolverMultistepScheduler``. Order 1 without noise is DDIM.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Generator, Tensor
+
+from minidiff.random import randn
+from minidiff.schedulers.base import Plan, SchedulerOutput, Update
+from minidiff.schedulers.configured import records_config
+from minidiff.schedulers.dpm_solver import DpmSolver, Step, Transitions, remembered
+from minidiff.schedulers.prediction import linear
+from minidiff.schedulers.sigma_space import wide
+
+
+class DPMSolverMultistepScheduler(DpmSolver):
+    """Sample with DPM-Solver(++) of order 1 to 3, as an ODE or with noise at every step (``sde-``)."""
+
+    algorithms = ("dpmsolver++", "dpmsolver", "sde-dpmsolver++", "sde-dpmsolver")
+
+    @records_config
+    def __init__(
+        self,
+        num_train_timesteps: int = 1000,
+        beta_start: float = 0.0001,
+        beta_end: float = 0.02,
+        beta_schedule: str = "linear",
+        trained_betas: Sequence[float] | None = None,
+        solver_order: int = 2,
+        prediction_type: str = "epsilon",
+        thresholding: bool = False,
+        dynamic_thresholding_ratio: float = 0.995,
+        sample_max_value: float = 1.0,
+        algorithm_type: str = "dpmsolver++",
+        solver_type: str = "midpoint",
+        lower_order_final: bool = True,
+        euler_at_final: bool = False,
+        use_karras_sigmas: bool = False,
+        use_exponential_sigmas: bool = False,
+        use_beta_sigmas: bool = False,
+        use_lu_lambdas: bool = False,
+        use_flow_sigmas: bool = False,
+        flow_shift: float = 1.0,
+        final_sigmas_type: str = "zero",
+        lambda_min_clipped: float = -math.inf,
+        variance_type: str | None = None,
+        timestep_spacing: str = "linspace",
+        steps_offset: int = 0,
+        rescale_betas_zero_snr: bool = False,
+        use_dynamic_shifting: bool = False,
+        time_shift_type: str = "exponential",
+    ) -> None:
+        super().__init__()
+        if algorithm_type == "sde-dpmsolver":
+            self._require("solver_order", (1, 2))  # the paper has no third
+
+    def _rounds(self) -> bool:
+        even = self.config.use_karras_sigmas or self.config.use_lu_lambdas
+        return bool(even) and self.config.beta_schedule != "squaredcos_cap_v2"
+
+    def _steps(self, plan: Plan) -> tuple[Step, ...]:
+        transitions = self._transitions(plan)
+        h = transitions.lam.diff().tolist()
+        alpha, sigma = transitions.alpha.tolist(), self._seen_sigma(plan, transitions.sigma)
+        steps = []
+        for k in range(len(plan.times)):
+            order = self._order(plan, h, k)
+            steps.append(Step(alpha[k], sigma[k], order, *self._coefficients(transitions, k, order, h[k])))
+        return tuple(steps)
+
+    def _order(self, plan: Plan, h: Sequence[float], k: int) -> int:
+        """Return the order of step k: low while there is little to remember, and at the end of short runs."""
+        config, count = self.config, len(h)
+        short = config.lower_order_final and count < 15
+        if k == count - 1 and (config.euler_at_final or short or config.final_sigmas_type == "zero"):
+            return 1
+        order = min(config.solver_order, 2 if k == count - 2 and short else 3)
+        return min(order, remembered(h, plan.start, k) + 1)
+
+    def _coefficients(
+        self, transitions: Transitions, k: int, order: int, h: float
+    ) -> tuple[float, tuple[float, ...], float]:
+        """Return the coefficients of x, of the predictions (newest first) and of the noise."""
+        if not h:  # between equal levels nothing moves; the formulas are 0 / 0
+            return 1.0, (0.0,), 0.0
+        w = transitions.weights(k, k + 1)
+        if order == 1:
+            return w.to_x, (w.d0,), w.std
+        r0 = transitions.ratio(k, k - 1, k, k + 1)
+        per_r0 = (1.0 / r0).item()
+        if order == 2:
+            d1 = (w.half if self.config.solver_type == "midpoint" else w.d1) * per_r0
+            return w.to_x, (w.d0 + d1, -d1), w.std
+        r1 = transitions.ratio(k - 1, k - 2, k, k + 1)
+        per_r1, per_both, share = (1.0 / r1).item(), (1.0 / (r0 + r1)).item(), (r0 / (r0 + r1)).item()
+        newer = (w.d1 * (1 + share) + w.d2 * per_both) * per_r0  # of D_10 = (m_0 - m_1) / r_0
+        older = -(w.d1 * share + w.d2 * per_both) * per_r1  # of D_11 = (m_1 - m_2) / r_1
+        return w.to_x, (w.d0 + newer, older - newer, -older), w.std
+
+    def draw_noise(
+        self, plan: Plan, i: int, x: Tensor, generator: Generator | Sequence[Generator] | None = None
+    ) -> Tensor | None:
+        """Draw in float32 whatever the type of x, as the reference does."""
+        return randn(x.shape, generator, x.device, torch.float32) if self.wants_noise(plan, i) else None
+
+    def _update(
+        self, plan: Plan, i: int, x: Tensor, out: Tensor, past: tuple[Any, ...], noise: Tensor | None
+    ) -> Update:
+        step = plan.steps[i]
+        m = self._prediction(plan, i, x, out)
+        ms = (m, *past)[: self.config.solver_order]
+        terms = [(step.to_x, wide(x)), *zip(step.to_m, ms, strict=False)]
+        if self.wants_noise(plan, i):
+            terms.append((step.std, noise))
+        return Update(linear(*terms).to(m.dtype), ms)
+
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: float | Tensor,
+        sample: Tensor,
+        generator: Generator | Sequence[Generator] | None = None,
+        variance_noise: Tensor | None = None,
+        return_dict: bool = True,
+    ) -> SchedulerOutput | tuple[Tensor, ...]:
+        """Take the step at ``timestep``, with ``variance_noise`` for its noise if given; see ``Scheduler.step``."""
+        return self._take_step(model_output, timestep, sample, generator, return_dict, variance_noise)
