@@ -5,8 +5,9 @@ and a final normalisation. The pooled embedding is the state at the end-of-text 
 whole text.
 
 Paper: Radford et al. 2021 (CLIP, https://arxiv.org/abs/2103.00020), section 2.4. SD 1.x uses OpenAI's ViT-L/14 (12
-layers, quick_gelu), SD 2.x the first 23 layers of OpenCLIP's ViT-H/14 (gelu).
-Checked against ``transformers.CLIPTextModel``.
+layers, quick_gelu), SD 2.x the first 23 layers of OpenCLIP's ViT-H/14 (gelu), SDXL both ViT-L/14 and ViT-bigG/14 (32
+layers, gelu) with its projection of the pooled embedding.
+Checked against ``transformers.CLIPTextModel`` and ``CLIPTextModelWithProjection``.
 """
 
 from collections.abc import Mapping
@@ -18,7 +19,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minidiff.checkpoints.model import Model
-from minidiff.checkpoints.names import canonical_clip_name, clip_rows
+from minidiff.checkpoints.names import (
+    CLIP_PREFIX,
+    OPENCLIP_PREFIX,
+    SDXL_CLIP_PREFIX,
+    SDXL_OPENCLIP_PREFIX,
+    canonical_clip_name,
+    clip_rows,
+)
 from minidiff.checkpoints.remap import Row
 from minidiff.config import Config, check_types, complete
 from minidiff.errors import ConfigError
@@ -183,9 +191,15 @@ class CLIPTextModel(Model):
             return input_ids.argmax(dim=-1)
         return (input_ids == self.config.eos_token_id).int().argmax(dim=-1)
 
-    def rows(self) -> list[Row]:
-        """Return the name table of this configuration: ours, Hub, original single file."""
-        return clip_rows(self.spec, openclip=self.config.hidden_act == "gelu")
+    def rows(self, ldm_prefix: str | None = None) -> list[Row]:
+        """Return the name table of this configuration: ours, Hub, original single file.
+
+        ``ldm_prefix`` is what stands before the names in the single file, by default that of SD 1.x or 2.x; the same
+        encoder has another one in the files of SDXL, see ``minidiff.checkpoints.names``.
+        """
+        openclip = self.config.hidden_act == "gelu"
+        prefix = ldm_prefix or (OPENCLIP_PREFIX if openclip else CLIP_PREFIX)
+        return clip_rows(self.spec, openclip=openclip, prefix=prefix)
 
     @classmethod
     def canonical_hub_name(cls, name: str) -> str | None:
@@ -197,7 +211,61 @@ class CLIPTextModel(Model):
         stale = ("dtype", "transformers_version")
         fields = {name: value for name, value in self.config.items() if name not in stale and not name.startswith("_")}
         dtype = str(self.dtype).removeprefix("torch.")
-        return {**fields, "architectures": ["CLIPTextModel"], "model_type": "clip_text_model", "torch_dtype": dtype}
+        return {**fields, "architectures": [type(self).__name__], "model_type": "clip_text_model", "torch_dtype": dtype}
+
+
+@dataclass
+class CLIPTextProjectionOutput(Output):
+    """What the text encoder with projection returns.
+
+    ``text_embeds`` (B, P) is the pooled embedding in the space shared with pictures; the rest as ``CLIPTextOutput``.
+    """
+
+    text_embeds: Tensor
+    last_hidden_state: Tensor
+    hidden_states: tuple[Tensor, ...] | None = None
+
+
+class CLIPTextModelWithProjection(CLIPTextModel):
+    """Encode token ids to text embeddings, and the pooled one to the space that CLIP shares with pictures.
+
+    text_embeds = pooled W^T, with W (P, D). The second text encoder of SDXL.
+
+    Args:
+        config: a ``CLIPTextConfig`` or any mapping of its fields; ``projection_dim`` is P.
+    """
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        super().__init__(config)
+        P = self.config.projection_dim
+        if type(P) is not int or P < 1:
+            raise ConfigError(f"CLIPTextModelWithProjection: projection_dim should be a positive integer, found {P!r}")
+        self.text_projection = nn.Linear(self.spec.D, P, bias=False)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        output_hidden_states: bool = False,
+        return_dict: bool = True,
+    ) -> CLIPTextProjectionOutput | tuple[Any, ...]:
+        """Encode texts; arguments and errors are those of ``CLIPTextModel``."""
+        plain = super().forward(input_ids, attention_mask, position_ids, output_hidden_states)
+        text_embeds = self.text_projection(plain.pooler_output)
+        out = CLIPTextProjectionOutput(text_embeds, plain.last_hidden_state, plain.hidden_states)
+        return out if return_dict else out.to_tuple()
+
+    def rows(self, ldm_prefix: str | None = None) -> list[Row]:
+        """Return the name table of this configuration; ``ldm_prefix`` is by default that in the file of SDXL base."""
+        openclip = self.config.hidden_act == "gelu"
+        prefix = ldm_prefix or (SDXL_OPENCLIP_PREFIX if openclip else SDXL_CLIP_PREFIX)
+        return clip_rows(self.spec, openclip=openclip, prefix=prefix, projection=True)
+
+    @classmethod
+    def canonical_hub_name(cls, name: str) -> str | None:
+        """Return the modern Hub spelling of a tensor name; None if it is dropped on purpose."""
+        return canonical_clip_name(name, projection=True)
 
 
 # Fields that transformers writes into config.json and that do not describe this network: provenance, initialisation,
@@ -249,7 +317,7 @@ def clip_config(fields: Mapping[str, Any]) -> Config:
         "layer_norm_eps": 1e-5,
         "eos_token_id": 49407,
     }
-    notes = {"bos_token_id": 49406, "pad_token_id": 1, "projection_dim": 512}  # read by others, not by this network
+    notes = {"bos_token_id": 49406, "pad_token_id": 1, "projection_dim": 512}  # not of the transformer itself
     notes |= {name: fields[name] for name in (*notes, *_ANNOTATIONS) if name in fields}
     described = {name: value for name, value in fields.items() if name not in notes}
     only = {"attention_dropout": (0.0,), **{name: (value,) for name, value in _UNUSED.items() if name in fields}}

@@ -71,6 +71,8 @@ class UNetSpec(NamedTuple):
     mid_scale: float = 1.0  # what residual blocks and pixel attention of the middle divide by
     scale_shift: bool = False  # how residual blocks are told the time, see ResBlock
     dropout: float = 0.0
+    added: int | None = None  # width of the added condition of SDXL, pooled text and encoded sizes; None = none
+    added_features: int = 0  # width of each encoded size in it
 
 
 class Block(nn.Module):
@@ -243,7 +245,9 @@ class UNet2DConditionModel(UNet):
 
     def __init__(self, **fields: Any) -> None:
         config = unet_config(fields)
-        super().__init__(config, unet_spec(config))
+        spec = unet_spec(config)
+        super().__init__(config, spec)
+        self.add_embed = TimeMLP(spec.added, spec.E) if spec.added is not None else None
 
     def forward(
         self,
@@ -254,7 +258,7 @@ class UNet2DConditionModel(UNet):
         timestep_cond: None = None,
         attention_mask: None = None,
         cross_attention_kwargs: Mapping[str, Any] | None = None,
-        added_cond_kwargs: Mapping[str, Any] | None = None,
+        added_cond_kwargs: Mapping[str, Tensor] | None = None,
         down_block_additional_residuals: None = None,
         mid_block_additional_residual: None = None,
         down_intrablock_additional_residuals: None = None,
@@ -267,6 +271,9 @@ class UNet2DConditionModel(UNet):
             sample: noisy latents, (B, in_channels, H, W), any H and W.
             timestep: one time for all, or (B,) times; 0 is nearly clean, 999 nearly pure noise.
             encoder_hidden_states: text embeddings, (B, L, D).
+            added_cond_kwargs: for networks with ``addition_embed_type="text_time"`` (SDXL) alone: "text_embeds", the
+                pooled text embeddings (B, P), and "time_ids", the sizes that the picture is conditioned on (B, n), with
+                P + n * addition_time_embed_dim = projection_class_embeddings_input_dim.
             return_dict: whether to return a record or a tuple.
 
         The other arguments of the reference belong to features that are not implemented and must be None.
@@ -279,7 +286,7 @@ class UNet2DConditionModel(UNet):
             timestep_cond=timestep_cond,
             attention_mask=attention_mask,
             cross_attention_kwargs=cross_attention_kwargs,
-            added_cond_kwargs=added_cond_kwargs,
+            added_cond_kwargs=None if self.add_embed is not None else added_cond_kwargs,
             down_block_additional_residuals=down_block_additional_residuals,
             mid_block_additional_residual=mid_block_additional_residual,
             down_intrablock_additional_residuals=down_intrablock_additional_residuals,
@@ -288,8 +295,33 @@ class UNet2DConditionModel(UNet):
         self._check_sample(sample)
         self._check_text(sample, encoder_hidden_states)
         temb = self.time_embed(self._encode_times(self._times(sample, timestep)).to(sample.dtype))
+        if self.add_embed is not None:
+            temb = temb + self.add_embed(self._encode_added(sample, added_cond_kwargs))
         x = self._body(sample, temb, encoder_hidden_states)
         return UNet2DConditionOutput(x) if return_dict else (x,)
+
+    def _encode_added(self, sample: Tensor, added: Mapping[str, Tensor] | None) -> Tensor:
+        """Return the added condition (B, P + n * features): pooled text and sizes, each encoded as a time is.
+
+        Podell et al. 2023 (SDXL, https://arxiv.org/abs/2307.01952), section 2.2.
+        """
+        B, spec, config = len(sample), self.spec, self.config
+        added = {} if added is None else added
+        if set(added) != {"text_embeds", "time_ids"}:
+            raise ValueError(
+                "this UNet is conditioned on sizes too: added_cond_kwargs should hold text_embeds (B, P) and "
+                f"time_ids (B, n), found {', '.join(added) or 'nothing'}"
+            )
+        pooled, ids = added["text_embeds"], added["time_ids"]
+        fits = pooled.ndim == ids.ndim == 2 and len(pooled) == len(ids) == B
+        if not fits or pooled.shape[1] + ids.shape[1] * spec.added_features != spec.added:
+            raise ValueError(
+                f"text_embeds should be ({B}, P) and time_ids ({B}, n) with P + {spec.added_features} n = {spec.added}"
+                f", found {tuple(pooled.shape)} and {tuple(ids.shape)}; SDXL base takes n = 6 sizes, the refiner n = 5"
+            )
+        options = {"flip_sin_to_cos": config.flip_sin_to_cos, "freq_shift": config.freq_shift}
+        sizes = timestep_embedding(ids.flatten(), spec.added_features, **options).reshape(B, -1)
+        return torch.cat([pooled.to(sample), sizes.to(sample)], dim=1)
 
     def _refuse(self, **arguments: Any) -> None:
         """Raise on arguments of the reference whose feature is not implemented."""
@@ -340,7 +372,8 @@ def unet_config(fields: Mapping[str, Any]) -> Config:
         "transformer_layers_per_block": 1,
         "attention_head_dim": 8,
         "use_linear_projection": False,
-        "upcast_attention": False,
+        "addition_time_embed_dim": None,
+        "projection_class_embeddings_input_dim": None,
     }
     only = {
         "mid_block_type": ("UNetMidBlock2DCrossAttn",),
@@ -354,8 +387,7 @@ def unet_config(fields: Mapping[str, Any]) -> Config:
         "num_attention_heads": (None,),
         "dual_cross_attention": (False,),
         "class_embed_type": (None,),
-        "addition_embed_type": (None,),
-        "addition_time_embed_dim": (None,),
+        "addition_embed_type": (None, "text_time"),
         "num_class_embeds": (None,),
         "resnet_time_scale_shift": ("default",),
         "resnet_skip_time_act": (False,),
@@ -367,17 +399,32 @@ def unet_config(fields: Mapping[str, Any]) -> Config:
         "time_cond_proj_dim": (None,),
         "conv_in_kernel": (3,),
         "conv_out_kernel": (3,),
-        "projection_class_embeddings_input_dim": (None,),
         "attention_type": ("default",),
         "class_embeddings_concat": (False,),
         "mid_block_only_cross_attention": (None, False),
         "cross_attention_norm": (None,),
-        "addition_embed_type_num_heads": (64,),  # of an addition_embed_type that is refused above
+        "addition_embed_type_num_heads": (64,),  # of addition_embed_type "text", which is refused above
+        "upcast_attention": (False, True, None),  # the fused attention keeps its scores in float32 in any case
     }
     config = complete("UNet2DConditionModel", fields, defaults, only)
     lists = ("layers_per_block", "cross_attention_dim", "transformer_layers_per_block", "attention_head_dim")
     check_types("UNet2DConditionModel", config, defaults, lists)
+    _check_added(config)
     return config
+
+
+def _check_added(config: Config) -> None:
+    """Raise if the widths of the added condition are not there, or are there and not used."""
+    names = ("addition_time_embed_dim", "projection_class_embeddings_input_dim")
+    wanted = config.addition_embed_type == "text_time"
+    for name in names:
+        value = config[name]
+        if wanted and (type(value) is not int or value < 1):
+            raise ConfigError(f"UNet2DConditionModel: addition_embed_type 'text_time' needs {name}, found {value!r}")
+        if not wanted and value is not None:
+            raise ConfigError(
+                f"UNet2DConditionModel: {name} = {value!r} belongs to addition_embed_type 'text_time', which is not set"
+            )
 
 
 def unet_spec(config: Config) -> UNetSpec:
@@ -420,6 +467,8 @@ def unet_spec(config: Config) -> UNetSpec:
         downsample_padding=config.downsample_padding,
         time_features=channels[0],
         E=4 * channels[0],
+        added=config.projection_class_embeddings_input_dim,
+        added_features=config.addition_time_embed_dim or 0,
     )
 
 

@@ -19,7 +19,7 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from minidiff.checkpoints.remap import CONV1X1, SAME, STACKED, Op, Row
+from minidiff.checkpoints.remap import CONV1X1, SAME, STACKED, TRANSPOSED, Op, Row
 
 if TYPE_CHECKING:
     from minidiff.clip import CLIPSpec
@@ -31,6 +31,9 @@ UNET_PREFIX = "model.diffusion_model."
 VAE_PREFIX = "first_stage_model."
 CLIP_PREFIX = "cond_stage_model.transformer."  # SD 1.x: transformers' own names under a prefix
 OPENCLIP_PREFIX = "cond_stage_model.model."  # SD 2.x: OpenCLIP's names
+SDXL_CLIP_PREFIX = "conditioner.embedders.0.transformer."  # SDXL base, first text encoder: transformers' names
+SDXL_OPENCLIP_PREFIX = "conditioner.embedders.1.model."  # SDXL base, second text encoder: OpenCLIP's names
+REFINER_OPENCLIP_PREFIX = "conditioner.embedders.0.model."  # SDXL refiner, its only text encoder: OpenCLIP's names
 
 
 def _tensor(ours: str, hub: str, ldm: str, hub_op: Op = SAME, ldm_op: Op = SAME) -> Row:
@@ -126,6 +129,9 @@ def _unet_rows(spec: "UNetSpec") -> Iterator[Row]:
     p, last = UNET_PREFIX, len(spec.levels) - 1
     yield from _layer("time_embed.fc1", "time_embedding.linear_1", f"{p}time_embed.0")
     yield from _layer("time_embed.fc2", "time_embedding.linear_2", f"{p}time_embed.2")
+    if spec.added is not None:
+        yield from _layer("add_embed.fc1", "add_embedding.linear_1", f"{p}label_emb.0.0")
+        yield from _layer("add_embed.fc2", "add_embedding.linear_2", f"{p}label_emb.0.2")
     yield from _layer("conv_in", "conv_in", f"{p}input_blocks.0.0")
 
     def level(side: str, i: int, j: int, n: int, skip: bool, depth: int, pixels: bool) -> Iterator[Row]:
@@ -252,34 +258,39 @@ def _vae_rows(spec: "VAESpec", config: "Config") -> Iterator[Row]:
 # --- CLIP text encoder -----------------------------------------------------------------------------------------------
 
 
-def clip_rows(spec: "CLIPSpec", *, openclip: bool) -> list[Row]:
+def clip_rows(spec: "CLIPSpec", *, openclip: bool, prefix: str, projection: bool = False) -> list[Row]:
     """Return the name table of a CLIP text encoder.
 
     Args:
         spec: the architecture.
-        openclip: whether the original single file spells it as OpenCLIP does (SD 2.x), with q, k and v in one matrix,
-            or as transformers does under a prefix (SD 1.x).
+        openclip: whether the original single file spells it as OpenCLIP does (SD 2.x, second encoder of SDXL), with q,
+            k and v in one matrix, or as transformers does (SD 1.x, first encoder of SDXL).
+        prefix: what stands before its names in the original single file.
+        projection: whether it has the projection to the space shared with pictures.
     """
-    return list(_clip_rows(spec, openclip))
+    rows = list(_clip_rows(spec, openclip, prefix))
+    if projection:
+        ldm, op = ("text_projection", TRANSPOSED) if openclip else ("text_projection.weight", SAME)
+        rows.append(_tensor("text_projection.weight", "text_projection.weight", prefix + ldm, ldm_op=op))
+    return rows
 
 
-def _clip_rows(spec: "CLIPSpec", openclip: bool) -> Iterator[Row]:
+def _clip_rows(spec: "CLIPSpec", openclip: bool, prefix: str) -> Iterator[Row]:
     hub = "text_model."
 
     def layer(ours: str, hub_part: str, openclip_part: str) -> Iterator[Row]:
-        ldm = OPENCLIP_PREFIX + openclip_part if openclip else CLIP_PREFIX + hub + hub_part
-        return _layer(ours, hub + hub_part, ldm)
+        return _layer(ours, hub + hub_part, prefix + (openclip_part if openclip else hub + hub_part))
 
     for ours, part, openclip_name in (
         ("token_embed.weight", "embeddings.token_embedding.weight", "token_embedding.weight"),
         ("position_embed.weight", "embeddings.position_embedding.weight", "positional_embedding"),
     ):
-        yield _tensor(ours, hub + part, OPENCLIP_PREFIX + openclip_name if openclip else CLIP_PREFIX + hub + part)
+        yield _tensor(ours, hub + part, prefix + (openclip_name if openclip else hub + part))
 
     for i in range(spec.layers):
         a, b, c = f"layers.{i}", f"encoder.layers.{i}", f"transformer.resblocks.{i}"
         yield from layer(f"{a}.norm1", f"{b}.layer_norm1", f"{c}.ln_1")
-        yield from _clip_attention_rows(f"{a}.attn", f"{hub}{b}.self_attn", f"{OPENCLIP_PREFIX}{c}.attn", openclip)
+        yield from _clip_attention_rows(f"{a}.attn", f"{hub}{b}.self_attn", prefix, f"{c}.attn" if openclip else None)
         yield from layer(f"{a}.attn.out", f"{b}.self_attn.out_proj", f"{c}.attn.out_proj")
         yield from layer(f"{a}.norm2", f"{b}.layer_norm2", f"{c}.ln_2")
         yield from layer(f"{a}.fc1", f"{b}.mlp.fc1", f"{c}.mlp.c_fc")
@@ -287,15 +298,16 @@ def _clip_rows(spec: "CLIPSpec", openclip: bool) -> Iterator[Row]:
     yield from layer("norm_out", "final_layer_norm", "ln_final")
 
 
-def _clip_attention_rows(ours: str, hub: str, ldm: str, openclip: bool) -> Iterator[Row]:
+def _clip_attention_rows(ours: str, hub: str, prefix: str, openclip: str | None) -> Iterator[Row]:
+    """Emit q, k and v; ``openclip`` is OpenCLIP's name of the attention, None if the file has transformers' names."""
     for kind in ("weight", "bias"):
         our_names = tuple(f"{ours}.{s}.{kind}" for s in "qkv")
         hub_names = tuple(f"{hub}.{s}_proj.{kind}" for s in "qkv")
-        if openclip:
-            yield Row(our_names, hub_names, (f"{ldm}.in_proj_{kind}",), SAME, STACKED)
+        if openclip is not None:
+            yield Row(our_names, hub_names, (f"{prefix}{openclip}.in_proj_{kind}",), SAME, STACKED)
         else:
             for our_name, hub_name in zip(our_names, hub_names, strict=True):
-                yield _tensor(our_name, hub_name, CLIP_PREFIX + hub_name)
+                yield _tensor(our_name, hub_name, prefix + hub_name)
 
 
 # --- Older spellings on the Hub --------------------------------------------------------------------------------------
@@ -307,7 +319,7 @@ _OLD_ATTENTION_NAME = re.compile(r"(.*\battentions\.\d+\.)(query|key|value|proj_
 CLIP_DROPPED = {
     r"(text_model\.)?embeddings\.position_ids": "a constant 0..76, saved as a buffer by transformers before 4.31",
     r"vision_model\..*|visual_projection\..*|logit_scale": "the picture half of a whole CLIP checkpoint",
-    r"text_projection\.weight": "CLIPTextModel returns the state before the projection",
+    r"text_projection\.weight": "CLIPTextModel returns the state before the projection; the model with it keeps this",
 }
 
 # Tensors of an original single file that no column of the table names, by the pattern of their name.
@@ -318,12 +330,16 @@ LDM_DROPPED = {
         "the noise schedule, which the scheduler computes from its configuration"
     ),
     r"(first_stage_model\.)?loss\..*": "the discriminator and perceptual loss the autoencoder was trained with",
-    r"cond_stage_model\.transformer\.text_model\.embeddings\.position_ids": "a constant 0..76, saved as a buffer",
+    r"(cond_stage_model|conditioner\.embedders\.0)\.transformer\.text_model\.embeddings\.position_ids": (
+        "a constant 0..76, saved as a buffer"
+    ),
     r"cond_stage_model\.model\.transformer\.resblocks\.23\..*": (
         "SD 2.x conditions on the state before OpenCLIP's last layer, so its Hub version has 23 of the 24 layers"
     ),
     r"cond_stage_model\.model\.text_projection": "maps to the space shared with pictures, which conditions nothing",
-    r"cond_stage_model\.model\.logit_scale": "temperature of the contrastive loss OpenCLIP was trained with",
+    r"(cond_stage_model|conditioner\.embedders\.[01])\.model\.logit_scale": (
+        "temperature of the contrastive loss OpenCLIP was trained with"
+    ),
 }
 
 
@@ -343,8 +359,13 @@ def canonical_unconditional_unet_name(name: str) -> str | None:
     return canonical_vae_name(name)
 
 
-def canonical_clip_name(name: str) -> str | None:
-    """Return the modern Hub spelling of a text encoder's tensor; None for those in ``CLIP_DROPPED``."""
+def canonical_clip_name(name: str, *, projection: bool = False) -> str | None:
+    """Return the modern Hub spelling of a text encoder's tensor; None for those in ``CLIP_DROPPED``.
+
+    With ``projection`` the encoder has the projection to the space shared with pictures, and its tensor is kept.
+    """
+    if projection and name == "text_projection.weight":
+        return name
     if any(re.fullmatch(pattern, name) for pattern in CLIP_DROPPED):
         return None
     return name if name.startswith("text_model.") else f"text_model.{name}"  # transformers 5 writes no prefix

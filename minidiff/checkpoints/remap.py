@@ -30,6 +30,7 @@ CONV1X1 = Op(  # a 1x1 convolution (O, I, 1, 1) in the file is a linear layer (O
     lambda file: (file[0].flatten(1),),
     lambda ours: (ours[0][:, :, None, None],),
 )
+TRANSPOSED = Op("transposed", lambda file: (file[0].T,), lambda ours: (ours[0].T,))
 STACKED = Op("stacked q, k, v", lambda file: file[0].chunk(3, dim=0), lambda ours: (torch.cat(ours),))
 
 

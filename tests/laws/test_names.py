@@ -25,9 +25,15 @@ from theirs import diffusers, randomize, transformers
 from torch import Tensor, nn
 
 from minidiff.checkpoints.model import Model
-from minidiff.checkpoints.names import CLIP_DROPPED, LDM_DROPPED
+from minidiff.checkpoints.names import (
+    CLIP_DROPPED,
+    LDM_DROPPED,
+    REFINER_OPENCLIP_PREFIX,
+    SDXL_CLIP_PREFIX,
+    SDXL_OPENCLIP_PREFIX,
+)
 from minidiff.checkpoints.remap import Row, translate
-from minidiff.clip import CLIPTextModel
+from minidiff.clip import CLIPTextModel, CLIPTextModelWithProjection
 from minidiff.unet import UNet2DConditionModel
 from minidiff.vae import AutoencoderKL
 
@@ -41,9 +47,17 @@ SD = [
     "stabilityai--stable-diffusion-2-1-base",
     "stabilityai--stable-diffusion-2-inpainting",
 ]
+XL_BASE, XL_REFINER = (f"stabilityai--stable-diffusion-xl-{name}-1.0" for name in ("base", "refiner"))
+LDM_PREFIX = {  # what stands before a text encoder's names in the single file, where its class does not say it
+    f"{XL_BASE}/text_encoder/config.json": SDXL_CLIP_PREFIX,
+    f"{XL_BASE}/text_encoder_2/config.json": SDXL_OPENCLIP_PREFIX,
+    f"{XL_REFINER}/text_encoder_2/config.json": REFINER_OPENCLIP_PREFIX,
+}
 PUBLISHED = [
     *(f"{name}/{part}/config.json" for name in SD for part in ("unet", "vae", "text_encoder")),
-    "stabilityai--stable-diffusion-xl-base-1.0/vae/config.json",
+    *(f"{name}/{part}/config.json" for name in (XL_BASE, XL_REFINER) for part in ("unet", "vae", "text_encoder_2")),
+    f"{XL_BASE}/text_encoder/config.json",
+    "diffusers--stable-diffusion-xl-1.0-inpainting-0.1/unet/config.json",
     "stabilityai--sd-vae-ft-mse/config.json",
     "openai--clip-vit-large-patch14/text_config.json",
 ]
@@ -51,16 +65,27 @@ DISTINCT = (
     "runwayml--stable-diffusion-v1-5",
     "runwayml--stable-diffusion-inpainting/unet",
     "stabilityai--stable-diffusion-2/",
+    f"{XL_BASE}/unet",
+    f"{XL_REFINER}/unet",
+    *LDM_PREFIX,
 )
+COUNTS = {f"{XL_BASE}/unet/config.json": 1680, f"{XL_REFINER}/unet/config.json": 1220}  # of tensors, as published
 SPELLINGS = ("ours", "hub", "ldm")
 
 SMALL_UNET = {"block_out_channels": [40, 80, 160, 160], "norm_num_groups": 4, "cross_attention_dim": 24}
 SMALL_VAE = {"block_out_channels": [16, 32, 64, 64], "norm_num_groups": 8}
 SMALL_CLIP = {"hidden_size": 96, "intermediate_size": 160, "vocab_size": 50, "num_attention_heads": 4}
+SMALL_XL = {"block_out_channels": [20, 40, 80]}
+SMALL_REFINER = {"block_out_channels": [24, 48, 96, 96]}
+SMALL_PROJECTION = SMALL_CLIP | {"projection_dim": 96, "num_hidden_layers": 3}
 
 
 def their_text_encoder(fields: dict[str, Any]) -> nn.Module:
     return transformers.CLIPTextModel(transformers.CLIPTextConfig(**fields))
+
+
+def their_text_encoder_with_projection(fields: dict[str, Any]) -> nn.Module:
+    return transformers.CLIPTextModelWithProjection(transformers.CLIPTextConfig(**fields))
 
 
 class Kind(NamedTuple):
@@ -70,38 +95,55 @@ class Kind(NamedTuple):
 
 
 def kind_of(fields: dict[str, Any]) -> Kind:
+    if fields.get("architectures") == ["CLIPTextModelWithProjection"]:
+        return Kind(CLIPTextModelWithProjection, their_text_encoder_with_projection, SMALL_PROJECTION)
     if "num_attention_heads" in fields and "hidden_size" in fields:
         return Kind(CLIPTextModel, their_text_encoder, SMALL_CLIP)
     if "latent_channels" in fields:
         return Kind(AutoencoderKL, diffusers.AutoencoderKL.from_config, SMALL_VAE)
-    return Kind(UNet2DConditionModel, diffusers.UNet2DConditionModel.from_config, SMALL_UNET)
+    narrow = {(320, 640, 1280): SMALL_XL, (384, 768, 1536, 1536): SMALL_REFINER}
+    small = SMALL_UNET | narrow.get(tuple(fields["block_out_channels"]), {})
+    return Kind(UNet2DConditionModel, diffusers.UNet2DConditionModel.from_config, small)
+
+
+class Pair(NamedTuple):
+    """Our network, the reference's tensors, the name table that relates them, and where the config comes from."""
+
+    ours: Model
+    theirs: dict[str, Tensor]
+    rows: list[Row]
+    path: str
 
 
 def their_tensors(ours: Model, theirs: nn.Module) -> dict[str, Tensor]:
     """Return the reference's tensors; transformers 5 leaves out the prefix that published text encoders have."""
-    prefix = "text_model." if isinstance(ours, CLIPTextModel) else ""
+    prefix = "text_model." if type(ours) is CLIPTextModel else ""
     return {prefix + name: tensor for name, tensor in theirs.state_dict().items()}
 
 
 @pytest.fixture(scope="module", params=PUBLISHED)
-def published(request: pytest.FixtureRequest) -> tuple[Model, dict[str, Tensor]]:
+def published(request: pytest.FixtureRequest) -> Pair:
     """Our network of a published configuration, full size on the meta device, and the reference's tensors."""
     fields = json.loads((CONFIGS / request.param).read_text())
     kind = kind_of(fields)
     with torch.device("meta"):
         ours, theirs = kind.ours.from_config(fields), kind.theirs(fields)
-    return ours, their_tensors(ours, theirs)
+    return Pair(ours, their_tensors(ours, theirs), rows_of(ours, request.param), request.param)
 
 
 @pytest.fixture(scope="module", params=[name for name in PUBLISHED if name.startswith(DISTINCT)])
-def filled(request: pytest.FixtureRequest) -> tuple[Model, dict[str, Tensor]]:
+def filled(request: pytest.FixtureRequest) -> Pair:
     """Our network of a published topology, narrow, with the random weights of the reference, and those."""
     fields = json.loads((CONFIGS / request.param).read_text())
     kind = kind_of(fields)
     theirs = randomize(kind.theirs(fields | kind.small).float())
     with torch.device("meta"):
         ours = kind.ours.from_config(fields, **kind.small)
-    return ours, their_tensors(ours, theirs)
+    return Pair(ours, their_tensors(ours, theirs), rows_of(ours, request.param), request.param)
+
+
+def rows_of(ours: Model, path: str) -> list[Row]:
+    return ours.rows(LDM_PREFIX[path]) if path in LDM_PREFIX else ours.rows()
 
 
 def column(rows: list[Row], spelling: str) -> list[str]:
@@ -118,9 +160,10 @@ def assert_equal_tensors(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> 
         assert torch.equal(ours[name], tensor), name
 
 
-def test_laws_one_to_four(published: tuple[Model, dict[str, Tensor]]) -> None:
-    ours, theirs = published
-    rows, state = ours.rows(), ours.state_dict()
+def test_laws_one_to_four(published: Pair) -> None:
+    ours, theirs, rows, path = published
+    state = ours.state_dict()
+    assert len(state) == COUNTS.get(path, len(state))
     for spelling in SPELLINGS:
         names = column(rows, spelling)
         assert len(set(names)) == len(names), spelling
@@ -130,7 +173,7 @@ def test_laws_one_to_four(published: tuple[Model, dict[str, Tensor]]) -> None:
     assert shapes(translate(theirs, rows, "hub", "ours")) == shapes(state)
 
 
-def from_single_file(ours: Model, ldm: dict[str, Tensor]) -> dict[str, Tensor]:
+def from_single_file(ours: Model, path: str, ldm: dict[str, Tensor]) -> dict[str, Tensor]:
     """Convert the tensors of an original single file to the Hub's with the reference's own code."""
     convert = diffusers.loaders.single_file_utils
     if isinstance(ours, UNet2DConditionModel):
@@ -138,25 +181,25 @@ def from_single_file(ours: Model, ldm: dict[str, Tensor]) -> dict[str, Tensor]:
     if isinstance(ours, AutoencoderKL):
         return convert.convert_ldm_vae_checkpoint(ldm, ours.config)
     if ours.config.hidden_act == "gelu":
-        return convert.convert_open_clip_checkpoint(ours, ldm)
+        prefix = {"prefix": LDM_PREFIX[path]} if path in LDM_PREFIX else {}
+        return convert.convert_open_clip_checkpoint(ours, ldm, **prefix)
     return convert.convert_ldm_clip_checkpoint(ldm)
 
 
-def test_single_file_column_is_what_the_reference_reads(published: tuple[Model, dict[str, Tensor]]) -> None:
-    ours, theirs = published
-    ldm = translate(theirs, ours.rows(), "hub", "ldm")
-    assert shapes(from_single_file(ours, ldm)) == shapes(theirs)
+def test_single_file_column_is_what_the_reference_reads(published: Pair) -> None:
+    ours, theirs, rows, path = published
+    ldm = translate(theirs, rows, "hub", "ldm")
+    assert shapes(from_single_file(ours, path, ldm)) == shapes(theirs)
 
 
-def test_single_file_data_is_what_the_reference_reads(filled: tuple[Model, dict[str, Tensor]]) -> None:
-    ours, theirs = filled
-    ldm = translate(theirs, ours.rows(), "hub", "ldm")
-    assert_equal_tensors(from_single_file(ours, ldm), theirs)
+def test_single_file_data_is_what_the_reference_reads(filled: Pair) -> None:
+    ours, theirs, rows, path = filled
+    ldm = translate(theirs, rows, "hub", "ldm")
+    assert_equal_tensors(from_single_file(ours, path, ldm), theirs)
 
 
-def test_there_and_back_again_is_bit_exact(filled: tuple[Model, dict[str, Tensor]]) -> None:
-    ours, theirs = filled
-    rows = ours.rows()
+def test_there_and_back_again_is_bit_exact(filled: Pair) -> None:
+    _, theirs, rows, _ = filled
     columns = {spelling: translate(theirs, rows, "hub", spelling) for spelling in SPELLINGS}
     assert_equal_tensors(columns["hub"], theirs)
     for a, b in permutations(SPELLINGS, 2):
@@ -178,15 +221,17 @@ def test_dropped_tensors_of_single_files() -> None:
         posterior_log_variance_clipped posterior_mean_coef1 posterior_mean_coef2
         model_ema.decay model_ema.num_updates model_ema.diffusion_modelinput_blocks00weight
         cond_stage_model.transformer.text_model.embeddings.position_ids cond_stage_model.model.logit_scale
+        conditioner.embedders.0.transformer.text_model.embeddings.position_ids
+        conditioner.embedders.0.model.logit_scale conditioner.embedders.1.model.logit_scale
         first_stage_model.loss.logvar first_stage_model.loss.perceptual_loss.lin0.model.1.weight
     """.split()
     assert all(map(is_dropped, buffers))
 
 
-def test_dropped_tensors_are_in_no_column(published: tuple[Model, dict[str, Tensor]]) -> None:
-    ours, _ = published
-    assert not [name for name in column(ours.rows(), "ldm") if is_dropped(name)]
-    assert not [name for name in column(ours.rows(), "hub") if ours.canonical_hub_name(name) != name]
+def test_dropped_tensors_are_in_no_column(published: Pair) -> None:
+    ours, _, rows, _ = published
+    assert not [name for name in column(rows, "ldm") if is_dropped(name)]
+    assert not [name for name in column(rows, "hub") if ours.canonical_hub_name(name) != name]
 
 
 # --- Older spellings on the Hub ---------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import torch
 from theirs import diffusers, transformers
 
 from minidiff.checkpoints.model import Model
-from minidiff.clip import CLIPTextConfig, CLIPTextModel
+from minidiff.clip import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 from minidiff.config import Config
 from minidiff.errors import ConfigError
 from minidiff.unet import UNet2DConditionModel, unet_config
@@ -26,14 +26,17 @@ SD = [
     "stabilityai--stable-diffusion-2-1-base",
     "stabilityai--stable-diffusion-2-inpainting",
 ]
-UNETS = [f"{name}/unet/config.json" for name in SD]
+XL_BASE, XL_REFINER = (f"stabilityai--stable-diffusion-xl-{name}-1.0" for name in ("base", "refiner"))
+XL = [XL_BASE, XL_REFINER, "stabilityai--sdxl-turbo", "diffusers--stable-diffusion-xl-1.0-inpainting-0.1"]
+UNETS = [f"{name}/unet/config.json" for name in (*SD, *XL)]
 VAES = [
     *(f"{name}/vae/config.json" for name in SD),
-    "stabilityai--stable-diffusion-xl-base-1.0/vae/config.json",
+    *(f"{name}/vae/config.json" for name in (XL_BASE, XL_REFINER)),
     "stabilityai--sd-vae-ft-mse/config.json",
 ]
 TEXT_ENCODERS = [
-    *(f"{name}/text_encoder/config.json" for name in SD),
+    *(f"{name}/text_encoder/config.json" for name in (*SD, XL_BASE)),
+    *(f"{name}/text_encoder_2/config.json" for name in (XL_BASE, XL_REFINER)),
     "openai--clip-vit-large-patch14/text_config.json",
 ]
 
@@ -200,8 +203,7 @@ NOT_IMPLEMENTED: dict[type[Model], dict[str, Any]] = {
         "num_attention_heads": 8,
         "dual_cross_attention": True,
         "class_embed_type": "timestep",
-        "addition_embed_type": "text_time",
-        "addition_time_embed_dim": 256,
+        "addition_embed_type": "text",
         "num_class_embeds": 1000,
         "resnet_time_scale_shift": "scale_shift",
         "resnet_skip_time_act": True,
@@ -213,12 +215,12 @@ NOT_IMPLEMENTED: dict[type[Model], dict[str, Any]] = {
         "time_cond_proj_dim": 256,
         "conv_in_kernel": 1,
         "conv_out_kernel": 1,
-        "projection_class_embeddings_input_dim": 2816,
         "attention_type": "gated",
         "class_embeddings_concat": True,
         "mid_block_only_cross_attention": True,
         "cross_attention_norm": "layer_norm",
         "addition_embed_type_num_heads": 32,
+        "upcast_attention": "sometimes",
     },
     AutoencoderKL: {"act_fn": "gelu", "shift_factor": 0.1, "latents_mean": [0.0] * 4, "latents_std": [1.0] * 4},
     CLIPTextModel: {"attention_dropout": 0.1, "dropout": 0.1},
@@ -245,7 +247,8 @@ HONOURED = {
     UNet2DConditionModel: """
         sample_size in_channels out_channels center_input_sample flip_sin_to_cos freq_shift down_block_types
         up_block_types block_out_channels layers_per_block downsample_padding norm_num_groups norm_eps
-        cross_attention_dim transformer_layers_per_block attention_head_dim use_linear_projection upcast_attention
+        cross_attention_dim transformer_layers_per_block attention_head_dim use_linear_projection
+        addition_time_embed_dim projection_class_embeddings_input_dim
     """.split(),
     AutoencoderKL: """
         in_channels out_channels down_block_types up_block_types block_out_channels layers_per_block latent_channels
@@ -272,7 +275,6 @@ def test_unknown_field(cls: type[Model]) -> None:
     ("name", "fields"),
     [
         ("stabilityai--stable-diffusion-x4-upscaler", ["num_class_embeds = 1000", "only_cross_attention = [true"]),
-        ("stabilityai--stable-diffusion-xl-base-1.0", ['addition_embed_type = "text_time"', "2816"]),
     ],
 )
 def test_published_unet_of_another_family(name: str, fields: list[str]) -> None:
@@ -305,6 +307,17 @@ WRONG_UNETS = [
     ({"norm_num_groups": None}, r"norm_num_groups = null \(expected an integer\)"),
     ({"norm_num_groups": 0}, "divisible by norm_num_groups 0"),
     ({"downsample_padding": 2}, "downsample_padding should be 0 or 1, found 2"),
+    ({"addition_embed_type": "text_time"}, "'text_time' needs addition_time_embed_dim, found None"),
+    (
+        {"addition_embed_type": "text_time", "addition_time_embed_dim": 256},
+        "'text_time' needs projection_class_embeddings_input_dim, found None",
+    ),
+    (
+        {"addition_embed_type": "text_time", "addition_time_embed_dim": 0},
+        "'text_time' needs addition_time_embed_dim, found 0",
+    ),
+    ({"projection_class_embeddings_input_dim": 2816}, "projection_class_embeddings_input_dim = 2816 belongs to"),
+    ({"addition_time_embed_dim": 256}, "addition_time_embed_dim = 256 belongs to addition_embed_type 'text_time'"),
     ({"in_channels": "4"}, r'in_channels = "4" \(expected an integer\)'),
     ({"in_channels": [4]}, r"in_channels = \[4\] \(expected an integer\)"),
     ({"use_linear_projection": 1}, r"use_linear_projection = 1 \(expected true or false\)"),
@@ -382,6 +395,35 @@ def test_unet_input_of_a_wrong_shape(x: tuple[int, ...], t: Any, ctx: tuple[int,
     model = UNet2DConditionModel(**TINY_UNET)
     with pytest.raises(ValueError, match=message):
         model(torch.zeros(x), torch.tensor(t), torch.zeros(ctx))
+
+
+XL_UNET = TINY_UNET | {
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 8,
+    "projection_class_embeddings_input_dim": 52,
+}
+
+
+@pytest.mark.parametrize(
+    ("added", "message"),
+    [
+        (None, "added_cond_kwargs should hold text_embeds .* and time_ids .*, found nothing"),
+        ({"text_embeds": (2, 4)}, "found text_embeds"),
+        ({"text_embeds": (2, 4), "time_ids": (2, 6), "image_embeds": (2, 4)}, "image_embeds"),
+        (
+            {"text_embeds": (2, 4), "time_ids": (2, 5)},
+            r"P \+ 8 n = 52, found \(2, 4\) and \(2, 5\); SDXL base takes n = 6",
+        ),
+        ({"text_embeds": (1, 4), "time_ids": (2, 6)}, r"text_embeds should be \(2, P\).*found \(1, 4\)"),
+        ({"text_embeds": (2, 4), "time_ids": (1, 6)}, r"time_ids \(2, n\).*found \(2, 4\) and \(1, 6\)"),
+        ({"text_embeds": (2, 1, 4), "time_ids": (2, 6)}, r"found \(2, 1, 4\)"),
+    ],
+)
+def test_added_conditions_that_do_not_fit(added: dict[str, tuple[int, ...]] | None, message: str) -> None:
+    model = UNet2DConditionModel(**XL_UNET)
+    tensors = None if added is None else {name: torch.zeros(shape) for name, shape in added.items()}
+    with pytest.raises(ValueError, match=message):
+        model(torch.zeros(2, 4, 8, 8), 1, torch.zeros(2, 5, 6), added_cond_kwargs=tensors)
 
 
 UNUSED_ARGUMENTS = """
@@ -464,6 +506,12 @@ TINY_CLIP = {
 def test_token_ids_of_a_wrong_kind(ids: torch.Tensor, arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         CLIPTextModel(TINY_CLIP)(ids, **arguments)
+
+
+@pytest.mark.parametrize("width", [0, None, 7.5])
+def test_width_of_the_projection_that_is_none(width: Any) -> None:
+    with pytest.raises(ConfigError, match=f"projection_dim should be a positive integer, found {width}"):
+        build(CLIPTextModelWithProjection, TINY_CLIP | {"projection_dim": width})
 
 
 def test_text_encoder_argument_that_is_not_implemented() -> None:
