@@ -328,6 +328,22 @@ def test_no_tensor_is_ignored_or_swapped(fields: dict[str, Any]) -> None:
         reference[hub_name] -= delta
 
 
+@pytest.mark.parametrize("fields", EVERYTHING, ids=["fourier", "scale_shift"])
+def test_gradients(fields: dict[str, Any]) -> None:
+    ours, theirs = make_pair(fields)
+    for model in (ours, theirs):
+        model(noisy(), 333, LABELS + 1).sample.square().mean().backward()
+    mine, reference = dict(ours.named_parameters()), dict(theirs.named_parameters())
+    for row in ours.rows():
+        (our_name,), (hub_name,) = row.ours, row.hub
+        if our_name == "time_proj.weight" and mine[our_name].grad is reference[hub_name].grad is None:
+            continue  # the random frequencies are not trained
+        expected = reference[hub_name].grad
+        # Relative, except to a gradient that is 0 up to rounding (biases of k, and those that a norm takes away).
+        bound = BOUND * max(expected.norm().item(), 1e-3)
+        assert (mine[our_name].grad - expected).norm().item() <= bound, our_name
+
+
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_laws_of_the_name_table(name: str) -> None:
     fields = published(name)
