@@ -20,6 +20,7 @@ _HOME = {  # public name -> module that defines it
     "DDPMPipeline": "minidiff.pipelines.ddpm",
     "DDPMScheduler": "minidiff.schedulers.ddpm",
     "DPMSolverMultistepScheduler": "minidiff.schedulers.dpm_solver_multistep",
+    "DPMSolverSinglestepScheduler": "minidiff.schedulers.dpm_solver_singlestep",
     "DiffusionPipeline": "minidiff.pipelines.base",
     "EulerAncestralDiscreteScheduler": "minidiff.schedulers.euler_ancestral",
     "EulerDiscreteScheduler": "minidiff.schedulers.euler",

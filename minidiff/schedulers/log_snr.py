@@ -23,7 +23,7 @@ class LogSnrScheduler(Scheduler):
         super().__init__()
         self._respace = noise_schedule.chosen_spacing(self.config)
         self._require("final_sigmas_type", ("zero", "sigma_min"))
-        if self.config.rescale_betas_zero_snr:
+        if self.config.get("rescale_betas_zero_snr"):
             self.alphas_cumprod[-1] = noise_schedule.ALMOST_NO_SIGNAL  # so that the first sigma is finite
 
     def _respaced(self, count: int) -> np.ndarray:

@@ -13,6 +13,8 @@ from torch import Tensor
 import minidiff
 
 SCHEDULERS = {
+    "dpm-singlestep": minidiff.DPMSolverSinglestepScheduler(solver_order=3),
+    "dpm-singlestep-sde": minidiff.DPMSolverSinglestepScheduler(algorithm_type="sde-dpmsolver++"),
     "dpm++": minidiff.DPMSolverMultistepScheduler(solver_order=3),
     "dpm++-sde": minidiff.DPMSolverMultistepScheduler(algorithm_type="sde-dpmsolver++", solver_type="heun"),
     "dpm": minidiff.DPMSolverMultistepScheduler(algorithm_type="dpmsolver", final_sigmas_type="sigma_min"),
@@ -25,7 +27,12 @@ SCHEDULERS = {
     "unipc": minidiff.UniPCMultistepScheduler(solver_order=3),
     "unipc-eps": minidiff.UniPCMultistepScheduler(predict_x0=False, final_sigmas_type="sigma_min"),
 }
-DRAWS = {"DDPMScheduler", "EulerAncestralDiscreteScheduler", "DPMSolverMultistepScheduler"}
+DRAWS = {
+    "DDPMScheduler",
+    "EulerAncestralDiscreteScheduler",
+    "DPMSolverMultistepScheduler",
+    "DPMSolverSinglestepScheduler",
+}
 every = pytest.mark.parametrize("scheduler", SCHEDULERS.values(), ids=SCHEDULERS)
 
 
@@ -208,6 +215,22 @@ def test_unipc_converges_with_its_order(order, corrects, predict_x0):
 
 
 @pytest.mark.parametrize("algorithm", ["dpmsolver++", "dpmsolver"])
+@pytest.mark.parametrize(
+    "order, solver_type", [(1, "midpoint"), (2, "midpoint"), (2, "heun"), (3, "midpoint"), (3, "heun")]
+)
+def test_dpm_solver_singlestep_converges_with_its_order(order, solver_type, algorithm):
+    scheduler = minidiff.DPMSolverSinglestepScheduler(
+        solver_order=order,
+        solver_type=solver_type,
+        algorithm_type=algorithm,
+        final_sigmas_type="sigma_min",
+        use_exponential_sigmas=True,
+    )
+    coarse, fine = flow_error(scheduler, 36), flow_error(scheduler, 72)
+    assert math.log2(coarse / fine) > order - 0.4, (coarse, fine)
+
+
+@pytest.mark.parametrize("algorithm", ["dpmsolver++", "dpmsolver"])
 @pytest.mark.parametrize("order, solver_type", [(1, "midpoint"), (2, "midpoint"), (2, "heun"), (3, "midpoint")])
 def test_dpm_solver_converges_with_its_order(order, solver_type, algorithm):
     scheduler = minidiff.DPMSolverMultistepScheduler(
@@ -257,6 +280,7 @@ def test_unipc_takes_as_many_steps_as_training(spacing):
 
 
 PERFECT = {
+    "dpm-singlestep": minidiff.DPMSolverSinglestepScheduler(solver_order=3, solver_type="heun"),
     "dpm++": minidiff.DPMSolverMultistepScheduler(solver_order=3, solver_type="heun"),
     "dpm++-sde": minidiff.DPMSolverMultistepScheduler(algorithm_type="sde-dpmsolver++"),
     "euler": minidiff.EulerDiscreteScheduler(),

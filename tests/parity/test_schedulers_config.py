@@ -8,6 +8,7 @@ from theirs import diffusers
 import minidiff
 
 KINDS = [
+    "DPMSolverSinglestepScheduler",
     "DPMSolverMultistepScheduler",
     "EulerDiscreteScheduler",
     "EulerAncestralDiscreteScheduler",
