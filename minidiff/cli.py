@@ -5,6 +5,7 @@ the input ends as one line on stderr and exit code 2.
 """
 
 import argparse
+import inspect
 import math
 import random
 import re
@@ -78,6 +79,8 @@ def _generate(args: argparse.Namespace) -> None:
         raise FileNotFoundError(f"the folder {output.parent} of the output file {output.name} does not exist")
 
     pipe = _load(args.model or embedded_checkpoint(), args.dtype, args.device)
+    if "prompt" not in inspect.signature(pipe.__call__).parameters:
+        raise ValueError(f"{args.model} is a checkpoint for {type(pipe).__name__}, which draws without a prompt")
     if args.scheduler:
         pipe.scheduler = getattr(minidiff, args.scheduler).from_config(pipe.scheduler.config)
     width, height = args.size or (None, None)

@@ -172,6 +172,17 @@ def test_input_errors_are_one_line(line, message, capsys, monkeypatch, tmp_path)
     assert not list(tmp_path.iterdir())
 
 
+def test_a_checkpoint_that_takes_no_prompt_is_refused(monkeypatch, capsys, tmp_path):
+    unet = {"sample_size": 8, "block_out_channels": [8], "norm_num_groups": 4, "layers_per_block": 1}
+    unet |= {"down_block_types": ["DownBlock2D"], "up_block_types": ["UpBlock2D"]}
+    pipe = minidiff.DDPMPipeline(minidiff.UNet2DModel(**unet), minidiff.DDPMScheduler())
+    monkeypatch.setattr(cli, "_load", lambda *args: pipe)
+    monkeypatch.chdir(tmp_path)
+    assert cli.main("generate x --model faces".split()) == 2
+    message = "faces is a checkpoint for DDPMPipeline, which draws without a prompt"
+    assert capsys.readouterr().err == f"minidiff generate: error: {message}\n"
+
+
 def test_arguments_are_checked_before_torch_is_imported(tmp_path):
     code = "import sys; from minidiff.cli import main; main(sys.argv[1:])"
     for line, returncode in ["generate --help", 0], ["generate x --steps 0", 2]:
