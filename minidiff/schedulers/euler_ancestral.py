@@ -30,8 +30,11 @@ class Step(NamedTuple):
 
 
 def ancestral(sigma: Tensor, following: Tensor) -> tuple[Tensor, Tensor]:
-    """Return sigma_down and sigma_up of steps between noise levels (N,)."""
-    up = (following**2 * (sigma**2 - following**2) / sigma**2) ** 0.5
+    """Return sigma_down and sigma_up of steps between noise levels (N,).
+
+    Zero-SNR rescaling may make the first level smaller than the second, which is NaN in the reference; no noise then.
+    """
+    up = (following**2 * (sigma**2 - following**2).clamp(min=0) / sigma**2) ** 0.5
     return (following**2 - up**2).clamp(min=0) ** 0.5, up  # far apart, rounding makes it negative
 
 

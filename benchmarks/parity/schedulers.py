@@ -1,0 +1,169 @@
+"""Every scheduler class against the reference's, over random combinations of their options, in float32.
+
+For each combination timesteps and noise levels are compared, and whole trajectories of 1, 2, 3, 7, 20 and 50 steps
+through a nonlinear stand-in network, value by value; the error is relative to the largest value on the way. The same in
+float64 tells a wrong formula from rounding, which steep combinations amplify up to a thousandfold. The grids those of tests/parity, and so is what counts as valid: combinations that the reference refuses, or in which it returns NaN, are left out there, each with its reason. Any others in which it is NaN are counted apart.
+"""
+
+import argparse
+import inspect
+import itertools
+import math
+import random
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+
+import minidiff
+from benchmarks.from_tests import TESTS, from_tests
+
+Options = dict[str, Any]
+LEARNED = ("learned", "learned_range")
+
+
+class Grid(NamedTuple):
+    """The options of a class and their values, which combinations are valid, and how they are spelled."""
+
+    values: dict[str, list[Any]]
+    valid: Callable[[Options], bool]
+    spell: Callable[[Options], Options]
+
+
+def grids() -> dict[str, Grid]:
+    """Return the grid of each class, by its name."""
+    first, ddim = from_tests("parity.test_schedulers"), from_tests("parity.test_schedulers_ddim")
+    found = {
+        "DDIMScheduler": Grid(ddim.GRID, ddim.valid, dict),
+        "DDPMScheduler": Grid(first.DDPM, first.ddpm_is_valid, dict),
+        "PNDMScheduler": Grid(first.PNDM, lambda options: True, dict),
+        "UniPCMultistepScheduler": Grid(first.UNIPC, first.unipc_is_valid, first.spell),
+    }
+    for path in sorted((TESTS / "parity").glob("test_schedulers_*.py")):
+        module = from_tests(f"parity.{path.stem}")
+        for kind, values in getattr(module, "GRIDS", {}).items():
+            found[kind] = Grid(values, module.valid, module.spell)
+    return found
+
+
+def sample(grid: Grid, count: int, seed: int) -> Iterator[Options]:
+    """Yield ``count`` different valid combinations in random order, or all of them if there are fewer."""
+    source, seen = random.Random(seed), set()
+    size = math.prod(map(len, grid.values.values()))
+    if size <= 20_000:
+        combinations = list(itertools.product(*grid.values.values()))
+        source.shuffle(combinations)
+    else:
+        combinations = (tuple(map(source.choice, grid.values.values())) for _ in itertools.count())
+    for values in combinations:
+        if len(seen) == count:
+            return
+        options = dict(zip(grid.values, values, strict=True))
+        if str(values) not in seen and grid.valid(options):
+            seen.add(str(values))
+            yield options
+
+
+class Comparison(NamedTuple):
+    """One combination of options."""
+
+    error: float  # largest relative error of any trajectory in float32
+    double_error: float  # and in float64
+    identical: bool  # every trajectory in float32, bit for bit
+    timesteps: bool  # equal
+    sigmas: float  # largest relative difference, 0 where bit-equal or where the reference has none
+    nan: tuple[bool, bool]  # ours, theirs: somewhere on the way
+
+
+def compare(kind: str, options: Options, learned: bool) -> Comparison:
+    """Run all trajectories on both sides."""
+    runs = from_tests("scheduler_runs")
+    ours, theirs = getattr(minidiff, kind)(**options), getattr(from_tests("theirs").diffusers, kind)(**options)
+    draws = {"generator", "variance_noise"} & set(inspect.signature(theirs.step).parameters)
+    how: dict[str, Any] = {"denoise": runs.network_with_variance if learned else runs.network}
+    error, double_error, identical, timesteps, sigmas, nan = 0.0, 0.0, True, True, 0.0, (False, False)
+    for steps in runs.STEPS:
+        if not options.get("skip_prk_steps", True) and steps < 4:
+            continue  # minidiff refuses it: there is no Runge-Kutta start
+        single = how | {"dtype": torch.float32, "seeded": "generator" in draws}
+        a, b = (runs.by_hand(scheduler, steps, **single) for scheduler in (ours, theirs))
+        timesteps = timesteps and torch.equal(ours.timesteps, theirs.timesteps)
+        if hasattr(theirs, "sigmas"):
+            sigmas = max(sigmas, _difference(ours.sigmas, theirs.sigmas))
+        nan = tuple(before or not bool(way.isfinite().all()) for before, way in zip(nan, (a, b), strict=True))
+        if any(nan):
+            continue
+        error, identical = max(error, runs.error(a, b)), identical and torch.equal(a, b)
+        # Some reference solvers draw and compute in float32 whatever they are given, so there noise is given too.
+        given = "given_noise" if "variance_noise" in draws else "seeded"
+        double = how | {given: bool(draws)}
+        double_error = max(
+            double_error,
+            runs.error(runs.by_hand(ours, steps, **double), runs.by_hand(runs.InDouble(theirs), steps, **double)),
+        )
+    return Comparison(error, double_error, identical, timesteps, sigmas, nan)
+
+
+def _difference(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    return 0.0 if torch.equal(ours, theirs) else ((ours - theirs).abs() / theirs.abs().clamp(min=1e-9)).max().item()
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of this part."""
+    parser.add_argument("--limit", type=int, default=400, help="combinations per class")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="stop each class after this time")
+    parser.add_argument("--seed", type=int, default=0, help="of the choice of combinations")
+    parser.add_argument("--classes", nargs="*", help="only these")
+
+
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    """Return class -> figures."""
+    kinds = [name for name in minidiff.__all__ if name.endswith("Scheduler")]
+    result, grid_of = {}, grids()
+    for kind in options.classes or kinds:
+        grid, start = grid_of[kind], time.monotonic()
+        found: list[tuple[Comparison, Options]] = []
+        for combination in sample(grid, options.limit, options.seed):
+            if time.monotonic() - start > options.seconds:
+                break
+            learned = combination.get("variance_type") in LEARNED
+            found.append((compare(kind, grid.spell(combination), learned), combination))
+        result[kind] = _figures(found)
+    return result
+
+
+def _figures(found: list[tuple[Comparison, Options]]) -> dict[str, Any]:
+    finite = [(comparison, options) for comparison, options in found if not any(comparison.nan)]
+    worst, worst_options = max(finite, key=lambda pair: pair[0].error)
+    return {
+        "combinations": len(finite),
+        "timesteps_equal": sum(c.timesteps for c, _ in finite),
+        "sigmas_bit_equal": sum(c.sigmas == 0 for c, _ in finite),
+        "sigmas_largest_difference": max(c.sigmas for c, _ in finite),
+        "bit_identical": sum(c.identical for c, _ in finite),
+        "within_1e-6": sum(c.error <= 1e-6 for c, _ in finite),
+        "largest_error": worst.error,
+        "largest_error_float64": max(c.double_error for c, _ in finite),
+        "worst_options": worst_options,
+        "nan_in_the_reference_only": sum(c.nan == (False, True) for c, _ in found),
+        "nan_in_ours": sum(c.nan[0] for c, _ in found),
+        "nan_options": [options for c, options in found if any(c.nan)],
+    }
+
+
+def table(result: dict[str, Any]) -> str:
+    """Return the figures as a Markdown table."""
+    head = ("class", "combinations", "timesteps equal", "sigmas bit-equal", "bit-identical", "within 1e-6")
+    columns = ("combinations", "timesteps_equal", "sigmas_bit_equal", "bit_identical", "within_1e-6")
+    lines = [f"| {' | '.join(head)} | largest error | in float64 |", "|---" + "|---:" * 7 + "|"]
+    for kind, row in [*result.items(), ("all", _total(result))]:
+        errors = f"{row['largest_error']:.1e} | {row['largest_error_float64']:.1e}"
+        lines.append(f"| {kind} | {' | '.join(str(row[c]) for c in columns)} | {errors} |")
+    return "\n".join(lines)
+
+
+def _total(result: dict[str, Any]) -> dict[str, Any]:
+    rows = list(result.values())
+    total = {name: sum(row[name] for row in rows) for name in rows[0] if not name.endswith("options")}
+    return total | {n: max(row[n] for row in rows) for n in ("largest_error", "largest_error_float64")}
