@@ -13,7 +13,7 @@ from PIL import Image
 
 import minidiff
 from minidiff import cli
-from minidiff.embedded import embedded_checkpoint
+from minidiff.embedded import GUIDANCE, embedded_checkpoint
 from minidiff.images import read_metadata
 
 
@@ -80,6 +80,11 @@ def test_defaults(pipe):
     assert pipe.call["guidance_scale"] == 3.0  # what the embedded checkpoint's card says
     found = read_metadata("red-apple-3-4-view-0.png")
     assert (found["checkpoint"], found["negative"], found["size"]) == ("emoji64", "", "64x64")
+
+
+def test_default_guidance_is_the_one_of_the_card():
+    card = (embedded_checkpoint() / "README.md").read_text(encoding="utf-8")
+    assert set(re.findall(r"guidance(?:_scale=| )([\d.]+\d)", card)) == {str(GUIDANCE)}
 
 
 def test_default_guidance_of_a_given_checkpoint_is_the_usual_one(pipe):

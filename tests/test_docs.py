@@ -59,3 +59,9 @@ def test_excerpts_are_in_the_tree(page, path, code):
     source = [line.strip() for line in (ROOT / path).read_text(encoding="utf-8").splitlines()]
     lines = [line.strip() for line in code.splitlines()]
     assert any(source[i : i + len(lines)] == lines for i in range(len(source)))
+
+
+def test_readme_states_the_quality_that_the_card_measured():
+    card = (ROOT / "weights/emoji64/README.md").read_text(encoding="utf-8")
+    at_64 = float(re.search(r"\*\*([\d.]+)%\*\* compared at 64x64", card)[1])
+    assert f"of 200 names, {at_64:.0f} % come out as the right one" in " ".join(dict(TEXTS)[Path("README.md")].split())
