@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torch import Tensor
+from tqdm import tqdm
 
 from benchmarks.emoji_reference import Reference, read_reference
 from minidiff import StableDiffusionPipeline
@@ -42,7 +43,8 @@ def sample_names(reference: Reference, count: int = COUNT, seed: int = 0) -> lis
 def generate(pipe: StableDiffusionPipeline, prompts: list[str], guidance: float, steps: int = STEPS) -> Tensor:
     """Return one picture per prompt, (B, 3, 64, 64) in [0, 1]; picture k has seed k."""
     pictures = []
-    for start in range(0, len(prompts), BATCH):
+    pipe.set_progress_bar_config(disable=True)
+    for start in tqdm(range(0, len(prompts), BATCH), unit="batch"):
         some = prompts[start : start + BATCH]
         out = pipe(some, num_inference_steps=steps, guidance_scale=guidance, seed=start, output_type="pt")
         pictures.append(out.images)
