@@ -2,7 +2,10 @@
 
 For each combination timesteps and noise levels are compared, and whole trajectories of 1, 2, 3, 7, 20 and 50 steps
 through a nonlinear stand-in network, value by value; the error is relative to the largest value on the way. The same in
-float64 tells a wrong formula from rounding, which steep combinations amplify up to a thousandfold. The grids those of tests/parity, and so is what counts as valid: combinations that the reference refuses, or in which it returns NaN, are left out there, each with its reason. Any others in which it is NaN are counted apart.
+float64 tells a wrong formula from rounding, which steep combinations amplify a thousandfold and more.
+
+The grids of options are those of tests/parity, and so is what counts as valid: combinations that the reference refuses,
+or in which it returns NaN, are left out there, each with its reason. Any others in which it is NaN are counted apart.
 """
 
 import argparse

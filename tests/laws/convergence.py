@@ -32,11 +32,14 @@ class Case(NamedTuple):
     @property
     def name(self) -> str:
         """The class and the options that make the difference."""
-        shown = {k: v for k, v in {**self.options, **self.run}.items() if k not in (*EVEN, *PLAIN)}
-        words = [
-            str(v) if isinstance(v, str) else f"{k}={len(v) if isinstance(v, tuple) else v}" for k, v in shown.items()
-        ]
-        return " ".join([self.kind.removesuffix("Scheduler"), *words])
+        hidden = {*EVEN, *PLAIN, "clip_sample", "final_sigmas_type", "original_inference_steps"}
+        words = [self.kind.removesuffix("Scheduler")]
+        for option, value in {**self.options, **self.run}.items():
+            if option == "disable_corrector":
+                words.append("uncorrected")
+            elif option not in hidden:
+                words.append(value if isinstance(value, str) else f"{option}={value}")
+        return " ".join(words)
 
 
 UNCORRECTED = {"disable_corrector": tuple(range(200))}
@@ -75,12 +78,14 @@ CASES = [
     Case(SINGLE, EVEN | {"solver_order": 3}, 3, 2.94, counts=BLOCKS),
     Case(SINGLE, EVEN | {"solver_order": 3, "solver_type": "heun"}, 3, 2.97, counts=BLOCKS),
     Case("HeunDiscreteScheduler", EVEN, 2, 2.04),
-    Case("KDPM2DiscreteScheduler", EVEN, 2, 0),
+    Case("KDPM2DiscreteScheduler", EVEN, 2, 2.03),
     # Of order 4 but for its first three steps, which are of order 1, 2 and 3.
     Case("LMSDiscreteScheduler", EVEN, 4, 3.70),
-    Case("DEISMultistepScheduler", EVEN | {"solver_order": 1}, 1, 0),
-    Case("DEISMultistepScheduler", EVEN, 2, 0),
-    Case("DEISMultistepScheduler", EVEN | {"solver_order": 3}, 3, 0),
+    Case("DEISMultistepScheduler", EVEN | {"solver_order": 1}, 1, 0.99),
+    Case("DEISMultistepScheduler", EVEN, 2, 1.95),
+    # The coefficients of order 3 are float32 differences of nearly equal numbers, as in the reference: from 40 steps on
+    # their rounding, 3e-4 and growing with the number of steps, is all that is left of the error.
+    Case("DEISMultistepScheduler", EVEN | {"solver_order": 3}, 3, 2.75, counts=(10, 20, 40)),
     Case("TCDScheduler", {"original_inference_steps": TRAINING_STEPS}, 1, 0, run={"eta": 0.0}),
 ]
 RANDOM = {  # classes without a trajectory that could converge, and why
