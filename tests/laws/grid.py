@@ -48,6 +48,7 @@ class Row(NamedTuple):
     last: str = "zero"  # the last noise level: zero, sigma_min, or where neither option says so
     also: Mapping[str, Sequence[Any]] = {}  # further options of the grid
     fixed: Mapping[str, Any] = {}  # options that every run of the grid has
+    beyond: int = 1  # noise levels that there are more of than evaluations
     perfect: bool = True  # the last step returns the predicted x0
 
 
@@ -80,8 +81,8 @@ CLASSES = {
     "EulerAncestralDiscreteScheduler": Row(),
     "EulerDiscreteScheduler": Row(also=EULER),
     "HeunDiscreteScheduler": Row(_twice),
-    "KDPM2AncestralDiscreteScheduler": Row(_twice),
-    "KDPM2DiscreteScheduler": Row(_twice),
+    "KDPM2AncestralDiscreteScheduler": Row(_twice, beyond=3),
+    "KDPM2DiscreteScheduler": Row(_twice, beyond=3),
     "LCMScheduler": Row(fixed=UNCLIPPED | LONG, perfect=False),
     "LMSDiscreteScheduler": Row(),
     "PNDMScheduler": Row(_pndm, perfect=False),
@@ -168,7 +169,8 @@ def check_plan(kind: str, options: Options, n: int) -> Any:
     calls = CLASSES[kind].calls(n, options)
     # log_linear interpolation has one level more than the run visits, as in the reference.
     unvisited = options.get("interpolation_type") == "log_linear" and options["spaced_by"] is None
-    assert len(plan.timesteps) == len(plan.times) == len(plan.steps) == calls == len(plan.sigmas) - 1 - unvisited
+    assert len(plan.timesteps) == len(plan.times) == len(plan.steps) == calls
+    assert len(plan.sigmas) == calls + CLASSES[kind].beyond + unvisited
     assert plan.timesteps.isfinite().all() and all(map(math.isfinite, _numbers(plan.steps)))
     sigmas = plan.sigmas.double()
     first_is_pure_noise = scheduler.alphas_cumprod[-1] == 0 and plan.times[0] == T - 1
