@@ -15,6 +15,7 @@ what a multistep or multi-evaluation solver remembers.
 The second face is the one of tutorials (``set_timesteps``, ``scale_model_input``, ``step``), with its state.
 """
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
@@ -122,11 +123,15 @@ class Scheduler(Configured):
 
         ``options`` are those in ``run_options``. Raises ValueError for counts and options that cannot be planned.
         """
-        custom = {"timesteps": timesteps, "sigmas": sigmas, "mu": mu}
-        custom = {name: value for name, value in custom.items() if value is not None}
-        for name in (*custom, *options):
+        options |= {
+            name: value
+            for name, value in (("timesteps", timesteps), ("sigmas", sigmas), ("mu", mu))
+            if value is not None
+        }
+        for name in options:
             if name not in (*self.plan_inputs, *self.run_options):
                 raise ValueError(f"{type(self).__name__} cannot plan from {name}=")
+        custom = {name: options.pop(name) for name in self.plan_inputs if name in options}
         given = [name for name in ("timesteps", "sigmas") if name in custom]
         if len(given) + (steps is not None) != 1:
             raise ValueError("give exactly one of num_inference_steps, timesteps and sigmas")
@@ -152,6 +157,12 @@ class Scheduler(Configured):
     def denoised(self, plan: Plan, i: int, x: Tensor, out: Tensor) -> Tensor:
         """Return the clean x0 that the network's output ``out`` at step ``i`` implies (for previews)."""
         raise NotImplementedError
+
+    def noised(self, plan: Plan, x0: Tensor, noise: Tensor) -> Tensor:
+        """Return the x (B, ...) that the run begins with when it begins at step ``plan.start`` from the clean x0."""
+        begun = copy.copy(self)  # the second face knows how to; a copy, because other threads may use this scheduler
+        begun._plan, begun._begin_index, begun._step_index = plan, plan.start, None
+        return begun.add_noise(x0, noise, plan.timesteps[plan.start].expand(len(x0)))
 
     def scale_input(self, plan: Plan, i: int, x: Tensor) -> Tensor:
         """Return what the network is shown at step ``i``: x itself unless the solver works on unscaled samples."""
@@ -220,6 +231,9 @@ class Scheduler(Configured):
     ) -> None:
         """Plan a run and forget the previous one; see ``plan``."""
         plan = self.plan(num_inference_steps, device=device, timesteps=timesteps, sigmas=sigmas, mu=mu)
+        self._begin(plan)
+
+    def _begin(self, plan: Plan) -> None:
         self._plan, self._past, self._step_index, self._begin_index = plan, (), None, None
 
     @property
@@ -291,10 +305,11 @@ class Scheduler(Configured):
 
     @property
     def compatibles(self) -> list[type["Scheduler"]]:
-        """The scheduler classes that may take this one's place, itself included."""
+        """The scheduler classes that may take this one's place, itself included; LCM and TCD have no other."""
         import minidiff
 
-        names = dict.fromkeys([type(self).__name__, *KARRAS_SCHEDULERS])
+        own = type(self).__name__
+        names = KARRAS_SCHEDULERS if own in KARRAS_SCHEDULERS else [own]
         return [getattr(minidiff, name) for name in names if name in minidiff.__all__]
 
     def __len__(self) -> int:
@@ -329,7 +344,7 @@ class Scheduler(Configured):
         result = self._output(update)
         return result if return_dict else result.to_tuple()
 
-    def _output(self, update: Update) -> SchedulerOutput:
+    def _output(self, update: Update) -> Output:
         return SchedulerOutput(update.x, update.x0)
 
     def _ready_plan(self) -> Plan:

@@ -1,0 +1,80 @@
+"""What the samplers of distilled consistency models share (LCM, TCD): few steps, over the timesteps of distillation.
+
+Distillation visits ``original_inference_steps`` timesteps k, 2 k, 3 k ... minus 1, with k = T // original steps. A run
+of n steps takes every so many of them, evenly, largest first.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from minidiff import noise_schedule
+from minidiff.schedulers.base import Grid, Plan, Scheduler
+from minidiff.schedulers.prediction import predict_x0
+
+
+class ConsistencyScheduler(Scheduler):
+    """Base of LCM and TCD. ``steps_offset`` and ``timestep_spacing`` have no effect, as in the reference."""
+
+    plan_inputs = ("timesteps", "original_inference_steps", "strength")
+    run_options: ClassVar[Mapping[str, Any]] = {}
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.final_alpha_cumprod = torch.tensor(1.0) if self.config.set_alpha_to_one else self.alphas_cumprod[0]
+
+    def _grid(
+        self,
+        count: int,
+        timesteps: Sequence[int] | None = None,
+        original_inference_steps: int | None = None,
+        strength: float = 1.0,
+    ) -> Grid:
+        if not 0 < strength <= 1:
+            raise ValueError(f"strength should be above 0 and at most 1, found {strength}")
+        if timesteps is None:
+            origin = self._distilled(original_inference_steps, strength)[::-1]
+            if count > len(origin):
+                raise ValueError(
+                    f"{count} steps are more than the {len(origin)} timesteps that original_inference_steps x strength "
+                    "leaves: use fewer steps or raise original_inference_steps"
+                )
+            places = np.floor(np.linspace(0, len(origin), num=count, endpoint=False)).astype(np.int64)
+            times = torch.from_numpy(origin[places].copy())
+        else:
+            times = noise_schedule.custom_timesteps(timesteps, self.config.num_train_timesteps)
+            times = times[count - min(int(count * strength), count) :]
+        alpha_bar = torch.cat([self.alphas_cumprod[times], torch.ones(1)])
+        return Grid(times, ((1 - alpha_bar) / alpha_bar) ** 0.5)
+
+    def _distilled(self, original_steps: int | None, strength: float) -> np.ndarray:
+        """Return the timesteps of distillation, smallest first, up to ``strength``."""
+        steps = self.config.original_inference_steps if original_steps is None else original_steps
+        if not 0 < steps <= self.config.num_train_timesteps:
+            raise ValueError(
+                f"original_inference_steps should lie in 1 ... {self.config.num_train_timesteps}, found {steps}"
+            )
+        return np.arange(1, int(steps * strength) + 1) * (self.config.num_train_timesteps // steps) - 1
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: torch.device | str | None = None,
+        original_inference_steps: int | None = None,
+        timesteps: Sequence[int] | None = None,
+        strength: float = 1.0,
+    ) -> None:
+        """Plan a run and forget the previous one; ``strength`` below 1 leaves out the noisiest timesteps."""
+        custom = {"original_inference_steps": original_inference_steps, "strength": strength}
+        custom = {name: value for name, value in custom.items() if value is not None}
+        self._begin(self.plan(num_inference_steps, device=device, timesteps=timesteps, **custom))
+
+    def _is_last(self, plan: Plan, i: int) -> bool:
+        return i == plan.num_inference_steps - 1
+
+    def _raw_x0(self, plan: Plan, i: int, x: Tensor, out: Tensor) -> Tensor:
+        step = plan.steps[i]
+        return predict_x0(self.config.prediction_type, x, out, step.alpha, step.sigma)

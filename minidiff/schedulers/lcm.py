@@ -1,0 +1,104 @@
+"""LCM: multistep consistency sampling. Each step jumps to a clean sample and noises it to the next timestep.
+
+    denoised = c_out x0 + c_skip x_t
+    x_s      = sqrt(alpha_bar_s) denoised + sqrt(1 - alpha_bar_s) noise      but for the last step: denoised itself
+
+with c_skip = 0.25 / (s² + 0.25), c_out = s / sqrt(s² + 0.25) and s = timestep_scaling t.
+
+Luo et al. 2023, https://arxiv.org/abs/2310.04378, eq. 8 and Algorithm 3. Checked against ``diffusers.LCMScheduler``.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from minidiff.outputs import Output
+from minidiff.schedulers.base import Plan, Update
+from minidiff.schedulers.configured import records_config
+from minidiff.schedulers.consistency import ConsistencyScheduler
+from minidiff.schedulers.prediction import Clip, linear
+
+SIGMA_DATA = 0.5
+
+
+class Step(NamedTuple):
+    """The numbers of one LCM step."""
+
+    alpha: float  # sqrt(alpha_bar_t)
+    sigma: float  # sqrt(1 - alpha_bar_t)
+    skip: float  # c_skip
+    out: float  # c_out
+    to_denoised: float  # sqrt(alpha_bar_s)
+    to_noise: float  # sqrt(1 - alpha_bar_s)
+
+
+@dataclass
+class LCMSchedulerOutput(Output):
+    """What ``step`` returns: the next sample and the clean one it was noised from."""
+
+    prev_sample: Tensor
+    denoised: Tensor | None = None
+
+
+class LCMScheduler(ConsistencyScheduler):
+    """Sample a latent consistency model in 1 to 8 steps."""
+
+    @records_config
+    def __init__(
+        self,
+        num_train_timesteps: int = 1000,
+        beta_start: float = 0.00085,
+        beta_end: float = 0.012,
+        beta_schedule: str = "scaled_linear",
+        trained_betas: Sequence[float] | None = None,
+        original_inference_steps: int = 50,
+        clip_sample: bool = False,
+        clip_sample_range: float = 1.0,
+        set_alpha_to_one: bool = True,
+        steps_offset: int = 0,
+        prediction_type: str = "epsilon",
+        thresholding: bool = False,
+        dynamic_thresholding_ratio: float = 0.995,
+        sample_max_value: float = 1.0,
+        timestep_spacing: str = "leading",
+        timestep_scaling: float = 10.0,
+        rescale_betas_zero_snr: bool = False,
+    ) -> None:
+        super().__init__()
+        self._clip = Clip.of(self.config)
+
+    def _steps(self, plan: Plan) -> tuple[Step, ...]:
+        alpha_bar_t = self._alpha_bar(plan.times)
+        alpha_bar_s = self._alpha_bar([*plan.times[1:], plan.times[-1]])
+        self._require_signal(alpha_bar_t, self._clip)
+        scaled = torch.tensor(plan.times) * self.config.timestep_scaling
+        columns = (
+            alpha_bar_t.sqrt(),
+            (1 - alpha_bar_t).sqrt(),
+            SIGMA_DATA**2 / (scaled**2 + SIGMA_DATA**2),
+            scaled / (scaled**2 + SIGMA_DATA**2) ** 0.5,
+            alpha_bar_s.sqrt(),
+            (1 - alpha_bar_s).sqrt(),
+        )
+        return tuple(Step(*numbers) for numbers in zip(*(column.tolist() for column in columns), strict=True))
+
+    def wants_noise(self, plan: Plan, i: int) -> bool:
+        return not self._is_last(plan, i)
+
+    def denoised(self, plan: Plan, i: int, x: Tensor, out: Tensor) -> Tensor:
+        step = plan.steps[i]
+        return linear((step.out, self._clip(self._raw_x0(plan, i, x, out))), (step.skip, x))
+
+    def _update(
+        self, plan: Plan, i: int, x: Tensor, out: Tensor, past: tuple[Any, ...], noise: Tensor | None
+    ) -> Update:
+        step, denoised = plan.steps[i], self.denoised(plan, i, x, out)
+        if not self.wants_noise(plan, i):
+            return Update(denoised, (), denoised)
+        return Update(linear((step.to_denoised, denoised), (step.to_noise, noise)), (), denoised)
+
+    def _output(self, update: Update) -> LCMSchedulerOutput:
+        return LCMSchedulerOutput(update.x, update.x0)
