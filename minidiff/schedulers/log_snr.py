@@ -22,7 +22,8 @@ class LogSnrScheduler(Scheduler):
     def __init__(self) -> None:
         super().__init__()
         self._respace = noise_schedule.chosen_spacing(self.config)
-        self._require("final_sigmas_type", ("zero", "sigma_min"))
+        if "final_sigmas_type" in self.config:
+            self._require("final_sigmas_type", ("zero", "sigma_min"))
         if self.config.get("rescale_betas_zero_snr"):
             self.alphas_cumprod[-1] = noise_schedule.ALMOST_NO_SIGNAL  # so that the first sigma is finite
 
@@ -36,7 +37,7 @@ class LogSnrScheduler(Scheduler):
 
     def _closed(self, timesteps: np.ndarray, sigmas: np.ndarray, sigma_min: float) -> Grid:
         """Add the last noise level: 0, or ``sigma_min``."""
-        last = 0.0 if self.config.final_sigmas_type == "zero" else sigma_min
+        last = 0.0 if self.config.get("final_sigmas_type") == "zero" else sigma_min
         closed = np.append(sigmas, last).astype(np.float32)
         return Grid(torch.from_numpy(timesteps.astype(np.int64)), torch.from_numpy(closed))
 

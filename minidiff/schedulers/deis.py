@@ -1,0 +1,153 @@
+"""DEIS: an exponential integrator that extrapolates eps by polynomials in log rho, rho = sigma_t / alpha_t.
+
+    x_t = alpha_t (x_s / alpha_s + sum_k c_k eps_k),    c_k = integral from rho_s to rho_t of l_k(log rho) d rho
+
+where l_k is the Lagrange polynomial through the last noise levels (in log rho), 1 at the k-th of them, eps_k the noise
+predicted there. Zhang & Chen 2023, https://arxiv.org/abs/2204.13902, the log-rho multistep variant. Checked against
+``diffusers.DEISMultistepScheduler``. Order 1 is DDIM.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from minidiff import noise_schedule
+from minidiff.config import Config
+from minidiff.errors import ConfigError
+from minidiff.schedulers.base import Grid, Plan, Update
+from minidiff.schedulers.configured import records_config
+from minidiff.schedulers.dpm_solver import remembered
+from minidiff.schedulers.log_snr import LogSnrScheduler
+from minidiff.schedulers.prediction import Clip, linear, predict_eps, predict_x0
+
+
+class Step(NamedTuple):
+    """The numbers of one DEIS step."""
+
+    alpha: float  # x = alpha x0 + sigma eps
+    sigma: float  # for a flow's prediction the noise level itself, as in the reference
+    to_x: float
+    to_eps: tuple[float, ...]  # of the predictions, newest first
+
+
+def antiderivative(t: np.float32, nodes: Sequence[np.float32]) -> np.float32:
+    """Return the antiderivative at rho = t of l_0, the Lagrange polynomial in log rho that is 1 at the first node."""
+    log = np.log(t)
+    if len(nodes) == 2:
+        b, c = map(np.log, nodes)
+        return t * (-c + log - 1) / (b - c)
+    b, c, d = map(np.log, nodes)
+    return t * (c * (d - log + 1) - d * log + d + log**2 - 2 * log + 2) / ((b - c) * (b - d))
+
+
+class DEISMultistepScheduler(LogSnrScheduler):
+    """Sample with DEIS of order 1 to 3. The last noise level is that of timestep 0, never 0.
+
+    Karras, exponential, beta and flow sigmas repeat their last level, as in the reference: the last evaluation moves
+    nothing.
+    """
+
+    prediction_types = ("epsilon", "sample", "v_prediction", "flow_prediction")
+
+    @records_config
+    def __init__(
+        self,
+        num_train_timesteps: int = 1000,
+        beta_start: float = 0.0001,
+        beta_end: float = 0.02,
+        beta_schedule: str = "linear",
+        trained_betas: Sequence[float] | None = None,
+        solver_order: int = 2,
+        prediction_type: str = "epsilon",
+        thresholding: bool = False,
+        dynamic_thresholding_ratio: float = 0.995,
+        sample_max_value: float = 1.0,
+        algorithm_type: str = "deis",
+        solver_type: str = "logrho",
+        lower_order_final: bool = True,
+        use_karras_sigmas: bool = False,
+        use_exponential_sigmas: bool = False,
+        use_beta_sigmas: bool = False,
+        use_flow_sigmas: bool = False,
+        flow_shift: float = 1.0,
+        timestep_spacing: str = "linspace",
+        steps_offset: int = 0,
+        use_dynamic_shifting: bool = False,
+        time_shift_type: str = "exponential",
+    ) -> None:
+        renamed = {}  # what the files of DPM-Solver and UniPC say
+        if algorithm_type in ("dpmsolver", "dpmsolver++"):
+            renamed["algorithm_type"] = "deis"
+        if solver_type in ("midpoint", "heun", "bh1", "bh2"):
+            renamed["solver_type"] = "logrho"
+        self._config = Config({**self._config, **renamed})
+        self._require("algorithm_type", ("deis",))
+        self._require("solver_type", ("logrho",))
+        self._require("solver_order", (1, 2, 3))
+        self._require("use_dynamic_shifting", (False,))  # the reference fails when it is used
+        super().__init__()
+        if use_flow_sigmas and self._respace is not None:
+            raise ConfigError("use_flow_sigmas cannot be combined with another sigma spacing")
+        self._clip = Clip.of(self.config)
+
+    def _grid(self, count: int) -> Grid:
+        config, training = self.config, self._training_sigmas()
+        if config.use_flow_sigmas:
+            levels = 1.0 - np.linspace(1, 1 / config.num_train_timesteps, count + 1)
+            levels = (config.flow_shift * levels / (1 + (config.flow_shift - 1) * levels))[::-1][:-1]
+            return self._closed(levels * config.num_train_timesteps, levels, levels[-1])
+        if self._respace is not None:
+            levels = self._respaced(count)
+            times = noise_schedule.sigma_to_timestep(levels, np.log(training))
+            return self._closed(times.round() if config.use_karras_sigmas else times, levels, levels[-1])
+        times = noise_schedule.spaced_timesteps(
+            config.timestep_spacing, count, config.num_train_timesteps, config.steps_offset, extra=True
+        ).numpy()
+        return self._closed(times, np.interp(times, np.arange(len(training)), training), training[0])
+
+    def _steps(self, plan: Plan) -> tuple[Step, ...]:
+        alpha, sigma = self._alpha_sigma(plan.sigmas)
+        h = (alpha.log() - sigma.log()).diff()
+        to_x, first = (alpha[1:] / alpha[:-1]).tolist(), (-(sigma[1:] * (torch.exp(h) - 1.0))).tolist()
+        seen = plan.sigmas if self.config.prediction_type == "flow_prediction" else sigma
+        rho, h, scale = (sigma / alpha).numpy(), h.tolist(), alpha.double().tolist()
+        steps = []
+        for k in range(len(plan.times)):
+            order = self._order(plan, h, k)
+            ratio, to_eps = to_x[k], (first[k],)
+            if order > 1:
+                ratio = scale[k + 1] / scale[k]
+                to_eps = tuple(scale[k + 1] * weight for weight in self._weights(rho, k, order))
+            steps.append(Step(scale[k], seen[k].item(), ratio, to_eps))
+        return tuple(steps)
+
+    def _order(self, plan: Plan, h: Sequence[float], k: int) -> int:
+        """Return the order of step k: low while there is little to remember, and at the end of short runs."""
+        short = self.config.lower_order_final and len(h) < 15
+        left = len(h) - k if short else 3  # 1 in the last step, 2 in the one before
+        return min(self.config.solver_order, left, remembered(h, plan.start, k) + 1)
+
+    @staticmethod
+    def _weights(rho: np.ndarray, k: int, order: int) -> list[float]:
+        """Return c_0 ... of the step from rho[k] to rho[k + 1], newest first, float32 as in the reference."""
+        nodes = rho[k - order + 1 : k + 1][::-1]
+        weights = []
+        for j in range(order):
+            around = [*nodes[j:], *nodes[:j]]  # the node of this weight first
+            weights.append(float(antiderivative(rho[k + 1], around) - antiderivative(rho[k], around)))
+        return weights
+
+    def denoised(self, plan: Plan, i: int, x: Tensor, out: Tensor) -> Tensor:
+        step = plan.steps[i]
+        return self._clip(predict_x0(self.config.prediction_type, x, out, step.alpha, step.sigma))
+
+    def _update(
+        self, plan: Plan, i: int, x: Tensor, out: Tensor, past: tuple[Any, ...], noise: Tensor | None
+    ) -> Update:
+        step = plan.steps[i]
+        eps = predict_eps("sample", x, self.denoised(plan, i, x, out), step.alpha, step.sigma)
+        predictions = (eps, *past)[: self.config.solver_order]
+        return Update(linear((step.to_x, x), *zip(step.to_eps, predictions, strict=False)), predictions)
