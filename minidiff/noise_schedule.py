@@ -189,10 +189,11 @@ def chosen_spacing(config: Mapping[str, Any]) -> Callable[[float, float, int], n
     return SIGMA_SPACINGS[given[0]] if given else None
 
 
-def sigma_to_timestep(sigmas: np.ndarray, log_sigmas: np.ndarray) -> np.ndarray:
+def sigma_to_timestep(sigmas: np.ndarray, log_sigmas: np.ndarray, *, single: bool = False) -> np.ndarray:
     """Return the fractional training timesteps (N,) of noise levels (N,), interpolating in log sigma.
 
     log_sigmas: those of training, smallest first (T,). Levels outside their range go to its ends.
+    ``single`` computes in float32 to the end, as the reference does for the midpoints of DPM2.
     """
     wanted = np.log(np.maximum(sigmas, 1e-10))
     # The last one that is not larger. Zero-SNR levels do not ascend at their end, so a binary search would not do.
@@ -201,6 +202,7 @@ def sigma_to_timestep(sigmas: np.ndarray, log_sigmas: np.ndarray) -> np.ndarray:
     low = np.where(reached.any(axis=0), low, 0).clip(max=len(log_sigmas) - 2)
     below, above = log_sigmas[low], log_sigmas[low + 1]
     part = ((below - wanted) / (below - above)).clip(0, 1)
+    low = low.astype(np.float32 if single else np.float64)
     return (1 - part) * low + part * (low + 1)
 
 

@@ -99,7 +99,7 @@ class EulerDiscreteScheduler(SigmaSpaceScheduler):
         churned = (options["s_tmin"] <= sigma) & (sigma <= options["s_tmax"])
         gamma = torch.where(churned, min(options["s_churn"] / (len(plan.sigmas) - 1), 2**0.5 - 1), 0.0)
         hat = sigma * (gamma + 1)
-        columns = (hat, options["s_noise"] * (hat**2 - sigma**2).double() ** 0.5, (following - hat).double() / hat)
+        columns = (hat, options["s_noise"] * ((hat**2 - sigma**2) ** 0.5).double(), (following - hat).double() / hat)
         numbers = zip(*(column.tolist() for column in columns), strict=True)
         return tuple(Step(level, *rest) for level, rest in zip(levels(sigma), numbers, strict=True))
 

@@ -13,6 +13,12 @@ from torch import Tensor
 import minidiff
 
 SCHEDULERS = {
+    "deis": minidiff.DEISMultistepScheduler(solver_order=3),
+    "tcd": minidiff.TCDScheduler(),
+    "dpm2": minidiff.KDPM2DiscreteScheduler(),
+    "dpm2-ancestral": minidiff.KDPM2AncestralDiscreteScheduler(use_karras_sigmas=True),
+    "heun": minidiff.HeunDiscreteScheduler(),
+    "lms": minidiff.LMSDiscreteScheduler(),
     "dpm-singlestep": minidiff.DPMSolverSinglestepScheduler(solver_order=3),
     "dpm-singlestep-sde": minidiff.DPMSolverSinglestepScheduler(algorithm_type="sde-dpmsolver++"),
     "dpm++": minidiff.DPMSolverMultistepScheduler(solver_order=3),
@@ -29,6 +35,9 @@ SCHEDULERS = {
 }
 DRAWS = {
     "DDPMScheduler",
+    "KDPM2AncestralDiscreteScheduler",
+    "LCMScheduler",
+    "TCDScheduler",
     "EulerAncestralDiscreteScheduler",
     "DPMSolverMultistepScheduler",
     "DPMSolverSinglestepScheduler",
@@ -165,9 +174,10 @@ def test_euler_is_ddim():
 
 def test_ancestral_steps_from_very_high_levels_are_finite():
     """Between 20,000 and 20 nothing is left of sigma_down; the reference takes the root of a rounding error, NaN."""
-    scheduler = minidiff.EulerAncestralDiscreteScheduler(beta_schedule="squaredcos_cap_v2", timestep_spacing="trailing")
-    for steps in range(1, 60):
-        assert through_core(scheduler, steps).isfinite().all()
+    options = {"beta_schedule": "squaredcos_cap_v2", "timestep_spacing": "trailing"}
+    for kind in (minidiff.EulerAncestralDiscreteScheduler, minidiff.KDPM2AncestralDiscreteScheduler):
+        for steps in range(1, 40):
+            assert through_core(kind(**options), steps).isfinite().all()
 
 
 class Gaussian:
@@ -280,6 +290,10 @@ def test_unipc_takes_as_many_steps_as_training(spacing):
 
 
 PERFECT = {
+    "dpm2": minidiff.KDPM2DiscreteScheduler(),
+    "dpm2-ancestral": minidiff.KDPM2AncestralDiscreteScheduler(),
+    "heun": minidiff.HeunDiscreteScheduler(use_karras_sigmas=True),
+    "lms": minidiff.LMSDiscreteScheduler(),
     "dpm-singlestep": minidiff.DPMSolverSinglestepScheduler(solver_order=3, solver_type="heun"),
     "dpm++": minidiff.DPMSolverMultistepScheduler(solver_order=3, solver_type="heun"),
     "dpm++-sde": minidiff.DPMSolverMultistepScheduler(algorithm_type="sde-dpmsolver++"),
@@ -323,7 +337,8 @@ def test_previews_are_what_the_output_means(scheduler):
     for i in range(len(plan.steps)):
         shown = scheduler.scale_input(plan, i, x)
         out = network(shown, plan.timesteps[i])
-        alpha_bar = 1 / (1 + plan.sigmas[i].double() ** 2)
+        sigma = plan.steps[i].level.sigma if hasattr(plan.steps[i], "level") else plan.sigmas[i].item()
+        alpha_bar = torch.tensor(1 / (1 + sigma**2), dtype=torch.float64)
         x0 = (shown - (1 - alpha_bar).sqrt() * out) / alpha_bar.sqrt()
         if type(scheduler).__name__ in ("DDPMScheduler", "DDIMScheduler"):
             x0 = x0.clamp(-1, 1)

@@ -8,6 +8,13 @@ from theirs import diffusers
 import minidiff
 
 KINDS = [
+    "DEISMultistepScheduler",
+    "LCMScheduler",
+    "TCDScheduler",
+    "KDPM2DiscreteScheduler",
+    "KDPM2AncestralDiscreteScheduler",
+    "HeunDiscreteScheduler",
+    "LMSDiscreteScheduler",
     "DPMSolverSinglestepScheduler",
     "DPMSolverMultistepScheduler",
     "EulerDiscreteScheduler",

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from scheduler_runs import STEPS, by_hand, combinations, error, name, network, noise, one_by_one
+from scheduler_runs import STEPS, InDouble, by_hand, combinations, error, name, network, noise, one_by_one
 from theirs import diffusers
 
 import minidiff
@@ -31,8 +31,21 @@ GRIDS = {
         "final_sigmas_type": ["zero", "sigma_min"],
     },
     "EulerAncestralDiscreteScheduler": COMMON | {"rescale_betas_zero_snr": [False, True]},
+    "HeunDiscreteScheduler": COMMON
+    | {
+        "beta_schedule": [*COMMON["beta_schedule"], "exp"],
+        "prediction_type": ["epsilon", "sample", "v_prediction"],
+        "spaced_by": SPACED_BY,
+        "clip_sample": [False, True],
+        "clip_sample_range": [1.0, 0.7],
+    },
+    "KDPM2DiscreteScheduler": COMMON | {"spaced_by": SPACED_BY},
+    # Between levels that are far apart this one is NaN in the reference: no cosine schedule, no rough betas.
+    "KDPM2AncestralDiscreteScheduler": COMMON
+    | {"beta_schedule": ["linear", "scaled_linear"], "trained_betas": [None], "spaced_by": SPACED_BY},
+    "LMSDiscreteScheduler": COMMON | {"prediction_type": ["epsilon", "sample", "v_prediction"], "spaced_by": SPACED_BY},
 }
-# Euler brings samples to float32 in the reference, so there float32 is compared. In the others float64 is.
+# Euler brings samples to float32 in the reference, so there it runs ``InDouble``.
 SINGLE = {"EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler"}
 DRAWS = {"EulerAncestralDiscreteScheduler", "KDPM2AncestralDiscreteScheduler"}
 
@@ -45,13 +58,18 @@ def spell(options: dict) -> dict:
 
 
 def pair(kind: str, options: dict) -> tuple:
-    return getattr(minidiff, kind)(**spell(options)), getattr(diffusers, kind)(**spell(options))
+    theirs = getattr(diffusers, kind)(**spell(options))
+    return getattr(minidiff, kind)(**spell(options)), InDouble(theirs) if kind in SINGLE else theirs
 
 
 def difference(kind: str, schedulers: tuple, steps: int, **how) -> float:
-    how = {"dtype": torch.float32 if kind in SINGLE else torch.float64, "seeded": kind in DRAWS} | how
+    how = {"seeded": kind in DRAWS} | how
     ours, theirs = (by_hand(scheduler, steps, **how) for scheduler in schedulers)
-    assert torch.equal(schedulers[0].timesteps, schedulers[1].timesteps)
+    # DPM2 tells float64 timesteps; beta spacing then differs from scipy's quantile function by its last bits.
+    exact = schedulers[0].timesteps.dtype != torch.float64
+    torch.testing.assert_close(
+        schedulers[0].timesteps, schedulers[1].timesteps, rtol=0 if exact else 1e-14, atol=0 if exact else 1e-12
+    )
     assert schedulers[0].timesteps.dtype == schedulers[1].timesteps.dtype
     assert torch.equal(schedulers[0].sigmas, schedulers[1].sigmas)
     assert schedulers[0].init_noise_sigma == float(schedulers[1].init_noise_sigma)
@@ -59,13 +77,14 @@ def difference(kind: str, schedulers: tuple, steps: int, **how) -> float:
 
 
 def bound(kind: str) -> float:
-    return 1e-6 if kind in SINGLE else 1e-11  # worst measured: 4e-7 and 1e-15
+    """Worst measured: 2e-12, and 1e-7 for LMS, whose integrals the reference estimates in float32."""
+    return 1e-6 if kind == "LMSDiscreteScheduler" else 1e-11
 
 
 @pytest.mark.parametrize("kind, options", [(k, o) for k, grid in GRIDS.items() for o in one_by_one(grid)], ids=name)
 def test_option(kind, options):
     schedulers = pair(kind, options)
-    for steps in STEPS:
+    for steps in (1, 2, 7, 20) if options else STEPS:
         assert difference(kind, schedulers, steps) < bound(kind)
 
 
@@ -77,11 +96,11 @@ def valid(options: dict) -> bool:
 
 
 @pytest.mark.parametrize(
-    "kind, options", [(k, o) for k, g in GRIDS.items() for o in combinations(g, 30, valid)], ids=name
+    "kind, options", [(k, o) for k, g in GRIDS.items() for o in combinations(g, 16, valid)], ids=name
 )
 def test_options_together(kind, options):
     schedulers = pair(kind, options)
-    for steps, start in ((1, 0), (3, 0), (20, 0), (7, 2)):
+    for steps, start in ((3, 0), (15, 0), (7, 2)):
         assert difference(kind, schedulers, steps, start=start * schedulers[0].order) < bound(kind)
 
 
@@ -92,7 +111,7 @@ def test_options_together(kind, options):
 def test_churn(prediction, how):
     schedulers = pair("EulerDiscreteScheduler", {"prediction_type": prediction})
     for steps in (1, 7, 20):
-        assert difference("EulerDiscreteScheduler", schedulers, steps, seeded=True, **how) < 1e-6  # measured 3e-7
+        assert difference("EulerDiscreteScheduler", schedulers, steps, seeded=True, **how) < 1e-11  # measured 1e-15
 
 
 @pytest.mark.parametrize(
@@ -100,7 +119,7 @@ def test_churn(prediction, how):
 )
 def test_draws_and_predicted_sample(kind, how):
     results = []
-    for scheduler in pair(kind, {}):
+    for scheduler in (getattr(minidiff, kind)(), getattr(diffusers, kind)()):
         scheduler.set_timesteps(7)
         x, generator = noise(torch.float32) * float(scheduler.init_noise_sigma), torch.Generator().manual_seed(1)
         draws = {"generator": generator} if kind in DRAWS or how else {}
@@ -162,7 +181,7 @@ def test_half_precision(kind, dtype):
 @pytest.mark.parametrize("spacing", COMMON["timestep_spacing"])
 def test_timesteps_of_every_count(kind, spacing):
     ours, theirs = pair(kind, {"timestep_spacing": spacing, "beta_schedule": "scaled_linear"})
-    for steps in (*range(1, 40), 60, 100, 333, 999, 1000):
+    for steps in (*range(1, 14), 60, 333, 1000):
         ours.set_timesteps(steps)
         theirs.set_timesteps(steps)
         assert torch.equal(ours.timesteps, theirs.timesteps), steps

@@ -1,0 +1,88 @@
+"""Heun's method in sigma: a step of Euler's, then once more with the mean of the slopes at both ends.
+
+    d_1 = (y - x0(y, sigma)) / sigma,             y_1 = y + (sigma' - sigma) d_1
+    d_2 = (y_1 - x0(y_1, sigma')) / sigma',       y'  = y + (sigma' - sigma) (d_1 + d_2) / 2
+
+Two evaluations per step, but for the last, to sigma' = 0, which is Euler's: n steps are 2 n - 1 evaluations.
+
+Karras et al. 2022, https://arxiv.org/abs/2206.00364, Algorithm 1. Checked against ``diffusers.HeunDiscreteScheduler``.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from minidiff import noise_schedule
+from minidiff.schedulers.base import Grid, Plan, Update
+from minidiff.schedulers.configured import records_config
+from minidiff.schedulers.prediction import Clip, linear
+from minidiff.schedulers.sigma_space import Level, SigmaSpaceScheduler, levels, wide
+
+
+class Step(NamedTuple):
+    """The numbers of one evaluation."""
+
+    level: Level
+    corrects: bool  # the second evaluation of a step
+    move: float  # sigma' - sigma of the whole step
+
+
+class HeunDiscreteScheduler(SigmaSpaceScheduler):
+    """Sample with Heun's second-order method, two evaluations per step."""
+
+    order = 2
+    beta_schedules = (*noise_schedule.BETA_SCHEDULES, "exp")
+    plan_inputs = ("timesteps",)
+
+    @records_config
+    def __init__(
+        self,
+        num_train_timesteps: int = 1000,
+        beta_start: float = 0.00085,
+        beta_end: float = 0.012,
+        beta_schedule: str = "linear",
+        trained_betas: Sequence[float] | None = None,
+        prediction_type: str = "epsilon",
+        use_karras_sigmas: bool = False,
+        use_exponential_sigmas: bool = False,
+        use_beta_sigmas: bool = False,
+        clip_sample: bool = False,
+        clip_sample_range: float = 1.0,
+        timestep_spacing: str = "linspace",
+        steps_offset: int = 0,
+    ) -> None:
+        super().__init__()
+        self._clip = Clip(limit=clip_sample_range if clip_sample else None)
+
+    def _grid(self, count: int, timesteps: Sequence[float] | None = None) -> Grid:
+        times, spaced = self._spaced(count, timesteps)
+        sigmas = torch.from_numpy(np.append(spaced, 0.0).astype(np.float32))
+        twice = torch.from_numpy(times.astype(np.float32))
+        return Grid(
+            torch.cat([twice[:1], twice[1:].repeat_interleave(2)]),
+            torch.cat([sigmas[:1], sigmas[1:-1].repeat_interleave(2), sigmas[-1:]]),
+        )
+
+    def _steps(self, plan: Plan) -> tuple[Step, ...]:
+        moves = plan.sigmas.diff().tolist()
+        corrects = [(i - plan.start) % 2 == 1 for i in range(len(moves))]
+        moves = [moves[i - 1] if second else moves[i] for i, second in enumerate(corrects)]
+        return tuple(map(Step, levels(plan.sigmas[:-1]), corrects, moves))
+
+    def _x0(self, level: Level, y: Tensor, out: Tensor) -> Tensor:
+        return self._clip(super()._x0(level, y, out))
+
+    def _update(
+        self, plan: Plan, i: int, x: Tensor, out: Tensor, past: tuple[Any, ...], noise: Tensor | None
+    ) -> Update:
+        step, y = plan.steps[i], wide(x)
+        x0 = self._x0(step.level, y, out)
+        slope = (y - x0) / step.level.sigma
+        if not step.corrects:
+            return Update(torch.add(y, slope, alpha=step.move).to(out.dtype), (y, slope), x0)
+        begin, first = past
+        y = linear((1.0, begin), (step.move / 2, first), (step.move / 2, slope))
+        return Update(y.to(out.dtype), (), x0)
