@@ -38,6 +38,7 @@ SPACED_BY = (
 )
 ONE_MORE = ("DEISMultistepScheduler", "DPMSolverMultistepScheduler", "UniPCMultistepScheduler")  # space n + 1 timesteps
 PURE_NOISE = ("DDIMScheduler", "DDPMScheduler", "LCMScheduler", "TCDScheduler")  # zero-SNR leaves them no signal at all
+OWN_TIMES = ("LCMScheduler", "TCDScheduler")  # whatever the spacing, from the last one on
 Options = dict[str, Any]
 
 
@@ -45,7 +46,7 @@ class Row(NamedTuple):
     """What is particular about a class."""
 
     calls: Callable[[int, Options], int] = lambda n, options: n  # how often a run of n steps asks the network
-    last: str = "zero"  # the last noise level: zero, sigma_min, or where neither option says so
+    last: str = ""  # the last noise level, zero or sigma_min, where it is not the options that say so
     also: Mapping[str, Sequence[Any]] = {}  # further options of the grid
     fixed: Mapping[str, Any] = {}  # options that every run of the grid has
     beyond: int = 1  # noise levels that there are more of than evaluations
@@ -83,10 +84,10 @@ CLASSES = {
     "HeunDiscreteScheduler": Row(_twice),
     "KDPM2AncestralDiscreteScheduler": Row(_twice, beyond=3),
     "KDPM2DiscreteScheduler": Row(_twice, beyond=3),
-    "LCMScheduler": Row(fixed=UNCLIPPED | LONG, perfect=False),
+    "LCMScheduler": Row(last="zero", fixed=UNCLIPPED | LONG, perfect=False),
     "LMSDiscreteScheduler": Row(),
     "PNDMScheduler": Row(_pndm, perfect=False),
-    "TCDScheduler": Row(fixed=UNCLIPPED | LONG),
+    "TCDScheduler": Row(last="zero", fixed=UNCLIPPED | LONG, perfect=False),
     "UniPCMultistepScheduler": Row(
         also={
             "solver_order": (1, 2, 3),
@@ -112,7 +113,11 @@ def refusals(kind: str, options: Options, n: int) -> list[str]:
     if own_spacing == "leading" and n == T and kind in ONE_MORE:
         said.append("room for at most 999 steps")
     blind = options["prediction_type"] == "epsilon" and options.get("rescale_betas_zero_snr")
-    if blind and kind in PURE_NOISE and noise_schedule.spaced_timesteps(own_spacing, n, T)[0] == T - 1:
+    if (
+        blind
+        and kind in PURE_NOISE
+        and (kind in OWN_TIMES or noise_schedule.spaced_timesteps(own_spacing, n, T)[0] == T - 1)
+    ):
         said.append("no signal at the last training timestep")
     return said
 
@@ -184,9 +189,8 @@ def check_plan(kind: str, options: Options, n: int) -> Any:
 
 
 def _check_last(kind: str, options: Options, scheduler: Any, sigmas: Tensor) -> None:
-    last = options.get("final_sigmas_type", CLASSES[kind].last)
-    if not options.get("set_alpha_to_one", True):
-        last = "sigma_min"
+    by_options = options.get("final_sigmas_type", "zero" if options.get("set_alpha_to_one", True) else "sigma_min")
+    last = CLASSES[kind].last or by_options
     if last == "zero":
         assert sigmas[-1] == 0
     else:  # the smallest training level; or the last that was visited is repeated
