@@ -71,7 +71,7 @@ def predict_x0_unscaled(
     It is ``predict_x0`` of x = y / scale, with scale = sqrt(square), square = sigma² + 1 and ratio = sigma / scale.
     """
     if kind == "epsilon":
-        return y - sigma * out
+        return torch.add(y, out, alpha=-sigma)  # y - sigma out in one pass over memory
     if kind == "sample":
         return out
     if kind == "v_prediction":

@@ -173,8 +173,13 @@ def test_velocity_of_euler_is_not_the_references():
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("kind", GRIDS)
 def test_half_precision(kind, dtype):
-    """Samples are as large as sigma_max, so the bound is some units in the last place of those."""
-    assert difference(kind, pair(kind, {}), 20, dtype=dtype) < (4e-3 if dtype == torch.float16 else 3e-2)
+    """Ours is float32 within a step; where the reference is not (Heun, LMS, DPM2), it rounds at each operation.
+
+    The bound is in units in the last place of the largest sample. Worst measured: 3, and 6 in the 39 evaluations of
+    DPM2 ancestral, whose noise carries the reference's roundings on.
+    """
+    units = 8 if kind == "KDPM2AncestralDiscreteScheduler" else 4
+    assert difference(kind, pair(kind, {}), 20, dtype=dtype) < units * torch.finfo(dtype).eps
 
 
 @pytest.mark.parametrize("kind", GRIDS)
