@@ -28,7 +28,8 @@ class Callbacks:
         """Hand the run's tensors to the user's callback and take over those it returns."""
         self._current.run = run
         try:
-            returned = callback(self, i, run.plan.timesteps[i], {name: getattr(run, name) for name in names})
+            tensors = {name: getattr(run, name) for name in names}
+            returned = callback(self, i - run.plan.start, run.plan.timesteps[i], tensors)
         finally:
             self._current.run = None
         if not isinstance(returned, Mapping):
@@ -56,7 +57,7 @@ class Callbacks:
     @property
     def num_timesteps(self) -> int:
         """The number of steps of the call whose callback is running."""
-        return len(self._run().plan.steps)
+        return len(self._run().indices)
 
     @property
     def interrupt(self) -> bool:

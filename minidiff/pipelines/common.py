@@ -18,7 +18,7 @@ from minidiff.pipelines.request import Generators, Request
 from minidiff.random import randn
 from minidiff.schedulers.base import Plan, Scheduler
 
-Network = Callable[[Tensor, Tensor, Tensor], Tensor]  # (x, t, ctx) -> out
+Network = Callable[[Tensor, Tensor, "Run"], Tensor]  # (x, t, run) -> out, with the conditions that the run holds
 
 
 class Step(NamedTuple):
@@ -43,6 +43,12 @@ class Run:
     generator: Generators
     seeds: list[int] | None
     interrupt: bool = False
+    stop: int | None = None  # the step before which the run ends; None = it takes all
+
+    @property
+    def indices(self) -> range:
+        """The steps of the plan that this run takes."""
+        return range(self.plan.start, len(self.plan.steps) if self.stop is None else self.stop)
 
     @property
     def guided(self) -> bool:
@@ -53,12 +59,12 @@ class Run:
 def denoise(network: Network, scheduler: Scheduler, run: Run) -> Iterator[tuple[int, Tensor, Tensor]]:
     """Take every step of the run; yield its index, the x it started from and the guided prediction ``out``."""
     plan, past = run.plan, ()
-    for i in range(plan.start, len(plan.steps)):
+    for i in run.indices:
         if run.interrupt:
             return
         x = run.latents
         x_in = torch.cat([x, x]) if run.guided else x
-        out = network(scheduler.scale_input(plan, i, x_in), plan.timesteps[i], run.prompt_embeds)
+        out = network(scheduler.scale_input(plan, i, x_in), plan.timesteps[i], run)
         if run.guided:
             out = guide(*out.chunk(2), run.guidance_scale, run.guidance_rescale)
         noise = scheduler.draw_noise(plan, i, x, run.generator)

@@ -6,7 +6,7 @@ Paper: Rombach et al. 2022 (LDM, https://arxiv.org/abs/2112.10752). Checked agai
 
 import logging
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -16,10 +16,10 @@ from torch import Tensor
 from minidiff.clip import CLIPTextModel
 from minidiff.errors import ConfigError
 from minidiff.outputs import Output
-from minidiff.pipelines.base import DiffusionPipeline
-from minidiff.pipelines.callbacks import Callback, Callbacks
-from minidiff.pipelines.common import Run, Step, denoise, initial_latents, make_generators, make_plan
-from minidiff.pipelines.request import Generators, Prompt, Request, check_choice, check_count
+from minidiff.pipelines.callbacks import Callback
+from minidiff.pipelines.common import Run, Step, initial_latents, make_generators, make_plan
+from minidiff.pipelines.latent import Handling, LatentPipeline, family
+from minidiff.pipelines.request import Generators, Prompt, Request
 from minidiff.schedulers.base import Scheduler
 from minidiff.tokenizer import CLIPTokenizer
 from minidiff.unet import UNet2DConditionModel
@@ -31,8 +31,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("minidiff")
 
-_OUTPUT_TYPES = ("pil", "np", "pt", "latent")
-
 
 @dataclass
 class StableDiffusionPipelineOutput(Output):
@@ -43,7 +41,7 @@ class StableDiffusionPipelineOutput(Output):
     seeds: list[int] | None = None
 
 
-class StableDiffusionPipeline(Callbacks, DiffusionPipeline):
+class StableDiffusionPipeline(LatentPipeline):
     """Text to image with Stable Diffusion 1.x and 2.x.
 
     Args:
@@ -87,13 +85,7 @@ class StableDiffusionPipeline(Callbacks, DiffusionPipeline):
             "scheduler": _updated(scheduler),
             **absent,
         }
-        Callbacks.__init__(self)
-        DiffusionPipeline.__init__(self, components, {"requires_safety_checker": requires_safety_checker})
-
-    @property
-    def vae_scale_factor(self) -> int:
-        """Pixels per latent along each side."""
-        return 2 ** (len(self.vae.config.block_out_channels) - 1) if self.vae is not None else 8
+        super().__init__(components, {"requires_safety_checker": requires_safety_checker})
 
     @torch.no_grad()
     def __call__(
@@ -136,11 +128,8 @@ class StableDiffusionPipeline(Callbacks, DiffusionPipeline):
         Raises:
             TypeError, ValueError: naming the argument, what was found and what was expected.
         """
-        _refuse(not_implemented)
-        check_choice("output_type", output_type, _OUTPUT_TYPES)
-        names = callback_on_step_end_tensor_inputs
-        for name in names:
-            check_choice("callback_on_step_end_tensor_inputs", name, self._callback_tensor_inputs)
+        handling = Handling(output_type, callback_on_step_end, callback_on_step_end_tensor_inputs)
+        self._check_handling(handling, not_implemented)
         request = Request(
             prompt,
             height,
@@ -161,17 +150,8 @@ class StableDiffusionPipeline(Callbacks, DiffusionPipeline):
             seed,
             seeds,
         )
-        run = self._start(request)
-        order, evaluations = self.scheduler.order, len(run.plan.steps)
-        warmup = evaluations - run.plan.num_inference_steps * order
-        with self.progress_bar(total=run.plan.num_inference_steps) as bar:
-            for i, _, _ in denoise(self._network, self.scheduler, run):
-                if callback_on_step_end is not None:
-                    self._call_back(callback_on_step_end, run, i, names)
-                if i == evaluations - 1 or (i + 1 > warmup and (i + 1) % order == 0):
-                    bar.update()
-        images = self.decode(run.latents, output_type)
-        return StableDiffusionPipelineOutput(images, None, run.seeds) if return_dict else (images, None)
+        images, seeds = self._generate(request, handling)
+        return StableDiffusionPipelineOutput(images, None, seeds) if return_dict else (images, None)
 
     def steps(self, *args: Any, **kwargs: Any) -> Iterator[Step]:
         """Generate step by step: yield a ``Step`` after each, with the latents and the clean latents predicted.
@@ -183,27 +163,6 @@ class StableDiffusionPipeline(Callbacks, DiffusionPipeline):
                 preview = pipe.decode(step.denoised)
         """
         return self._yield_steps(self._start(Request(*args, **kwargs)))  # wrong arguments are said now, not at next()
-
-    @torch.no_grad()
-    def _yield_steps(self, run: Run) -> Iterator[Step]:
-        for i, x, out in denoise(self._network, self.scheduler, run):
-            yield Step(i, run.plan.timesteps[i], run.latents, self.scheduler.denoised(run.plan, i, x, out))
-
-    @torch.no_grad()
-    def decode(self, latents: Tensor, output_type: str = "pil") -> "list[Image.Image] | np.ndarray | Tensor":
-        """Turn latents of the diffusion process (B, C, H, W) into pictures, as ``output_type`` of a call says.
-
-        Raises:
-            ValueError: if the decoded pictures hold NaN or infinity, naming the fix.
-        """
-        from minidiff import images  # brings PIL
-
-        if output_type == "latent":
-            return latents
-        if self.vae is None:
-            raise ValueError("this pipeline has no vae: take the latents with output_type='latent'")
-        x = self.vae.decode(latents / self.vae.config.scaling_factor).sample
-        return {"pil": images.to_pil, "np": images.to_numpy, "pt": images.to_unit}[output_type](x)
 
     @torch.no_grad()
     def encode_prompt(
@@ -283,24 +242,17 @@ class StableDiffusionPipeline(Callbacks, DiffusionPipeline):
             seeds=seeds,
         )
 
-    def _network(self, x: Tensor, t: Tensor, ctx: Tensor) -> Tensor:
-        return self.unet(x, t, ctx).sample
+    def _network(self, x: Tensor, t: Tensor, run: Run) -> Tensor:
+        return self.unet(x, t, run.prompt_embeds).sample
 
-    def _latent_size(self, height: int | None, width: int | None) -> tuple[int, int]:
-        """Return height and width in latents; a side that was not given is what the UNet was trained on."""
-        f = self.vae_scale_factor
-        default = _trained_size(self.unet)
-        sizes = []
-        for name, pixels, latent in (("height", height, default[0]), ("width", width, default[1])):
-            if pixels is None and latent is None:
-                raise ValueError(f"{name} must be given: this UNet's config has no sample_size")
-            if pixels is None:
-                pixels = latent * f
-            check_count(name, pixels)
-            if pixels % f:
-                raise ValueError(f"{name} should be divisible by {f}, found {pixels}; {pixels - pixels % f} would do")
-            sizes.append(pixels // f)
-        return sizes[0], sizes[1]
+    def _trained_size(self) -> tuple[int | None, int | None]:
+        # The first published UNet configs said 32 by mistake; the reference reads less than 64 from before 0.9 as 64.
+        config = self.unet.config
+        found = re.match(r"(\d+)\.(\d+)", config.get("_diffusers_version", ""))
+        old = found is not None and (int(found[1]), int(found[2])) < (0, 9)
+        if old and isinstance(config.sample_size, int) and config.sample_size < 64:
+            return 64, 64
+        return super()._trained_size()
 
     def _check_clip_skip(self, clip_skip: int | None) -> None:
         if clip_skip is None or self.text_encoder is None:
@@ -308,14 +260,6 @@ class StableDiffusionPipeline(Callbacks, DiffusionPipeline):
         layers = self.text_encoder.config.num_hidden_layers
         if isinstance(clip_skip, bool) or not isinstance(clip_skip, int) or not 0 <= clip_skip <= layers:
             raise ValueError(f"clip_skip should be None or 0 to {layers}, found {clip_skip!r}")
-
-    def _check_width(self, name: str, embeds: Tensor | None) -> None:
-        D = self.unet.spec.levels[-1].D_ctx
-        if embeds is not None and embeds.shape[-1] != D:
-            raise ValueError(
-                f"{name} should be (B, L, {D}) for this UNet ({_family(D)}), found {tuple(embeds.shape)} "
-                f"({_family(embeds.shape[-1])})"
-            )
 
 
 # --- checks ----------------------------------------------------------------------------------------------------------
@@ -332,8 +276,8 @@ def _check_fit(
         D, D_ctx = text_encoder.config.hidden_size, unet.spec.levels[-1].D_ctx
         if D_ctx != D:
             raise ConfigError(
-                f"text_encoder and unet do not fit: hidden_size {D} of the text encoder ({_family(D)}) against "
-                f"cross_attention_dim {D_ctx} of the UNet ({_family(D_ctx)})"
+                f"text_encoder and unet do not fit: hidden_size {D} of the text encoder ({family(D)}) against "
+                f"cross_attention_dim {D_ctx} of the UNet ({family(D_ctx)})"
             )
         if tokenizer is not None and len(tokenizer) > text_encoder.config.vocab_size:
             raise ConfigError(
@@ -350,10 +294,6 @@ def _check_fit(
             )
 
 
-def _family(D: int) -> str:
-    return {768: "SD 1.x", 1024: "SD 2.x", 1280: "SDXL refiner", 2048: "SDXL base"}.get(D, "no published family")
-
-
 def _updated(scheduler: Scheduler) -> Scheduler:
     """Return the scheduler with two fields that the reference corrects in outdated configs of Stable Diffusion."""
     outdated = {
@@ -365,21 +305,3 @@ def _updated(scheduler: Scheduler) -> Scheduler:
         return scheduler
     logger.info("scheduler config updated for Stable Diffusion, as the reference does: %s", outdated)
     return type(scheduler).from_config({**scheduler.config, **outdated})
-
-
-def _trained_size(unet: UNet2DConditionModel) -> tuple[int | None, int | None]:
-    """Return the latent height and width that the UNet was trained on, (None, None) if its config does not say."""
-    size = unet.config.sample_size
-    if isinstance(size, list):
-        return size[0], size[1]
-    # The first published UNet configs said 32 by mistake; the reference reads anything below 64 from before 0.9 as 64.
-    found = re.match(r"(\d+)\.(\d+)", unet.config.get("_diffusers_version", ""))
-    if found and (int(found[1]), int(found[2])) < (0, 9) and size is not None and size < 64:
-        size = 64
-    return size, size
-
-
-def _refuse(arguments: Mapping[str, Any]) -> None:
-    """Raise on arguments that are unknown or whose feature is not implemented; None asks for nothing."""
-    if asked := [name for name, value in arguments.items() if value is not None]:
-        raise TypeError(f"StableDiffusionPipeline does not implement the argument(s) {', '.join(asked)}")

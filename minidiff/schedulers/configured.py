@@ -129,6 +129,13 @@ class Configured:
                 f"{type(self).__name__} does not implement {field}={value!r}; it has {', '.join(map(repr, choices))}"
             )
 
+    def _own(self, field: str, default: Any) -> Any:
+        """Return a field of this class's constructor, ``default`` for a class that has none of that name.
+
+        The config may hold the field all the same, from another scheduler: it counts for that one alone.
+        """
+        return self.config[field] if field in _parameters(type(self)) else default
+
 
 def _parameters(cls: type) -> tuple[str, ...]:
     return tuple(name for name in inspect.signature(cls.__init__).parameters if name != "self")

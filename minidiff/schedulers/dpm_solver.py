@@ -16,7 +16,6 @@ and d_1, d_2 the further integrals of the exponential (``heun``), or d_1 = d_0 /
 Lu et al. 2022, https://arxiv.org/abs/2206.00927 (DPM-Solver) and https://arxiv.org/abs/2211.01095 (DPM-Solver++).
 """
 
-import inspect
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -147,9 +146,7 @@ class DpmSolver(LogSnrScheduler):
         config, alpha_bar = self.config, self.alphas_cumprod
         lam = torch.sqrt(alpha_bar).log() - torch.sqrt(1 - alpha_bar).log()
         clipped = torch.searchsorted(lam.flip(0), config.lambda_min_clipped).item()
-        # A class without the field may have it in its config all the same: from another scheduler, for which it counts.
-        own = config if "timestep_spacing" in inspect.signature(type(self).__init__).parameters else {}
-        spacing, offset = own.get("timestep_spacing", "linspace"), own.get("steps_offset", 0)
+        spacing, offset = self._own("timestep_spacing", "linspace"), self._own("steps_offset", 0)
         return noise_schedule.spaced_timesteps(
             spacing, count, config.num_train_timesteps, offset, extra=True, last=config.num_train_timesteps - clipped
         ).numpy()

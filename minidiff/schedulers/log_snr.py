@@ -37,7 +37,7 @@ class LogSnrScheduler(Scheduler):
 
     def _closed(self, timesteps: np.ndarray, sigmas: np.ndarray, sigma_min: float) -> Grid:
         """Add the last noise level: 0, or ``sigma_min``."""
-        last = 0.0 if self.config.get("final_sigmas_type") == "zero" else sigma_min
+        last = 0.0 if self._own("final_sigmas_type", None) == "zero" else sigma_min
         closed = np.append(sigmas, last).astype(np.float32)
         return Grid(torch.from_numpy(timesteps.astype(np.int64)), torch.from_numpy(closed))
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from minidiff import CLIPTextModelWithProjection, UNet2DConditionModel
 
 CONFIGS = Path(__file__).parents[1] / "data" / "hub_configs"
-BOUND = 1e-10  # measured: at most 6e-15 over all cases of this file
+BOUND = 1e-10  # measured: at most 1.1e-15 over all cases of this file
 
 POOLED, FEATURES = 12, 8  # width of the pooled text, and of each encoded size
 BASE = {"block_out_channels": [20, 40, 80], "projection_class_embeddings_input_dim": POOLED + 6 * FEATURES}
@@ -116,7 +116,7 @@ def test_added_conditions_in_half_precision() -> None:
     ours, theirs = ours.to(torch.bfloat16), theirs.to(torch.bfloat16)
     x, ctx = x.bfloat16(), ctx.bfloat16()
     added = {name: tensor.bfloat16() for name, tensor in added.items()}
-    # Measured: 0.9e-2, which is the precision of bfloat16 (2^-8) after a dozen layers.
+    # Measured: 1.4e-2, which is the precision of bfloat16 (2^-8) after a dozen layers.
     assert unet_error(ours, theirs, 20, (x, ctx, added)) <= 2e-2
 
 

@@ -1,0 +1,145 @@
+"""What every pipeline over latents does with a prepared run: the loop of a call, steps one by one, and decoding."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from minidiff.pipelines.base import DiffusionPipeline
+from minidiff.pipelines.callbacks import Callback, Callbacks
+from minidiff.pipelines.common import Run, Step, denoise
+from minidiff.pipelines.request import Request, check_choice, check_count
+from minidiff.vae import AutoencoderKL
+
+if TYPE_CHECKING:
+    import numpy as np
+    from PIL import Image
+
+    Images = list[Image.Image] | np.ndarray | Tensor
+
+_OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+
+
+@dataclass(frozen=True)
+class Handling:
+    """What a caller wants done with the steps and the result, as opposed to what is generated."""
+
+    output_type: str = "pil"
+    callback: Callback | None = None
+    callback_tensors: Sequence[str] = ("latents",)
+
+
+class LatentPipeline(Callbacks, DiffusionPipeline):
+    """Base of the pipelines over latents. A subclass provides ``_start`` and ``_network``."""
+
+    optional_components: ClassVar[tuple[str, ...]] = ("image_encoder", "feature_extractor")
+
+    def __init__(self, components: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
+        Callbacks.__init__(self)
+        DiffusionPipeline.__init__(self, components, settings)
+
+    @property
+    def vae_scale_factor(self) -> int:
+        """Pixels per latent along each side."""
+        return 2 ** (len(self.vae.config.block_out_channels) - 1) if self.vae is not None else 8
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor, output_type: str = "pil") -> "Images":
+        """Turn latents of the diffusion process (B, C, H, W) into pictures, as ``output_type`` of a call says.
+
+        Raises:
+            ValueError: if the decoded pictures hold NaN or infinity, naming the fix.
+        """
+        from minidiff import images  # brings PIL
+
+        if output_type == "latent":
+            return latents
+        if self.vae is None:
+            raise ValueError("this pipeline has no vae: take the latents with output_type='latent'")
+        vae = self._decoder()
+        x = vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor).sample
+        return {"pil": images.to_pil, "np": images.to_numpy, "pt": images.to_unit}[output_type](x)
+
+    def _decoder(self) -> AutoencoderKL:
+        """Return the autoencoder in the dtype that it is to decode in."""
+        return self.vae
+
+    # --- one run -----------------------------------------------------------------------------------------------------
+
+    def _start(self, request: Request) -> Run:
+        """Encode the texts, plan the steps and make the first latents."""
+        raise NotImplementedError
+
+    def _network(self, x: Tensor, t: Tensor, run: Run) -> Tensor:
+        """Predict from what the scheduler shows the network."""
+        raise NotImplementedError
+
+    def _check_handling(self, handling: Handling, not_implemented: Mapping[str, Any]) -> None:
+        """Raise on wrong choices and on arguments that are unknown or not implemented; None asks for nothing."""
+        if asked := [name for name, value in not_implemented.items() if value is not None]:
+            raise TypeError(f"{type(self).__name__} does not implement the argument(s) {', '.join(asked)}")
+        check_choice("output_type", handling.output_type, _OUTPUT_TYPES)
+        for name in handling.callback_tensors:
+            check_choice("callback_on_step_end_tensor_inputs", name, self._callback_tensor_inputs)
+
+    @torch.no_grad()
+    def _generate(self, request: Request, handling: Handling) -> "tuple[Images, list[int] | None]":
+        """Run all steps, with progress bar and callback; return the pictures and their seeds."""
+        run = self._start(request)
+        counted = self._counted(run)
+        with self.progress_bar(total=len(counted)) as bar:
+            for i, _, _ in denoise(self._network, self.scheduler, run):
+                if handling.callback is not None:
+                    self._call_back(handling.callback, run, i, handling.callback_tensors)
+                if i in counted:
+                    bar.update()
+        return self.decode(run.latents, handling.output_type), run.seeds
+
+    def _counted(self, run: Run) -> list[int]:
+        """Return the evaluations that end a step for the progress bar: solvers may take several, or some to warm up."""
+        order, plan = self.scheduler.order, run.plan
+        warmup = max(len(plan.steps) - plan.num_inference_steps * order, 0)
+        indices = run.indices
+        return [i for k, i in enumerate(indices, start=1) if k == len(indices) or (k > warmup and k % order == 0)]
+
+    @torch.no_grad()
+    def _yield_steps(self, run: Run) -> Iterator[Step]:
+        for i, x, out in denoise(self._network, self.scheduler, run):
+            x0 = self.scheduler.denoised(run.plan, i, x, out)
+            yield Step(i - run.plan.start, run.plan.timesteps[i], run.latents, x0)
+
+    def _latent_size(self, height: int | None, width: int | None) -> tuple[int, int]:
+        """Return height and width in latents; a side that was not given is what the UNet was trained on."""
+        f = self.vae_scale_factor
+        default = self._trained_size()
+        sizes = []
+        for name, pixels, latent in (("height", height, default[0]), ("width", width, default[1])):
+            if pixels is None and latent is None:
+                raise ValueError(f"{name} must be given: this UNet's config has no sample_size")
+            if pixels is None:
+                pixels = latent * f
+            check_count(name, pixels)
+            if pixels % f:
+                raise ValueError(f"{name} should be divisible by {f}, found {pixels}; {pixels - pixels % f} would do")
+            sizes.append(pixels // f)
+        return sizes[0], sizes[1]
+
+    def _trained_size(self) -> tuple[int | None, int | None]:
+        """Return the latent height and width that the UNet was trained on, (None, None) if its config does not say."""
+        size = self.unet.config.sample_size
+        return (size[0], size[1]) if isinstance(size, list) else (size, size)
+
+    def _check_width(self, name: str, embeds: Tensor | None) -> None:
+        D = self.unet.spec.levels[-1].D_ctx
+        if embeds is not None and embeds.shape[-1] != D:
+            raise ValueError(
+                f"{name} should be (B, L, {D}) for this UNet ({family(D)}), found {tuple(embeds.shape)} "
+                f"({family(embeds.shape[-1])})"
+            )
+
+
+def family(D: int) -> str:
+    """Return which published models have text embeddings of width ``D``."""
+    return {768: "SD 1.x", 1024: "SD 2.x", 1280: "SDXL refiner", 2048: "SDXL base"}.get(D, "no published family")

@@ -1,0 +1,457 @@
+"""Stable Diffusion XL: two text encoders, and pictures conditioned on the sizes that training pictures had.
+
+    ctx    = [penultimate state of encoder 1, penultimate state of encoder 2]          (B, 77, 768 + 1280)
+    pooled = text_embeds of encoder 2                                                   (B, 1280)
+    out    = unet(x, t, ctx, pooled, (original size, crop, target size))
+
+The refiner, an image-to-image model for the last part of the noise levels, has encoder 2 alone.
+
+Paper: Podell et al. 2023 (SDXL, https://arxiv.org/abs/2307.01952), sections 2.1, 2.2 and 2.5. Checked against
+``diffusers.StableDiffusionXLPipeline``, seed for seed.
+"""
+
+import copy
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from minidiff.clip import CLIPTextModel, CLIPTextModelWithProjection
+from minidiff.errors import ConfigError
+from minidiff.outputs import Output
+from minidiff.pipelines.callbacks import Callback
+from minidiff.pipelines.common import Run, Step, initial_latents, make_generators, make_plan
+from minidiff.pipelines.latent import Handling, LatentPipeline
+from minidiff.pipelines.request import Generators, Prompt
+from minidiff.pipelines.request_xl import Size, XLRequest
+from minidiff.schedulers.base import Plan, Scheduler
+from minidiff.tokenizer import CLIPTokenizer
+from minidiff.unet import UNet2DConditionModel
+from minidiff.vae import AutoencoderKL
+
+if TYPE_CHECKING:
+    import numpy as np
+    from PIL import Image
+
+logger = logging.getLogger("minidiff")
+
+Encoder = tuple[CLIPTokenizer, CLIPTextModel]
+
+
+@dataclass
+class StableDiffusionXLPipelineOutput(Output):
+    """What a call returns: the pictures and, if ``seed`` or ``seeds`` was given, the seed of each."""
+
+    images: "list[Image.Image] | np.ndarray | Tensor"
+    seeds: list[int] | None = None
+
+
+@dataclass(kw_only=True)
+class XLRun(Run):
+    """The state of one call with the conditions that SDXL adds; under guidance the negative ones stand first."""
+
+    add_text_embeds: Tensor  # (B, P) or (2 B, P)
+    add_time_ids: Tensor  # (B, n) or (2 B, n)
+
+
+class XLPipeline(LatentPipeline):
+    """What text-to-image and image-to-image with SDXL share: components, texts and added conditions."""
+
+    _callback_tensor_inputs: ClassVar[tuple[str, ...]] = ("latents", "prompt_embeds", "add_text_embeds", "add_time_ids")
+
+    def __init__(self, components: Mapping[str, Any], settings: Mapping[str, Any], time_ids: int) -> None:
+        if settings.get("add_watermarker"):
+            raise ConfigError("add_watermarker=True is not implemented: pictures get no invisible watermark")
+        for name in self.optional_components:
+            if components[name] is not None:
+                found = type(components[name]).__name__
+                raise ConfigError(f"{name} is not implemented: pass {name}=None, found {found}")
+        _check_fit(components, time_ids)
+        super().__init__(components, {name: value for name, value in settings.items() if name != "add_watermarker"})
+
+    def _decoder(self) -> AutoencoderKL:
+        return self._in_float32(torch.float16)
+
+    def _in_float32(self, *dtypes: torch.dtype) -> AutoencoderKL:
+        """Return the autoencoder, or a float32 copy if it has one of ``dtypes`` and its config says it overflows there.
+
+        A copy, because another thread may be using the autoencoder as it is.
+        """
+        upcast = self.vae.dtype in dtypes and self.vae.config.force_upcast
+        return copy.deepcopy(self.vae).float() if upcast else self.vae
+
+    # --- texts -------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def encode_prompt(
+        self,
+        prompt: Prompt,
+        prompt_2: Prompt = None,
+        device: torch.device | str | None = None,
+        num_images_per_prompt: int = 1,
+        do_classifier_free_guidance: bool = True,
+        negative_prompt: Prompt = None,
+        negative_prompt_2: Prompt = None,
+        prompt_embeds: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+        pooled_prompt_embeds: Tensor | None = None,
+        negative_pooled_prompt_embeds: Tensor | None = None,
+        lora_scale: None = None,
+        clip_skip: int | None = None,
+    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
+        """Encode prompts and, under guidance, negative prompts, each repeated N = ``num_images_per_prompt`` times.
+
+        Returns:
+            embeddings (B * N, L, D), negative ones, pooled embeddings (B * N, P), negative ones. Without a negative
+            prompt the negative ones are zeros if the checkpoint says ``force_zeros_for_empty_prompt``.
+
+        Raises:
+            ValueError: if there is no text encoder for a text, or ``lora_scale`` is given, which is not implemented.
+        """
+        if lora_scale is not None:
+            raise ValueError(f"lora_scale is not implemented, found {lora_scale!r}")
+        device = self.device if device is None else device
+        positive, pooled = prompt_embeds, pooled_prompt_embeds
+        if positive is None:
+            texts = [prompt] if isinstance(prompt, str) else list(prompt)
+            positive, pooled = self._encode(texts, prompt_2, device, clip_skip or 0)
+        negative, negative_pooled = negative_prompt_embeds, negative_pooled_prompt_embeds
+        if do_classifier_free_guidance and negative is None:
+            if negative_prompt is None and self._settings["force_zeros_for_empty_prompt"]:
+                if negative_prompt_2 is not None:
+                    raise ValueError("negative_prompt_2 counts only beside a negative_prompt, which may be ''")
+                negative, negative_pooled = torch.zeros_like(positive), torch.zeros_like(pooled)
+            else:  # to the same number of tokens, and never with clip_skip, as in the reference
+                texts = (
+                    negative_prompt if isinstance(negative_prompt, list) else [negative_prompt or ""] * len(positive)
+                )
+                negative, negative_pooled = self._encode(texts, negative_prompt_2, device, 0, positive.shape[1])
+        dtype = self.text_encoder_2.dtype if self.text_encoder_2 is not None else self.unet.dtype
+
+        def repeated(embeds: Tensor) -> Tensor:
+            return embeds.to(device, dtype).repeat_interleave(num_images_per_prompt, dim=0)
+
+        if not do_classifier_free_guidance:
+            return repeated(positive), None, repeated(pooled), None
+        return repeated(positive), repeated(negative), repeated(pooled), repeated(negative_pooled)
+
+    def _encode(
+        self, texts: list[str], texts_2: Prompt, device: torch.device | str, skip: int, length: int | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Encode texts with every encoder, ``texts_2`` with the second; return states side by side, and the pooled."""
+        encoders = self._encoders()
+        texts_2 = texts_2 or texts
+        texts_2 = [texts_2] * len(texts) if isinstance(texts_2, str) else texts_2
+        if len(encoders) == 1 and texts_2 != texts:
+            logger.warning("prompt_2 and negative_prompt_2 are not used: this pipeline has one text encoder")
+        states, pooled = [], None
+        for (tokenizer, encoder), these in zip(encoders, (texts, texts_2), strict=False):
+            options = {"max_length": length or tokenizer.model_max_length, "truncation": True, "return_tensors": "pt"}
+            ids = tokenizer(these, padding="max_length", **options).input_ids.to(device)
+            out = encoder(ids, output_hidden_states=True)
+            states.append(out.hidden_states[-(skip + 2)])
+            if isinstance(encoder, CLIPTextModelWithProjection):
+                pooled = out.text_embeds
+        return torch.cat(states, dim=-1), pooled
+
+    def _encoders(self) -> list[Encoder]:
+        """Return the text encoders that there are, with their tokenizers."""
+        pairs = [(self.tokenizer, self.text_encoder), (self.tokenizer_2, self.text_encoder_2)]
+        if None in pairs[1]:
+            raise ValueError(
+                "this pipeline has no text_encoder_2 or tokenizer_2: pass prompt_embeds and pooled_prompt_embeds (and, "
+                "under guidance, those of the negative prompt)"
+            )
+        return [pair for pair in pairs if None not in pair]
+
+    # --- one run -----------------------------------------------------------------------------------------------------
+
+    def _conditions(self, request: XLRequest, device: torch.device) -> dict[str, Tensor]:
+        """Encode the texts; return what goes into the run, under guidance with the negative ones first."""
+        self._check_clip_skip(request.clip_skip)
+        for name in ("prompt_embeds", "negative_prompt_embeds"):
+            self._check_width(name, getattr(request, name))
+        positive, negative, pooled, negative_pooled = self.encode_prompt(
+            request.prompt,
+            request.prompt_2,
+            device,
+            request.num_images_per_prompt,
+            request.guided,
+            request.negative_prompt,
+            request.negative_prompt_2,
+            request.prompt_embeds,
+            request.negative_prompt_embeds,
+            request.pooled_prompt_embeds,
+            request.negative_pooled_prompt_embeds,
+            clip_skip=request.clip_skip,
+        )
+        if request.guided:
+            positive, pooled = torch.cat([negative, positive]), torch.cat([negative_pooled, pooled])
+        return {"prompt_embeds": positive, "add_text_embeds": pooled}
+
+    def _network(self, x: Tensor, t: Tensor, run: XLRun) -> Tensor:
+        added = {"text_embeds": run.add_text_embeds, "time_ids": run.add_time_ids}
+        return self.unet(x, t, run.prompt_embeds, added_cond_kwargs=added).sample
+
+    def _check_clip_skip(self, clip_skip: int | None) -> None:
+        encoders = [one for one in (self.text_encoder, self.text_encoder_2) if one is not None]
+        if clip_skip is None or not encoders:
+            return
+        last = min(encoder.config.num_hidden_layers for encoder in encoders) - 1
+        if isinstance(clip_skip, bool) or not isinstance(clip_skip, int) or not 0 <= clip_skip <= last:
+            raise ValueError(f"clip_skip should be None or 0 to {last}, found {clip_skip!r}")
+
+
+def time_ids(positive: Sequence[float], negative: Sequence[float], request: XLRequest, like: Tensor) -> Tensor:
+    """Return the sizes that the pictures of a request are conditioned on: (B, n), or under guidance (2 B, n)."""
+    rows = [negative] * request.count + [positive] * request.count if request.guided else [positive] * request.count
+    return torch.tensor(rows, dtype=like.dtype, device=like.device)
+
+
+def steps_until(scheduler: Scheduler, plan: Plan, denoising_end: float | None) -> int | None:
+    """Return the step before which a run ends that does a share of the noise levels; None if it takes all.
+
+    It takes the steps at timesteps t >= T (1 - denoising_end), rounded; a run that begins with the same share as its
+    ``denoising_start`` takes those below.
+    """
+    if denoising_end is None or denoising_end == 1:
+        return None
+    cut = cut_timestep(scheduler, denoising_end)
+    count = sum(t >= cut for t in plan.times[plan.start :])
+    if not count:
+        raise ValueError(
+            f"denoising_end={denoising_end} leaves nothing to do: the first timestep is {plan.times[plan.start]:g}, "
+            f"the cut lies at {cut}"
+        )
+    return plan.start + count
+
+
+def cut_timestep(scheduler: Scheduler, share: float) -> int:
+    """Return the timestep where ``share`` of the noise levels of training is done."""
+    T = scheduler.config.num_train_timesteps
+    return round(T - share * T)
+
+
+class StableDiffusionXLPipeline(XLPipeline):
+    """Text to image with Stable Diffusion XL.
+
+    Args:
+        vae, text_encoder, text_encoder_2, tokenizer, tokenizer_2, unet, scheduler: the components; text encoders and
+            tokenizers may be None if embeddings are passed in, ``vae`` may be None if latents are taken out.
+        image_encoder, feature_extractor: not implemented, must be None.
+        force_zeros_for_empty_prompt: whether the embeddings of an absent negative prompt are zeros.
+        add_watermarker: not implemented, must be None or False.
+
+    Raises:
+        ConfigError: if two components do not fit together, naming both.
+    """
+
+    def __init__(
+        self,
+        vae: AutoencoderKL | None,
+        text_encoder: CLIPTextModel | None,
+        text_encoder_2: CLIPTextModelWithProjection | None,
+        tokenizer: CLIPTokenizer | None,
+        tokenizer_2: CLIPTokenizer | None,
+        unet: UNet2DConditionModel,
+        scheduler: Scheduler,
+        image_encoder: None = None,
+        feature_extractor: None = None,
+        force_zeros_for_empty_prompt: bool = True,
+        add_watermarker: bool | None = None,
+    ) -> None:
+        components = {
+            "vae": vae,
+            "text_encoder": text_encoder,
+            "text_encoder_2": text_encoder_2,
+            "tokenizer": tokenizer,
+            "tokenizer_2": tokenizer_2,
+            "unet": unet,
+            "scheduler": scheduler,
+            "image_encoder": image_encoder,
+            "feature_extractor": feature_extractor,
+        }
+        settings = {
+            "force_zeros_for_empty_prompt": force_zeros_for_empty_prompt,
+            "add_watermarker": add_watermarker,
+        }
+        super().__init__(components, settings, time_ids=6)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: Prompt = None,
+        prompt_2: Prompt = None,
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int = 50,
+        timesteps: Sequence[int] | None = None,
+        sigmas: Sequence[float] | None = None,
+        denoising_end: float | None = None,
+        guidance_scale: float = 5.0,
+        negative_prompt: Prompt = None,
+        negative_prompt_2: Prompt = None,
+        num_images_per_prompt: int = 1,
+        eta: float = 0.0,
+        generator: Generators = None,
+        latents: Tensor | None = None,
+        prompt_embeds: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+        pooled_prompt_embeds: Tensor | None = None,
+        negative_pooled_prompt_embeds: Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        guidance_rescale: float = 0.0,
+        original_size: Size | None = None,
+        crops_coords_top_left: Size = (0, 0),
+        target_size: Size | None = None,
+        negative_original_size: Size | None = None,
+        negative_crops_coords_top_left: Size = (0, 0),
+        negative_target_size: Size | None = None,
+        clip_skip: int | None = None,
+        callback_on_step_end: Callback | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        *,
+        seed: int | None = None,
+        seeds: Sequence[int] | None = None,
+        **not_implemented: Any,
+    ) -> StableDiffusionXLPipelineOutput | tuple[Any]:
+        """Generate pictures.
+
+        Args: the fields of ``XLRequest`` describe the generation; besides them
+            output_type: "pil", "np" (B, H, W, 3) in [0, 1], "pt" (B, 3, H, W) in [0, 1], or "latent".
+            return_dict: whether to return a record or the tuple (images,).
+            callback_on_step_end: called as f(pipe, index, timestep, tensors) after each step; returns a dict whose
+                tensors replace those of the run. It may set ``pipe._interrupt = True`` to stop, and
+                ``pipe._guidance_scale``.
+            callback_on_step_end_tensor_inputs: which tensors it gets: latents, prompt_embeds, add_text_embeds,
+                add_time_ids.
+
+        Raises:
+            TypeError, ValueError: naming the argument, what was found and what was expected.
+        """
+        handling = Handling(output_type, callback_on_step_end, callback_on_step_end_tensor_inputs)
+        self._check_handling(handling, not_implemented)
+        request = XLRequest(
+            prompt=prompt,
+            prompt_2=prompt_2,
+            height=height,
+            width=width,
+            num_inference_steps=num_inference_steps,
+            timesteps=timesteps,
+            sigmas=sigmas,
+            denoising_end=denoising_end,
+            guidance_scale=guidance_scale,
+            negative_prompt=negative_prompt,
+            negative_prompt_2=negative_prompt_2,
+            num_images_per_prompt=num_images_per_prompt,
+            eta=eta,
+            generator=generator,
+            latents=latents,
+            prompt_embeds=prompt_embeds,
+            negative_prompt_embeds=negative_prompt_embeds,
+            pooled_prompt_embeds=pooled_prompt_embeds,
+            negative_pooled_prompt_embeds=negative_pooled_prompt_embeds,
+            guidance_rescale=guidance_rescale,
+            original_size=original_size,
+            crops_coords_top_left=crops_coords_top_left,
+            target_size=target_size,
+            negative_original_size=negative_original_size,
+            negative_crops_coords_top_left=negative_crops_coords_top_left,
+            negative_target_size=negative_target_size,
+            clip_skip=clip_skip,
+            seed=seed,
+            seeds=seeds,
+        )
+        images, seeds = self._generate(request, handling)
+        return StableDiffusionXLPipelineOutput(images, seeds) if return_dict else (images,)
+
+    def steps(self, prompt: Prompt = None, **arguments: Any) -> Iterator[Step]:
+        """Generate step by step: yield a ``Step`` after each, with the latents and the clean latents predicted.
+
+        The arguments are those of a call that concern the generation: the fields of ``XLRequest``. Leaving the loop
+        early stops the generation.
+        """
+        return self._yield_steps(self._start(XLRequest(prompt, **arguments)))  # wrong arguments are said now
+
+    @torch.no_grad()
+    def _start(self, request: XLRequest) -> XLRun:
+        H, W = self._latent_size(request.height, request.width)
+        generator, seeds = make_generators(request)
+        device = self.device
+        plan = make_plan(self.scheduler, request, device)
+        conditions = self._conditions(request, device)
+        ctx = conditions["prompt_embeds"]
+        shape = (request.count, self.unet.config.in_channels, H, W)
+        noise = initial_latents(shape, request.latents, generator, device, ctx.dtype)
+        size = (H * self.vae_scale_factor, W * self.vae_scale_factor)
+        return XLRun(
+            plan=plan,
+            latents=noise * plan.init_noise_sigma,
+            negative_prompt_embeds=None,
+            guidance_scale=request.guidance_scale,
+            guidance_rescale=request.guidance_rescale,
+            generator=generator,
+            seeds=seeds,
+            stop=steps_until(self.scheduler, plan, request.denoising_end),
+            add_time_ids=time_ids(*_sizes(request, size), request, ctx),
+            **conditions,
+        )
+
+
+def _sizes(request: XLRequest, size: tuple[int, int]) -> tuple[list[float], list[float]]:
+    """Return the six numbers that the prompt and the negative prompt are conditioned on."""
+    positive = [*(request.original_size or size), *request.crops_coords_top_left, *(request.target_size or size)]
+    original, target = request.negative_original_size, request.negative_target_size
+    if original is None and target is None:
+        if tuple(request.negative_crops_coords_top_left) != (0, 0):
+            raise ValueError(
+                "negative_crops_coords_top_left counts only beside negative_original_size and negative_target_size"
+            )
+        return positive, positive
+    if original is None or target is None:
+        raise ValueError("give negative_original_size and negative_target_size together")
+    return positive, [*original, *request.negative_crops_coords_top_left, *target]
+
+
+# --- checks ----------------------------------------------------------------------------------------------------------
+
+
+def _check_fit(components: Mapping[str, Any], time_ids: int) -> None:
+    """Raise ``ConfigError`` if two components were not made for each other."""
+    vae, unet, encoder_2 = (components[name] for name in ("vae", "unet", "text_encoder_2"))
+    encoders = [one for one in (components["text_encoder"], encoder_2) if one is not None]
+    if unet.spec.added is None:
+        raise ConfigError("unet has no addition_embed_type 'text_time': it is not one of Stable Diffusion XL")
+    widths = [encoder.config.hidden_size for encoder in encoders]
+    D = unet.spec.levels[-1].D_ctx
+    if encoder_2 is not None and sum(widths) != D:
+        raise ConfigError(
+            f"text encoders and unet do not fit: hidden_size {' + '.join(map(str, widths))} against "
+            f"cross_attention_dim {D} of the UNet (SDXL base: 768 + 1280 = 2048, the refiner: 1280 alone)"
+        )
+    if encoder_2 is not None:
+        P, features = encoder_2.config.projection_dim, unet.spec.added_features
+        if P + time_ids * features != unet.spec.added:
+            raise ConfigError(
+                f"unet takes added conditions of width {unet.spec.added}, but projection_dim {P} of text_encoder_2 and "
+                f"{time_ids} sizes of width {features} make {P + time_ids * features}; requires_aesthetics_score of "
+                "the image-to-image pipeline should be true for the refiner (5 sizes) and false for base (6)"
+            )
+    for suffix in ("", "_2"):
+        tokenizer, encoder = components[f"tokenizer{suffix}"], components[f"text_encoder{suffix}"]
+        if tokenizer is not None and encoder is not None and len(tokenizer) > encoder.config.vocab_size:
+            raise ConfigError(
+                f"tokenizer{suffix} and text_encoder{suffix} do not fit: {len(tokenizer)} tokens against vocab_size "
+                f"{encoder.config.vocab_size}"
+            )
+    if vae is not None:
+        Z = vae.config.latent_channels
+        if (unet.config.in_channels, unet.config.out_channels) != (Z, Z):
+            raise ConfigError(
+                f"vae and unet do not fit: latent_channels {Z} of the VAE against in_channels "
+                f"{unet.config.in_channels} and out_channels {unet.config.out_channels} of the UNet (9 in: inpainting)"
+            )
