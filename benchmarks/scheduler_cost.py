@@ -23,18 +23,18 @@ STEPS, TIMED = 50, range(15, 35)
 
 
 def measure(scheduler: Any, x: Tensor, out: Tensor) -> float:
-    """Return the seconds of one middle step, the mean over ``TIMED``."""
+    """Return the seconds of one middle step, the median over ``TIMED``: a step that was interrupted does not count."""
     scheduler.set_timesteps(STEPS)
     generator = {"generator": torch.Generator().manual_seed(0)}
     if "generator" not in inspect.signature(scheduler.step).parameters:
         generator = {}
-    seconds = 0.0
-    for i, t in enumerate(scheduler.timesteps[: TIMED.stop]):
+    seconds = []
+    for t in scheduler.timesteps[: TIMED.stop]:
         start = time.perf_counter()
         scheduler.scale_model_input(x, t)
         scheduler.step(out, t, x, **generator)
-        seconds += (time.perf_counter() - start) * (i in TIMED)
-    return seconds / len(TIMED)
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds[TIMED.start :])
 
 
 def compare(kind: str, repeats: int) -> dict[str, float]:
