@@ -8,7 +8,7 @@ from pathlib import Path
 from minidiff.errors import CheckpointNotFoundError
 
 DEFAULT = "emoji64"
-GUIDANCE = 3.0  # suits it best, says its card
+GUIDANCE = 2.0  # suits it best, says its card
 
 _PACKAGE = Path(__file__).resolve().parent
 _FOLDERS = (_PACKAGE / "_weights", _PACKAGE.parent / "weights")  # installed wheel; source checkout or editable install

@@ -77,7 +77,7 @@ def test_defaults(pipe):
     assert pipe.loaded == (Path("embedded"), "float32", None)
     assert pipe.call["seeds"] == [0]  # a seed of 0 is a seed
     assert pipe.call["width"] is pipe.call["height"] is pipe.call["negative_prompt"] is None
-    assert pipe.call["guidance_scale"] == 3.0  # what the embedded checkpoint's card says
+    assert pipe.call["guidance_scale"] == GUIDANCE
     found = read_metadata("red-apple-3-4-view-0.png")
     assert (found["checkpoint"], found["negative"], found["size"]) == ("emoji64", "", "64x64")
 
@@ -220,7 +220,7 @@ def test_embedded_checkpoint_from_a_cold_start(tmp_path):
     assert seconds < 15  # measured: 2.9 s
 
     pipe = minidiff.DiffusionPipeline.from_pretrained(embedded_checkpoint())
-    expected = pipe("red apple", num_inference_steps=25, guidance_scale=3.0, seeds=[3]).images[0]
+    expected = pipe("red apple", num_inference_steps=25, guidance_scale=GUIDANCE, seeds=[3]).images[0]
     shown = np.asarray(Image.open(tmp_path / "apple.png"))
     assert shown.shape == (64, 64, 3) and shown.std() > 20
     # Another number of threads may sum in another order. Measured: 0.
@@ -231,7 +231,7 @@ def test_embedded_checkpoint_from_a_cold_start(tmp_path):
         "seed": "3",
         "steps": "25",
         "scheduler": type(pipe.scheduler).__name__,
-        "guidance": "3.0",
+        "guidance": str(GUIDANCE),
         "checkpoint": "emoji64",
         "size": "64x64",
         "dtype": "float32",
