@@ -63,7 +63,10 @@ class Transitions:
         self.lam = alpha.log() - sigma.log()  # (N + 1,)
 
     def weights(self, s: int, t: int) -> Weights:
-        """Return the coefficients of the transition from level s to level t."""
+        """Return the coefficients of the transition from level s to level t.
+
+        A flow may end below ``sigma_min``, so that its last transition goes up; no noise then, NaN in the reference.
+        """
         alpha, sigma, h = self.alpha[t], self.sigma[t], self.lam[t] - self.lam[s]
         shrink, growth = torch.exp(-h) - 1.0, torch.exp(h) - 1.0
         if self.algorithm == "dpmsolver++":
@@ -71,11 +74,11 @@ class Transitions:
             d1, d2 = alpha * (shrink / h + 1.0), -(alpha * ((shrink + h) / h**2 - 0.5))
         elif self.algorithm == "sde-dpmsolver++":
             lost = 1.0 - torch.exp(-2.0 * h)
-            to_x, d0, std = sigma / self.sigma[s] * torch.exp(-h), alpha * lost, sigma * torch.sqrt(lost)
+            to_x, d0, std = sigma / self.sigma[s] * torch.exp(-h), alpha * lost, sigma * torch.sqrt(lost.clamp(min=0))
             d1, d2 = alpha * (lost / (-2.0 * h) + 1.0), alpha * ((lost - 2.0 * h) / (2.0 * h) ** 2 - 0.5)
         else:  # dpmsolver, and sde-dpmsolver, which moves twice as far and adds noise
             times = 1.0 if self.algorithm == "dpmsolver" else 2.0
-            std = 0.0 if times == 1.0 else sigma * torch.sqrt(torch.exp(2 * h) - 1.0)
+            std = 0.0 if times == 1.0 else sigma * torch.sqrt((torch.exp(2 * h) - 1.0).clamp(min=0))
             to_x, d0 = alpha / self.alpha[s], -times * (sigma * growth)
             d1, d2 = -times * (sigma * (growth / h - 1.0)), -(sigma * ((growth - h) / h**2 - 0.5))
         return Weights(float(to_x), float(d0), float(d1), float(d2), 0.5 * float(d0), float(std))

@@ -56,5 +56,12 @@ def test_zero_snr_is_finite_or_refused(kind):
             check_plan(kind, options, n)
 
 
+@pytest.mark.parametrize("algorithm", ["dpmsolver++", "sde-dpmsolver++"])
+@pytest.mark.parametrize("kind", ["DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler"])
+def test_a_flow_that_ends_below_the_last_level_is_finite(kind, algorithm):
+    options = next(every_option(kind)) | {"spaced_by": "use_flow_sigmas", "final_sigmas_type": "sigma_min"}
+    assert check_plan(kind, options | {"algorithm_type": algorithm}, 200) is not None
+
+
 def test_every_scheduler_has_a_row():
     assert set(SCHEDULERS) <= set(CLASSES)
