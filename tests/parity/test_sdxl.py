@@ -99,7 +99,7 @@ CALLS = {
     "skipped layer": {"clip_skip": 1},
     "long prompt": {"prompt": "cats and dogs " * 40},
     "cut": {"denoising_end": 0.3},
-    "cut at a step": {"denoising_end": 0.5, "num_inference_steps": 10},
+    "cut at a step": {"denoising_end": 0.499, "num_inference_steps": 10},  # at 501, which is the fifth
     "whole run": {"denoising_end": 1.0},
 }
 

@@ -117,6 +117,7 @@ CALLS: dict[str, dict[str, Any]] = {
     },
     "latents as image": {"image": LATENTS},
     "clean latents, taken over": {"image": LATENTS, "denoising_start": 0.5},
+    "taken over at a step": {"image": LATENTS, "denoising_start": 0.499, "num_inference_steps": 10},
     "a picture, taken over": {"denoising_start": 0.5},
     "the middle of a run": {"image": LATENTS, "denoising_start": 0.25, "denoising_end": 0.75},
     "the start of the rest": {"strength": 0.8, "denoising_end": 0.75},
@@ -163,7 +164,7 @@ def test_one_run_in_two_halves_is_the_run(bases: tuple[Any, Any]) -> None:
     second.set_progress_bar_config(disable=True)
     options = {"prompt": PROMPT, "num_inference_steps": 10, "seed": 4, "output_type": "latent"}
     whole = base(**options).images
-    for cut in (0.12, 0.3, 0.5, 0.77, 0.8, 0.95):
+    for cut in (0.12, 0.3, 0.499, 0.5, 0.77, 0.8, 0.95):
         half = list(base.steps(PROMPT, num_inference_steps=10, seed=4, denoising_end=cut))
         options_2 = {"num_inference_steps": 10, "denoising_start": cut, "image": half[-1].latents, "seed": 4}
         rest = list(second.steps(PROMPT, **options_2))
