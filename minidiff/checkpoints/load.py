@@ -4,7 +4,7 @@ Three stages. The headers are read first (names, dtypes, shapes, positions: a fe
 network expects, so that everything that is wrong is reported together before any weight is read. Then each tensor is
 taken from its file: memory-mapped and not copied where the stored dtype is the wanted one, otherwise converted on its
 own through a small buffer, so that the stored and the converted weights are never in memory together. Last, the
-tensors become the network's parameters (``assign=True``, ``strict=True``).
+tensors become the network's parameters, one for one.
 """
 
 import gc
@@ -40,8 +40,15 @@ class Stored(NamedTuple):
     start: int  # position of the first byte in the file
 
 
-class SkipInit(TorchFunctionMode):
-    """Context in which ``torch.nn.init`` does nothing: its values would be thrown away, and take half the time."""
+_FACTORIES = frozenset((torch.empty, torch.zeros, torch.ones, torch.full, torch.rand, torch.randn, torch.arange))
+
+
+class OnMeta(TorchFunctionMode):
+    """Context in which modules are built on the meta device and ``torch.nn.init`` does nothing.
+
+    It is ``torch.device("meta")`` with less work per call, without initial values that loading would throw away: the
+    two take most of the time of a load whose weights are mapped.
+    """
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -49,6 +56,8 @@ class SkipInit(TorchFunctionMode):
         kwargs = kwargs or {}
         if getattr(func, "__module__", None) == "torch.nn.init":
             return kwargs["tensor"] if "tensor" in kwargs else args[0]
+        if func in _FACTORIES:
+            kwargs = {**kwargs, "device": "meta"}
         return func(*args, **kwargs)
 
 
@@ -148,10 +157,26 @@ def load_weights(model: nn.Module, weights: Weights, dtype: torch.dtype) -> None
     state: dict[str, Tensor] = {}
     for row in rows:
         state.update(zip(row.ours, row.hub_op.to_ours(tuple(tensors[name] for name in row.hub)), strict=True))
-    model.load_state_dict(state, strict=True, assign=True)
-    unfilled = [name for name, tensor in [*model.named_parameters(), *model.named_buffers()] if tensor.is_meta]
-    if unfilled:  # a buffer that is not saved would stay without data: networks here compute such things when needed
-        raise AssertionError(f"{type(model).__name__} has tensors that no checkpoint fills: {', '.join(unfilled)}")
+    _assign(model, state)
+
+
+def _assign(model: nn.Module, state: dict[str, Tensor]) -> None:
+    """Make ``state`` the parameters and buffers of ``model``, one for one.
+
+    It is ``load_state_dict(strict=True, assign=True)`` without its hooks and its comparisons, which were made before.
+    """
+    for prefix, module in model.named_modules():
+        dot = prefix and f"{prefix}."
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                module._parameters[name] = nn.Parameter(state.pop(dot + name), requires_grad=parameter.requires_grad)
+        for name, buffer in module._buffers.items():
+            if (
+                buffer is not None
+            ):  # a buffer that is not saved has no row: networks here compute such things when needed
+                module._buffers[name] = state.pop(dot + name)
+    if state:
+        raise AssertionError(f"{type(model).__name__} has rows for tensors that it lacks: {', '.join(state)}")
 
 
 def _match(model: Loadable, stored: Iterable[Stored], rows: Iterable[Row]) -> tuple[dict[str, Stored], list[str]]:

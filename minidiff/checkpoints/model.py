@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from minidiff.checkpoints.hub import WHY_NO_PICKLES, Repo
-from minidiff.checkpoints.load import SkipInit, as_dtype, load_weights, paused_collector
+from minidiff.checkpoints.load import OnMeta, as_dtype, load_weights, paused_collector
 from minidiff.checkpoints.remap import Row, translate
 from minidiff.checkpoints.save import save_json, save_weights
 from minidiff.config import Config, read_json
@@ -105,7 +105,7 @@ class Model(nn.Module):
             raise ConfigError(f"{path} describes a {fields['_class_name']}, not a {cls.__name__}; is subfolder= right?")
         weights = repo.pinned(path).weights(cls.weights_stem, variant)
         with paused_collector():
-            with torch.device("meta"), SkipInit():
+            with OnMeta():
                 model = cls.from_config(fields, **overrides)
             load_weights(model, weights, wanted)
         return model.eval()
