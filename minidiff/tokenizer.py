@@ -347,7 +347,10 @@ def _backend(vocab: Mapping[str, int], merges: list[tuple[str, str]], unk_token:
 
 
 def _checked_vocab(vocab: Mapping[str, int]) -> Mapping[str, int]:
-    owner: dict[int, str] = {}
+    ids = vocab.values()
+    if {type(i) for i in ids} <= {int} and len(set(ids)) == len(vocab) and min(ids, default=0) >= 0:
+        return vocab
+    owner: dict[int, str] = {}  # something is wrong: find out what
     for token, i in vocab.items():
         if isinstance(i, bool) or not isinstance(i, int) or i < 0:
             raise CheckpointError(f"token {token!r} has the id {i!r} in the vocabulary; expected an int of at least 0")
@@ -357,16 +360,16 @@ def _checked_vocab(vocab: Mapping[str, int]) -> Mapping[str, int]:
 
 
 def _checked_merges(vocab: Mapping[str, int], merges: Sequence[str | tuple[str, str]]) -> list[tuple[str, str]]:
-    pairs = []
-    for n, merge in enumerate(merges, start=1):
-        pair = tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge)
+    pairs = [tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge) for merge in merges]
+    if {len(pair) for pair in pairs} <= {2} and all(a in vocab and b in vocab and a + b in vocab for a, b in pairs):
+        return pairs
+    for n, (merge, pair) in enumerate(zip(merges, pairs, strict=True), start=1):  # something is wrong: find out what
         if len(pair) != 2:
             raise CheckpointError(f"merge {n} is {merge!r}; expected two symbols with one space between them")
         for symbol in (*pair, "".join(pair)):
             if symbol not in vocab:
                 raise CheckpointError(f"merge {n} ({' + '.join(pair)}) uses {symbol!r}, which is not in the vocabulary")
-        pairs.append(pair)
-    return pairs
+    raise AssertionError("unreachable: the comparison above found a wrong merge")
 
 
 def _special_tokens(roles: Iterable[str | AddedToken], known: Iterable[AddedToken]) -> list[AddedToken]:

@@ -15,7 +15,7 @@ from torch import nn
 
 import minidiff
 from minidiff.checkpoints.hub import Repo
-from minidiff.checkpoints.load import as_dtype
+from minidiff.checkpoints.load import as_dtype, paused_collector
 from minidiff.checkpoints.model import REFERENCE_VERSION, Model, refuse_pickles, refuse_unless_harmless
 from minidiff.checkpoints.save import save_json
 from minidiff.config import Config, read_json
@@ -96,9 +96,10 @@ class DiffusionPipeline:
         given = pipeline_class._check_overrides(refuse_unless_harmless(overrides))
         repo = repo.pinned(path)
         parts = pipeline_class._from_index(index, path, given)
-        for name, value in parts.items():
-            if name not in given and isinstance(value, type):
-                parts[name] = _load_component(value, repo, name, wanted, variant)
+        with paused_collector():
+            for name, value in parts.items():
+                if name not in given and isinstance(value, type):
+                    parts[name] = _load_component(value, repo, name, wanted, variant)
         return pipeline_class(**parts)
 
     def save_pretrained(
