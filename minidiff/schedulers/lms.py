@@ -68,6 +68,10 @@ class LMSDiscreteScheduler(SigmaSpaceScheduler):
     ) -> None:
         super().__init__()
 
+    def _bounds(self) -> tuple[float | None, float | None]:
+        # The reference's Karras levels of LMS, unlike its others, do not look at the config.
+        return (None, None) if self.config.use_karras_sigmas else super()._bounds()
+
     def _grid(self, count: int) -> Grid:
         times, sigmas = self._spaced(count)
         closed = np.append(sigmas, 0.0).astype(np.float32)

@@ -74,11 +74,18 @@ class SigmaSpaceScheduler(Scheduler):
         sigmas = self._interpolated(times, training)
         if self._respace is None:
             return times, sigmas
-        low, high = config.get("sigma_min"), config.get("sigma_max")
+        low, high = self._bounds()
         sigmas = self._respace(
             sigmas[-1].item() if low is None else low, sigmas[0].item() if high is None else high, count
         )
         return noise_schedule.sigma_to_timestep(sigmas, np.log(training)), sigmas
+
+    def _bounds(self) -> tuple[float | None, float | None]:
+        """Return the least and greatest noise level to respace between, None for those of the timesteps.
+
+        Only Euler has these fields; in another class's config they come from elsewhere, and count as in the reference.
+        """
+        return self.config.get("sigma_min"), self.config.get("sigma_max")
 
     def _interpolated(self, times: np.ndarray, training: np.ndarray) -> np.ndarray:
         """Return the noise levels (N,) at timesteps, which may lie between those of training."""

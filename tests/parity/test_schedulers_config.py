@@ -122,6 +122,22 @@ def test_unipc_reads_the_file_of_pndm(tmp_path):
     assert ours.config["skip_prk_steps"] is True  # unknown to UniPC, kept for the way back
 
 
+@pytest.mark.parametrize("spacing", ["use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas"])
+@pytest.mark.parametrize("kind", ["LMSDiscreteScheduler", "HeunDiscreteScheduler", "KDPM2DiscreteScheduler"])
+def test_bounds_of_another_class(kind, spacing):
+    """sigma_min and sigma_max of another class's config count, but not for the Karras levels of LMS, as there."""
+    runs = []
+    for library in (minidiff, diffusers):
+        source = library.UniPCMultistepScheduler(
+            sigma_min=0.1, sigma_max=9.0, rescale_betas_zero_snr=True, prediction_type="v_prediction", **{spacing: True}
+        )
+        runs.append(getattr(library, kind).from_config(source.config))
+        runs[-1].set_timesteps(7)
+    ours, theirs = runs
+    assert (ours.sigmas == theirs.sigmas).all()
+    assert (ours.alphas_cumprod == theirs.alphas_cumprod).all()
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_attributes(kind):
     ours, theirs = getattr(minidiff, kind)(), getattr(diffusers, kind)()
