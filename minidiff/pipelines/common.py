@@ -55,6 +55,15 @@ class Run:
         """Whether this step asks the UNet twice, with and without the prompt."""
         return self.guidance_scale > 1
 
+    @property
+    def passes(self) -> int:
+        """How many copies of the latents this step shows the UNet."""
+        return 2 if self.guided else 1
+
+    def combine(self, out: Tensor) -> Tensor:
+        """Return the guided prediction (B, C, H, W) from those for all copies (passes * B, C, H, W)."""
+        return guide(*out.chunk(2), self.guidance_scale, self.guidance_rescale) if self.guided else out
+
 
 def denoise(network: Network, scheduler: Scheduler, run: Run) -> Iterator[tuple[int, Tensor, Tensor]]:
     """Take every step of the run; yield its index, the x it started from and the guided prediction ``out``."""
@@ -63,10 +72,8 @@ def denoise(network: Network, scheduler: Scheduler, run: Run) -> Iterator[tuple[
         if run.interrupt:
             return
         x = run.latents
-        x_in = torch.cat([x, x]) if run.guided else x
-        out = network(scheduler.scale_input(plan, i, x_in), plan.timesteps[i], run)
-        if run.guided:
-            out = guide(*out.chunk(2), run.guidance_scale, run.guidance_rescale)
+        x_in = torch.cat([x] * run.passes) if run.passes > 1 else x
+        out = run.combine(network(scheduler.scale_input(plan, i, x_in), plan.timesteps[i], run))
         noise = scheduler.draw_noise(plan, i, x, run.generator)
         run.latents, past = scheduler.advance(plan, i, x, out, past, noise)
         yield i, x, out

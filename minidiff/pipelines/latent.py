@@ -2,15 +2,17 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
+from minidiff.errors import ConfigError
 from minidiff.pipelines.base import DiffusionPipeline
 from minidiff.pipelines.callbacks import Callback, Callbacks
 from minidiff.pipelines.common import Run, Step, denoise
 from minidiff.pipelines.request import Request, check_choice, check_count
+from minidiff.unet import UNet2DConditionModel
 from minidiff.vae import AutoencoderKL
 
 if TYPE_CHECKING:
@@ -35,6 +37,7 @@ class LatentPipeline(Callbacks, DiffusionPipeline):
     """Base of the pipelines over latents. A subclass provides ``_start`` and ``_network``."""
 
     optional_components: ClassVar[tuple[str, ...]] = ("image_encoder", "feature_extractor")
+    unet_inputs: ClassVar[tuple[str, ...]] = ("latents",)  # what its UNets may read: keys of ``UNET_INPUTS``
 
     def __init__(self, components: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
         Callbacks.__init__(self)
@@ -138,6 +141,44 @@ class LatentPipeline(Callbacks, DiffusionPipeline):
                 f"{name} should be (B, L, {D}) for this UNet ({family(D)}), found {tuple(embeds.shape)} "
                 f"({family(embeds.shape[-1])})"
             )
+
+
+class UNetInput(NamedTuple):
+    """What a UNet reads: that many of the autoencoder's latents, and further channels."""
+
+    latents: int
+    further: int
+    what: str
+    pipeline: str  # the end of the name of the pipeline that shows it this
+
+
+UNET_INPUTS = {
+    "latents": UNetInput(1, 0, "a text-to-image UNet", "Pipeline"),
+    "image": UNetInput(2, 0, "an instruct-pix2pix UNet, which also reads the image", "InstructPix2PixPipeline"),
+    "mask": UNetInput(2, 1, "an inpainting UNet, which also reads mask and masked image", "InpaintPipeline"),
+}
+
+
+def check_channels(pipeline: type[LatentPipeline], vae: AutoencoderKL | None, unet: UNet2DConditionModel) -> None:
+    """Raise ``ConfigError`` if the UNet does not read what the pipeline shows it, naming the pipeline that does."""
+    Z = unet.config.out_channels if vae is None else vae.config.latent_channels
+    channels = {name: kind.latents * Z + kind.further for name, kind in UNET_INPUTS.items()}
+    expected = [channels[name] for name in pipeline.unet_inputs]
+    found = unet.config.in_channels
+    if unet.config.out_channels == Z and found in expected:
+        return
+    for name, kind in UNET_INPUTS.items():
+        if channels[name] == found and unet.config.out_channels == Z:
+            family = "StableDiffusion" if unet.spec.added is None else "StableDiffusionXL"
+            advice = f"this is {kind.what}: use {family}{kind.pipeline}"
+            break
+    else:
+        advice = "no pipeline of minidiff takes this UNet"
+    raise ConfigError(
+        f"vae and unet do not fit {pipeline.__name__}: for {Z} latent channels it takes a UNet with in_channels "
+        f"{' or '.join(map(str, expected))} and out_channels {Z}, found in_channels {found} and out_channels "
+        f"{unet.config.out_channels}; {advice}"
+    )
 
 
 def family(D: int) -> str:

@@ -6,7 +6,7 @@ Paper: Rombach et al. 2022 (LDM, https://arxiv.org/abs/2112.10752). Checked agai
 
 import logging
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -18,7 +18,7 @@ from minidiff.errors import ConfigError
 from minidiff.outputs import Output
 from minidiff.pipelines.callbacks import Callback
 from minidiff.pipelines.common import Run, Step, initial_latents, make_generators, make_plan
-from minidiff.pipelines.latent import Handling, LatentPipeline, family
+from minidiff.pipelines.latent import Handling, LatentPipeline, check_channels, family
 from minidiff.pipelines.request import Generators, Prompt, Request
 from minidiff.schedulers.base import Scheduler
 from minidiff.tokenizer import CLIPTokenizer
@@ -55,6 +55,7 @@ class StableDiffusionPipeline(LatentPipeline):
     """
 
     optional_components: ClassVar[tuple[str, ...]] = ("safety_checker", "feature_extractor", "image_encoder")
+    scheduler_corrections: ClassVar[Mapping[str, Any]] = {"steps_offset": 1, "clip_sample": False}
 
     def __init__(
         self,
@@ -76,13 +77,14 @@ class StableDiffusionPipeline(LatentPipeline):
         for name, component in absent.items():
             if component is not None:
                 raise ConfigError(f"{name} is not implemented: pass {name}=None, found {type(component).__name__}")
-        _check_fit(vae, text_encoder, tokenizer, unet)
+        _check_fit(text_encoder, tokenizer, unet)
+        check_channels(type(self), vae, unet)
         components = {
             "vae": vae,
             "text_encoder": text_encoder,
             "tokenizer": tokenizer,
             "unet": unet,
-            "scheduler": _updated(scheduler),
+            "scheduler": _corrected(scheduler, self.scheduler_corrections),
             **absent,
         }
         super().__init__(components, {"requires_safety_checker": requires_safety_checker})
@@ -265,12 +267,7 @@ class StableDiffusionPipeline(LatentPipeline):
 # --- checks ----------------------------------------------------------------------------------------------------------
 
 
-def _check_fit(
-    vae: AutoencoderKL | None,
-    text_encoder: CLIPTextModel | None,
-    tokenizer: CLIPTokenizer | None,
-    unet: UNet2DConditionModel,
-) -> None:
+def _check_fit(text_encoder: CLIPTextModel | None, tokenizer: CLIPTokenizer | None, unet: UNet2DConditionModel) -> None:
     """Raise ``ConfigError`` if two components were not made for each other."""
     if text_encoder is not None:
         D, D_ctx = text_encoder.config.hidden_size, unet.spec.levels[-1].D_ctx
@@ -284,23 +281,11 @@ def _check_fit(
                 f"tokenizer and text_encoder do not fit: {len(tokenizer)} tokens against vocab_size "
                 f"{text_encoder.config.vocab_size}"
             )
-    if vae is not None:
-        Z = vae.config.latent_channels
-        if (unet.config.in_channels, unet.config.out_channels) != (Z, Z):
-            raise ConfigError(
-                f"vae and unet do not fit for text to image: latent_channels {Z} of the VAE against in_channels "
-                f"{unet.config.in_channels} and out_channels {unet.config.out_channels} of the UNet (9 in: an "
-                "inpainting UNet, 8 in: instruct-pix2pix)"
-            )
 
 
-def _updated(scheduler: Scheduler) -> Scheduler:
-    """Return the scheduler with two fields that the reference corrects in outdated configs of Stable Diffusion."""
-    outdated = {
-        name: right
-        for name, right in (("steps_offset", 1), ("clip_sample", False))
-        if scheduler.config.get(name, right) != right
-    }
+def _corrected(scheduler: Scheduler, corrections: Mapping[str, Any]) -> Scheduler:
+    """Return the scheduler with the fields that the reference corrects in outdated configs of Stable Diffusion."""
+    outdated = {name: right for name, right in corrections.items() if scheduler.config.get(name, right) != right}
     if not outdated:
         return scheduler
     logger.info("scheduler config updated for Stable Diffusion, as the reference does: %s", outdated)

@@ -24,7 +24,7 @@ from minidiff.errors import ConfigError
 from minidiff.outputs import Output
 from minidiff.pipelines.callbacks import Callback
 from minidiff.pipelines.common import Run, Step, initial_latents, make_generators, make_plan
-from minidiff.pipelines.latent import Handling, LatentPipeline
+from minidiff.pipelines.latent import Handling, LatentPipeline, check_channels
 from minidiff.pipelines.request import Generators, Prompt
 from minidiff.pipelines.request_xl import Size, XLRequest
 from minidiff.schedulers.base import Plan, Scheduler
@@ -70,6 +70,7 @@ class XLPipeline(LatentPipeline):
                 found = type(components[name]).__name__
                 raise ConfigError(f"{name} is not implemented: pass {name}=None, found {found}")
         _check_fit(components, time_ids)
+        check_channels(type(self), components["vae"], components["unet"])
         super().__init__(components, {name: value for name, value in settings.items() if name != "add_watermarker"})
 
     def _decoder(self) -> AutoencoderKL:
@@ -422,7 +423,7 @@ def _sizes(request: XLRequest, size: tuple[int, int]) -> tuple[list[float], list
 
 def _check_fit(components: Mapping[str, Any], time_ids: int) -> None:
     """Raise ``ConfigError`` if two components were not made for each other."""
-    vae, unet, encoder_2 = (components[name] for name in ("vae", "unet", "text_encoder_2"))
+    unet, encoder_2 = components["unet"], components["text_encoder_2"]
     encoders = [one for one in (components["text_encoder"], encoder_2) if one is not None]
     if unet.spec.added is None:
         raise ConfigError("unet has no addition_embed_type 'text_time': it is not one of Stable Diffusion XL")
@@ -447,11 +448,4 @@ def _check_fit(components: Mapping[str, Any], time_ids: int) -> None:
             raise ConfigError(
                 f"tokenizer{suffix} and text_encoder{suffix} do not fit: {len(tokenizer)} tokens against vocab_size "
                 f"{encoder.config.vocab_size}"
-            )
-    if vae is not None:
-        Z = vae.config.latent_channels
-        if (unet.config.in_channels, unet.config.out_channels) != (Z, Z):
-            raise ConfigError(
-                f"vae and unet do not fit: latent_channels {Z} of the VAE against in_channels "
-                f"{unet.config.in_channels} and out_channels {unet.config.out_channels} of the UNet (9 in: inpainting)"
             )
