@@ -41,8 +41,8 @@ class StableDiffusionPipelineOutput(Output):
     seeds: list[int] | None = None
 
 
-class StableDiffusionPipeline(LatentPipeline):
-    """Text to image with Stable Diffusion 1.x and 2.x.
+class SDPipeline(LatentPipeline):
+    """What all tasks with Stable Diffusion 1.x and 2.x share: components and the text.
 
     Args:
         vae, text_encoder, tokenizer, unet, scheduler: the components; ``text_encoder`` and ``tokenizer`` may be None
@@ -88,6 +88,90 @@ class StableDiffusionPipeline(LatentPipeline):
             **absent,
         }
         super().__init__(components, {"requires_safety_checker": requires_safety_checker})
+
+    @torch.no_grad()
+    def encode_prompt(
+        self,
+        prompt: str | list[str] | None,
+        device: torch.device | str,
+        num_images_per_prompt: int,
+        do_classifier_free_guidance: bool,
+        negative_prompt: Prompt = None,
+        prompt_embeds: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+        clip_skip: int | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Encode prompts and, under guidance, negative prompts: two (B * N, L, D), each text repeated N times."""
+        positive = self._encode(prompt, device, clip_skip) if prompt_embeds is None else prompt_embeds
+        batch = len(positive)
+        dtype = self.text_encoder.dtype if self.text_encoder is not None else self.unet.dtype
+        negative = negative_prompt_embeds
+        if do_classifier_free_guidance and negative is None:
+            texts = [negative_prompt or ""] * batch if not isinstance(negative_prompt, list) else negative_prompt
+            # The negative text is encoded to the same number of tokens, and never with clip_skip, as in the reference.
+            negative = self._encode(texts, device, None, max_length=positive.shape[1])
+        N = num_images_per_prompt
+        positive = positive.to(device, dtype).repeat_interleave(N, dim=0)
+        if not do_classifier_free_guidance:
+            return positive, None
+        return positive, negative.to(device, dtype).repeat_interleave(N, dim=0)
+
+    def _encode(
+        self, texts: str | list[str], device: torch.device | str, clip_skip: int | None, max_length: int | None = None
+    ) -> Tensor:
+        if self.text_encoder is None or self.tokenizer is None:
+            raise ValueError(
+                "this pipeline has no text encoder or tokenizer: pass prompt_embeds (and, under guidance, "
+                "negative_prompt_embeds)"
+            )
+        length = max_length or self.tokenizer.model_max_length
+        tokens = self.tokenizer(texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+        ids = tokens.input_ids.to(device)
+        if clip_skip is None:
+            return self.text_encoder(ids).last_hidden_state
+        states = self.text_encoder(ids, output_hidden_states=True).hidden_states
+        return self.text_encoder.norm_out(states[-(clip_skip + 1)])
+
+    def _encode_texts(self, request: Request, device: torch.device) -> dict[str, Tensor | None]:
+        """Check and encode the texts of a request; return what goes into its run."""
+        self._check_clip_skip(request.clip_skip)
+        self._check_width("prompt_embeds", request.prompt_embeds)
+        self._check_width("negative_prompt_embeds", request.negative_prompt_embeds)
+        positive, negative = self.encode_prompt(
+            request.prompt,
+            device,
+            request.num_images_per_prompt,
+            request.guided,
+            request.negative_prompt,
+            request.prompt_embeds,
+            request.negative_prompt_embeds,
+            request.clip_skip,
+        )
+        both = torch.cat([negative, positive]) if request.guided else positive
+        return {"prompt_embeds": both, "negative_prompt_embeds": negative}
+
+    def _network(self, x: Tensor, t: Tensor, run: Run) -> Tensor:
+        return self.unet(x, t, run.prompt_embeds).sample
+
+    def _trained_size(self) -> tuple[int | None, int | None]:
+        # The first published UNet configs said 32 by mistake; the reference reads less than 64 from before 0.9 as 64.
+        config = self.unet.config
+        found = re.match(r"(\d+)\.(\d+)", config.get("_diffusers_version", ""))
+        old = found is not None and (int(found[1]), int(found[2])) < (0, 9)
+        if old and isinstance(config.sample_size, int) and config.sample_size < 64:
+            return 64, 64
+        return super()._trained_size()
+
+    def _check_clip_skip(self, clip_skip: int | None) -> None:
+        if clip_skip is None or self.text_encoder is None:
+            return
+        layers = self.text_encoder.config.num_hidden_layers
+        if isinstance(clip_skip, bool) or not isinstance(clip_skip, int) or not 0 <= clip_skip <= layers:
+            raise ValueError(f"clip_skip should be None or 0 to {layers}, found {clip_skip!r}")
+
+
+class StableDiffusionPipeline(SDPipeline):
+    """Text to image with Stable Diffusion 1.x and 2.x; components and errors are those of ``SDPipeline``."""
 
     @torch.no_grad()
     def __call__(
@@ -167,101 +251,24 @@ class StableDiffusionPipeline(LatentPipeline):
         return self._yield_steps(self._start(Request(*args, **kwargs)))  # wrong arguments are said now, not at next()
 
     @torch.no_grad()
-    def encode_prompt(
-        self,
-        prompt: str | list[str] | None,
-        device: torch.device | str,
-        num_images_per_prompt: int,
-        do_classifier_free_guidance: bool,
-        negative_prompt: Prompt = None,
-        prompt_embeds: Tensor | None = None,
-        negative_prompt_embeds: Tensor | None = None,
-        clip_skip: int | None = None,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Encode prompts and, under guidance, negative prompts: two (B * N, L, D), each text repeated N times."""
-        positive = self._encode(prompt, device, clip_skip) if prompt_embeds is None else prompt_embeds
-        batch = len(positive)
-        dtype = self.text_encoder.dtype if self.text_encoder is not None else self.unet.dtype
-        negative = negative_prompt_embeds
-        if do_classifier_free_guidance and negative is None:
-            texts = [negative_prompt or ""] * batch if not isinstance(negative_prompt, list) else negative_prompt
-            # The negative text is encoded to the same number of tokens, and never with clip_skip, as in the reference.
-            negative = self._encode(texts, device, None, max_length=positive.shape[1])
-        N = num_images_per_prompt
-        positive = positive.to(device, dtype).repeat_interleave(N, dim=0)
-        if not do_classifier_free_guidance:
-            return positive, None
-        return positive, negative.to(device, dtype).repeat_interleave(N, dim=0)
-
-    def _encode(
-        self, texts: str | list[str], device: torch.device | str, clip_skip: int | None, max_length: int | None = None
-    ) -> Tensor:
-        if self.text_encoder is None or self.tokenizer is None:
-            raise ValueError(
-                "this pipeline has no text encoder or tokenizer: pass prompt_embeds (and, under guidance, "
-                "negative_prompt_embeds)"
-            )
-        length = max_length or self.tokenizer.model_max_length
-        tokens = self.tokenizer(texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
-        ids = tokens.input_ids.to(device)
-        if clip_skip is None:
-            return self.text_encoder(ids).last_hidden_state
-        states = self.text_encoder(ids, output_hidden_states=True).hidden_states
-        return self.text_encoder.norm_out(states[-(clip_skip + 1)])
-
-    # --- one run -----------------------------------------------------------------------------------------------------
-
-    @torch.no_grad()
     def _start(self, request: Request) -> Run:
         """Encode the texts, plan the steps and draw the first latents."""
-        self._check_clip_skip(request.clip_skip)
-        self._check_width("prompt_embeds", request.prompt_embeds)
-        self._check_width("negative_prompt_embeds", request.negative_prompt_embeds)
         H, W = self._latent_size(request.height, request.width)
         generator, seeds = make_generators(request)
         device = self.device
         plan = make_plan(self.scheduler, request, device)
-        positive, negative = self.encode_prompt(
-            request.prompt,
-            device,
-            request.num_images_per_prompt,
-            request.guided,
-            request.negative_prompt,
-            request.prompt_embeds,
-            request.negative_prompt_embeds,
-            request.clip_skip,
-        )
+        texts = self._encode_texts(request, device)
         shape = (request.count, self.unet.config.in_channels, H, W)
-        noise = initial_latents(shape, request.latents, generator, device, positive.dtype)
+        noise = initial_latents(shape, request.latents, generator, device, texts["prompt_embeds"].dtype)
         return Run(
             plan=plan,
             latents=noise * plan.init_noise_sigma,
-            prompt_embeds=torch.cat([negative, positive]) if request.guided else positive,
-            negative_prompt_embeds=negative,
+            **texts,
             guidance_scale=request.guidance_scale,
             guidance_rescale=request.guidance_rescale,
             generator=generator,
             seeds=seeds,
         )
-
-    def _network(self, x: Tensor, t: Tensor, run: Run) -> Tensor:
-        return self.unet(x, t, run.prompt_embeds).sample
-
-    def _trained_size(self) -> tuple[int | None, int | None]:
-        # The first published UNet configs said 32 by mistake; the reference reads less than 64 from before 0.9 as 64.
-        config = self.unet.config
-        found = re.match(r"(\d+)\.(\d+)", config.get("_diffusers_version", ""))
-        old = found is not None and (int(found[1]), int(found[2])) < (0, 9)
-        if old and isinstance(config.sample_size, int) and config.sample_size < 64:
-            return 64, 64
-        return super()._trained_size()
-
-    def _check_clip_skip(self, clip_skip: int | None) -> None:
-        if clip_skip is None or self.text_encoder is None:
-            return
-        layers = self.text_encoder.config.num_hidden_layers
-        if isinstance(clip_skip, bool) or not isinstance(clip_skip, int) or not 0 <= clip_skip <= layers:
-            raise ValueError(f"clip_skip should be None or 0 to {layers}, found {clip_skip!r}")
 
 
 # --- checks ----------------------------------------------------------------------------------------------------------
