@@ -44,6 +44,7 @@ class Run:
     seeds: list[int] | None
     interrupt: bool = False
     stop: int | None = None  # the step before which the run ends; None = it takes all
+    dropped: dict[str, list[str]] | None = None  # argument -> what was cut off each of its texts
 
     @property
     def indices(self) -> range:
@@ -88,12 +89,16 @@ def guide(negative: Tensor, positive: Tensor, scale: float, rescale: float = 0.0
         scale: 1 is the plain conditional prediction; 7.5 is usual.
         rescale: 0 to 1, how far the standard deviation of each picture goes back to that of ``positive``.
     """
-    out = negative + scale * (positive - negative)
-    if rescale > 0:
-        axes = tuple(range(1, out.ndim))
-        rescaled = out * (positive.std(dim=axes, keepdim=True) / out.std(dim=axes, keepdim=True))
-        out = rescale * rescaled + (1 - rescale) * out
-    return out
+    return rescaled(negative + scale * (positive - negative), positive, rescale)
+
+
+def rescaled(out: Tensor, positive: Tensor, rescale: float) -> Tensor:
+    """Pull the standard deviation of each picture of ``out`` back to that of ``positive``, by the share ``rescale``."""
+    if rescale == 0:
+        return out
+    axes = tuple(range(1, out.ndim))
+    full = out * (positive.std(dim=axes, keepdim=True) / out.std(dim=axes, keepdim=True))
+    return rescale * full + (1 - rescale) * out
 
 
 def make_plan(scheduler: Scheduler, request: Request, device: torch.device) -> Plan:
