@@ -100,7 +100,7 @@ def test_whitening_changes_the_latents_and_not_the_pictures(training):
 
 
 def test_every_epoch_shows_every_picture_once(training):
-    batch_of = training("emoji_denoiser").batch_of
+    batch_of = training("run_state").batch_of
     shown = [i for step in range(10) for i in batch_of(step, 7, count=35, seed=0)]
     assert sorted(shown[:35]) == sorted(shown[35:]) == list(range(35))
     assert shown[:35] != shown[35:]

@@ -1,4 +1,4 @@
-"""The training data of emoji64: Noto Emoji pictures, 64x64, each with the texts that describe it.
+"""The training data of the emoji checkpoints: Noto Emoji pictures, 64x64, each with the texts that describe it.
 
 The npm package ``emoji-datasource-google`` carries them: ``npm pack emoji-datasource-google@16.0.0``, unpack, and give
 the folder ``package``. Flags and the five skin tones are left out; every picture is put on a white background.

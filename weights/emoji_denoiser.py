@@ -20,7 +20,16 @@ from bpe import train_clip_bpe
 from emoji_data import Emoji, read_emoji, read_pictures
 from emoji_vae import encode
 from muon import optimisers_for
-from run_state import Log, Run, learning_rate, step_generator, zero_last_layers
+from run_state import (
+    Log,
+    Run,
+    batch_of,
+    descend,
+    learning_rate,
+    step_generator,
+    update_average,
+    zero_last_layers,
+)
 from torch import Tensor, nn
 
 from minidiff import AutoencoderKL, CLIPTextModel, CLIPTokenizer, DDPMScheduler, UNet2DConditionModel
@@ -82,14 +91,6 @@ class Captions:
         return ids[0] if u < EMPTY_TEXT + NAME else ids[rng.randrange(1, len(ids))]
 
 
-def batch_of(step: int, size: int, count: int, seed: int) -> list[int]:
-    """Return the pictures of one step; they come in a new random order every epoch."""
-    positions = range(step * size, (step + 1) * size)
-    epochs = {p // count for p in positions}
-    orders = {e: torch.randperm(count, generator=step_generator(seed + 1, e)).tolist() for e in epochs}
-    return [orders[p // count][p % count] for p in positions]
-
-
 def draw_timesteps(count: int, T: int, late: bool, rng: torch.Generator) -> Tensor:
     """Draw timesteps below ``T``: uniformly, or ``late`` ones more often, with a density proportional to t.
 
@@ -107,14 +108,6 @@ def prediction_loss(
     v = scheduler.get_velocity(x0, noise, t)
     out = networks["unet"](x, t, networks["text_encoder"](ids).last_hidden_state).sample
     return (out - v).square().mean(dim=(1, 2, 3))
-
-
-@torch.no_grad()
-def update_average(average: nn.ModuleDict, networks: nn.ModuleDict, step: int) -> None:
-    """Move the average of the weights towards the weights; faster at first, when they change most."""
-    decay = min(EMA, (step + 1) / (step + 10))
-    for mean, weight in zip(average.parameters(), networks.parameters(), strict=True):
-        mean.lerp_(weight, 1 - decay)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -154,12 +147,9 @@ def train(args: argparse.Namespace) -> None:
         losses = prediction_loss(networks, scheduler, latents[chosen[share]], noise, t, ids)
         networks.zero_grad()
         losses.mean().backward()
-        workers.average_gradients(parameters)
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        for name, optimiser in optimisers.items():
-            optimiser.param_groups[0]["lr"] = learning_rate(peaks[name], step, args.steps, warmup=100)
-            optimiser.step()
-        update_average(average, networks, step)
+        rates = {name: learning_rate(peak, step, args.steps, warmup=100) for name, peak in peaks.items()}
+        descend(parameters, optimisers, rates)
+        update_average(average, networks, step, EMA)
         text_only = losses[(t >= TEXT_ONLY) & (ids != captions.empty).any(dim=1)]
         log.add(step, loss=losses.tolist(), loss_text_only=text_only.tolist())
         if (step + 1) % 100 == 0 or step + 1 == args.steps:

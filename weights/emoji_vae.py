@@ -15,7 +15,7 @@ import math
 import torch
 from emoji_data import read_emoji, read_pictures, to_float
 from muon import optimisers_for
-from run_state import Log, Run, learning_rate, step_generator, zero_last_layers
+from run_state import Log, Run, descend, learning_rate, step_generator, zero_last_layers
 from torch import Tensor
 
 from minidiff import AutoencoderKL
@@ -111,10 +111,8 @@ def train(args: argparse.Namespace) -> None:
         loss, mse = loss_of(vae, x, rng)
         vae.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-        for name, optimiser in optimisers.items():
-            optimiser.param_groups[0]["lr"] = learning_rate(peaks[name], step, args.steps, warmup=20)
-            optimiser.step()
+        rates = {name: learning_rate(peak, step, args.steps, warmup=20) for name, peak in peaks.items()}
+        descend(list(vae.parameters()), optimisers, rates)
         log.add(step, loss=[loss.item()], mse=[mse.item()])
         if (step + 1) % 250 == 0 or step + 1 == args.steps:
             run.save(step + 1)

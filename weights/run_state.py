@@ -1,4 +1,4 @@
-"""What every training run here needs: state that survives an interruption, a log, a learning rate.
+"""What every training run here needs: batches, one step of descent, state that survives an interruption, a log.
 
 Randomness is a function of (seed, step), so a resumed run draws what the uninterrupted one would have drawn, and no
 state of a random generator has to be kept.
@@ -16,7 +16,7 @@ import torch
 import workers
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
 logger = logging.getLogger("minidiff.training")
 
@@ -31,6 +31,33 @@ def learning_rate(peak: float, step: int, steps: int, warmup: int) -> float:
     if step < warmup:
         return peak * (step + 1) / warmup
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(steps - warmup, 1)))
+
+
+def batch_of(step: int, size: int, count: int, seed: int) -> list[int]:
+    """Return the pictures of one step; they come in a new random order every epoch."""
+    positions = range(step * size, (step + 1) * size)
+    epochs = {p // count for p in positions}
+    orders = {e: torch.randperm(count, generator=step_generator(seed + 1, e)).tolist() for e in epochs}
+    return [orders[p // count][p % count] for p in positions]
+
+
+def descend(
+    parameters: list[Tensor], optimisers: Mapping[str, torch.optim.Optimizer], rates: Mapping[str, float]
+) -> None:
+    """Move the parameters against their gradients: averaged over the workers, and together of norm 1 at most."""
+    workers.average_gradients(parameters)
+    nn.utils.clip_grad_norm_(parameters, 1.0)
+    for name, optimiser in optimisers.items():
+        optimiser.param_groups[0]["lr"] = rates[name]
+        optimiser.step()
+
+
+@torch.no_grad()
+def update_average(average: nn.Module, network: nn.Module, step: int, decay: float) -> None:
+    """Move the average of the weights towards the weights; faster at first, when they change most."""
+    decay = min(decay, (step + 1) / (step + 10))
+    for mean, weight in zip(average.parameters(), network.parameters(), strict=True):
+        mean.lerp_(weight, 1 - decay)
 
 
 def zero_last_layers(network: nn.Module, names: tuple[str, ...]) -> None:
