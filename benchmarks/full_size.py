@@ -1,12 +1,13 @@
-"""Compare the networks of Stable Diffusion 1.5 and 2.1 with the reference at full size, in float32.
+"""Compare the networks of the published checkpoints with the reference at full size, in float32.
 
-    python -m benchmarks.full_size                 # both families
-    python -m benchmarks.full_size sd15            # one of them
+    python -m benchmarks.full_size                 # Stable Diffusion 1.5 and 2.1, SDXL base and refiner, DDPM
+    python -m benchmarks.full_size sd15 cat        # some of them
     python -m benchmarks.full_size --out here.json
 
 Built from the published configurations with the reference's own random initialisation. Ours takes the reference's
-tensors through the name table, which shares their memory, and one network is held at a time: 4 GB of memory suffice.
-Prints a Markdown table, writes JSON, and ends with status 1 if a relative L2 error is above 1e-5.
+tensors through the name table, which shares their memory, and one network is held at a time: 12 GB of memory suffice
+for SDXL, 4 GB for the others. Prints a Markdown table, writes JSON, and ends with status 1 if a relative L2 error is
+above 1e-5.
 """
 
 import argparse
@@ -23,13 +24,28 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from minidiff import AutoencoderKL, CLIPTextModel, UNet2DConditionModel
+from minidiff import (
+    AutoencoderKL,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    UNet2DConditionModel,
+    UNet2DModel,
+)
 from minidiff.checkpoints.model import Model
 from minidiff.checkpoints.remap import translate
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "tests" / "data" / "hub_configs"
-FAMILIES = {"sd15": "runwayml--stable-diffusion-v1-5", "sd21": "stabilityai--stable-diffusion-2-1"}
+FAMILIES = {
+    "sd15": "runwayml--stable-diffusion-v1-5",
+    "sd21": "stabilityai--stable-diffusion-2-1",
+    "sdxl": "stabilityai--stable-diffusion-xl-base-1.0",
+    "refiner": "stabilityai--stable-diffusion-xl-refiner-1.0",
+    "cifar10": "google--ddpm-cifar10-32",
+    "cat": "google--ddpm-cat-256",
+    "celebahq": "google--ddpm-celebahq-256",
+}
+XL_SIDE = 32  # height and width of the latents for SDXL: a picture of 256 pixels
 BOUND = 1e-5
 
 
@@ -72,11 +88,28 @@ def share(cls: type[Model], fields: dict[str, Any], theirs: nn.Module) -> Model:
 
 
 def unet_outputs(fields: dict[str, Any]) -> Iterator[Output]:
-    """Yield the UNet's prediction for latents of a 512x512 picture."""
+    """Yield the UNet's prediction for latents: of a 512x512 picture, or for SDXL with its sizes of a 256x256 one."""
     theirs = diffusers.UNet2DConditionModel.from_config(fields)
     ours = share(UNet2DConditionModel, fields, theirs)
-    x, ctx = torch.randn(1, 4, 64, 64), torch.randn(1, 77, fields["cross_attention_dim"])
-    yield Output("sample", ours.num_parameters(), lambda: ours(x, 501, ctx)[0], lambda: theirs(x, 501, ctx)[0])
+    side, options = 64, {}
+    if fields.get("addition_embed_type") == "text_time":
+        side, P = XL_SIDE, 1280
+        sizes = (fields["projection_class_embeddings_input_dim"] - P) // fields["addition_time_embed_dim"]
+        time_ids = torch.tensor([[1024.0, 1024.0, 0.0, 0.0, 1024.0, 1024.0][:sizes]])
+        options["added_cond_kwargs"] = {"text_embeds": torch.randn(1, P), "time_ids": time_ids}
+    x, ctx = torch.randn(1, 4, side, side), torch.randn(1, 77, fields["cross_attention_dim"])
+    parameters = ours.num_parameters()
+    yield Output(
+        "sample", parameters, lambda: ours(x, 501, ctx, **options)[0], lambda: theirs(x, 501, ctx, **options)[0]
+    )
+
+
+def unconditional_outputs(fields: dict[str, Any]) -> Iterator[Output]:
+    """Yield the unconditional UNet's prediction at the size that it was trained on."""
+    theirs = diffusers.UNet2DModel.from_config(fields)
+    ours = share(UNet2DModel, fields, theirs)
+    x = torch.randn(1, fields["in_channels"], fields["sample_size"], fields["sample_size"])
+    yield Output("sample", ours.num_parameters(), lambda: ours(x, 501)[0], lambda: theirs(x, 501)[0])
 
 
 def vae_outputs(fields: dict[str, Any]) -> Iterator[Output]:
@@ -101,22 +134,44 @@ def clip_outputs(fields: dict[str, Any]) -> Iterator[Output]:
         yield Output(name, ours.num_parameters(), lambda k=k: ours(ids)[k], lambda k=k: theirs(ids)[k])
 
 
-NETWORKS = {"unet": unet_outputs, "vae": vae_outputs, "text_encoder": clip_outputs}
+def projected_clip_outputs(fields: dict[str, Any]) -> Iterator[Output]:
+    """Yield what SDXL takes from its second text encoder: the penultimate state, and the pooled embedding."""
+    fields = {**fields, "torch_dtype": "float32"}  # theirs builds the inner model in the dtype of the file
+    theirs = transformers.CLIPTextModelWithProjection(transformers.CLIPTextConfig(**fields))
+    ours = share(CLIPTextModelWithProjection, fields, theirs)
+    ids, parameters = torch.randint(0, fields["vocab_size"], (2, 77)), ours.num_parameters()
+
+    def penultimate(model: nn.Module) -> Tensor:
+        return model(ids, output_hidden_states=True).hidden_states[-2]
+
+    yield Output("penultimate state", parameters, lambda: penultimate(ours), lambda: penultimate(theirs))
+    yield Output("text_embeds", parameters, lambda: ours(ids).text_embeds, lambda: theirs(ids).text_embeds)
+
+
+NETWORKS = {
+    "unet": unet_outputs,
+    "vae": vae_outputs,
+    "text_encoder": clip_outputs,
+    "text_encoder_2": projected_clip_outputs,
+    ".": unconditional_outputs,  # the oldest repositories hold one network, beside the index
+}
 
 
 @torch.no_grad()
 def measure(family: str) -> Iterator[Result]:
-    """Yield the result of every output of the family's three networks."""
+    """Yield the result of every output of the family's networks."""
     for network, outputs in NETWORKS.items():
+        path = CONFIGS / FAMILIES[family] / network / "config.json"
+        if not path.exists():
+            continue
         torch.manual_seed(0)
-        fields = json.loads((CONFIGS / FAMILIES[family] / network / "config.json").read_text())
-        for output in outputs(fields):
+        for output in outputs(json.loads(path.read_text())):
             ours, seconds_ours = timed(output.ours)
             theirs, seconds_theirs = timed(output.theirs)
             difference = ours.double() - theirs.double()
             yield Result(
                 family=family,
-                network=network,
+                network="unet" if network == "." else network,
                 output=output.name,
                 shape="x".join(map(str, ours.shape)),
                 parameters=output.parameters,

@@ -9,7 +9,7 @@ Checked against ``diffusers.AutoencoderKL``.
 
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -25,6 +25,7 @@ from minidiff.errors import ConfigError
 from minidiff.layers import Downsample, PixelAttention, ResBlock, Upsample
 from minidiff.outputs import Output
 from minidiff.random import randn
+from minidiff.tiles import Tiles, in_tiles
 
 _EPS = 1e-6  # of every normalisation in the autoencoder; not a configuration field
 
@@ -187,6 +188,11 @@ class AutoencoderKL(Model):
         Z = spec.latent_channels
         self.quant_conv = nn.Conv2d(2 * Z, 2 * Z, 1) if self.config.use_quant_conv else nn.Identity()
         self.post_quant_conv = nn.Conv2d(Z, Z, 1) if self.config.use_post_quant_conv else nn.Identity()
+        self.use_slicing = self.use_tiling = False
+        side = self.config.sample_size if isinstance(self.config.sample_size, int) else self.config.sample_size[0]
+        self.tile_sample_min_size = side  # side of a tile, in pixels
+        self.tile_latent_min_size = side // 2 ** (len(spec.channels) - 1)  # and in latents
+        self.tile_overlap_factor = 0.25  # the part of a tile that it shares with the next
 
     @classmethod
     def from_config(cls, fields: Mapping[str, Any], **overrides: Any) -> "AutoencoderKL":
@@ -199,11 +205,9 @@ class AutoencoderKL(Model):
         Raises:
             ValueError: if the number of channels is not the network's, or the picture is smaller than f.
         """
-        f = 2 ** (len(self.config.block_out_channels) - 1)
-        if x.ndim != 4 or x.shape[1] != self.config.in_channels or min(x.shape[2:]) < f:
-            expected = f"(B, {self.config.in_channels}, H, W) with H and W at least {f}"
-            raise ValueError(f"pictures to encode should be {expected}, found {tuple(x.shape)}")
-        posterior = DiagonalGaussian(self.quant_conv(self.encoder(x)))
+        self._check_pictures(x)
+        tiled = self.use_tiling and max(x.shape[2:]) > self.tile_sample_min_size
+        posterior = DiagonalGaussian(self._one_by_one(self._moments_in_tiles if tiled else self._moments, x))
         return AutoencoderKLOutput(posterior) if return_dict else (posterior,)
 
     def decode(self, z: Tensor, return_dict: bool = True, generator: None = None) -> DecoderOutput | tuple[Tensor]:
@@ -214,9 +218,9 @@ class AutoencoderKL(Model):
         Raises:
             ValueError: if the number of channels is not the network's.
         """
-        if z.ndim != 4 or z.shape[1] != self.config.latent_channels:
-            raise ValueError(f"latents should be (B, {self.config.latent_channels}, H, W), found {tuple(z.shape)}")
-        x = self.decoder(self.post_quant_conv(z))
+        self._check_latents(z)
+        tiled = self.use_tiling and max(z.shape[2:]) > self.tile_latent_min_size
+        x = self._one_by_one(self._pixels_in_tiles if tiled else self._pixels, z)
         return DecoderOutput(x) if return_dict else (x,)
 
     def forward(
@@ -229,6 +233,80 @@ class AutoencoderKL(Model):
         """Encode pictures and decode the mode of the latents, or a sample of them if ``sample_posterior``."""
         posterior = self.encode(sample).latent_dist
         return self.decode(posterior.sample(generator) if sample_posterior else posterior.mode(), return_dict)
+
+    def _moments(self, x: Tensor) -> Tensor:
+        return self.quant_conv(self.encoder(x))
+
+    def _pixels(self, z: Tensor) -> Tensor:
+        return self.decoder(self.post_quant_conv(z))
+
+    def _check_pictures(self, x: Tensor) -> None:
+        if x.ndim != 4 or x.shape[1] != self.config.in_channels or min(x.shape[2:]) < self._factor:
+            expected = f"(B, {self.config.in_channels}, H, W) with H and W at least {self._factor}"
+            raise ValueError(f"pictures to encode should be {expected}, found {tuple(x.shape)}")
+
+    def _check_latents(self, z: Tensor) -> None:
+        if z.ndim != 4 or z.shape[1] != self.config.latent_channels:
+            raise ValueError(f"latents should be (B, {self.config.latent_channels}, H, W), found {tuple(z.shape)}")
+
+    @property
+    def _factor(self) -> int:
+        """Pixels per latent along each side, f."""
+        return 2 ** (len(self.config.block_out_channels) - 1)
+
+    # --- less memory -------------------------------------------------------------------------------------------------
+
+    def enable_slicing(self) -> None:
+        """Encode and decode the pictures of a batch one after the other. The pictures stay the same."""
+        self.use_slicing = True
+
+    def disable_slicing(self) -> None:
+        """Encode and decode a batch at once."""
+        self.use_slicing = False
+
+    def enable_tiling(self, use_tiling: bool = True) -> None:
+        """Encode and decode what is larger than a tile in overlapping tiles; each sees no further than its own edge.
+
+        A tile has the size of the pictures that the network was trained on, ``config.sample_size``; change
+        ``tile_sample_min_size``, ``tile_latent_min_size`` and ``tile_overlap_factor`` for others.
+        """
+        self.use_tiling = use_tiling
+
+    def disable_tiling(self) -> None:
+        """Encode and decode pictures of any size at once."""
+        self.use_tiling = False
+
+    def tiled_encode(self, x: Tensor, return_dict: bool = True) -> AutoencoderKLOutput | tuple[DiagonalGaussian]:
+        """Encode as ``encode`` does, in tiles whatever the size and the switch."""
+        self._check_pictures(x)
+        posterior = DiagonalGaussian(self._moments_in_tiles(x))
+        return AutoencoderKLOutput(posterior) if return_dict else (posterior,)
+
+    def tiled_decode(self, z: Tensor, return_dict: bool = True) -> DecoderOutput | tuple[Tensor]:
+        """Decode as ``decode`` does, in tiles whatever the size and the switch."""
+        self._check_latents(z)
+        x = self._pixels_in_tiles(z)
+        return DecoderOutput(x) if return_dict else (x,)
+
+    def _moments_in_tiles(self, x: Tensor) -> Tensor:
+        return in_tiles(self._moments, x, self._tiles(self.tile_sample_min_size, self.tile_latent_min_size))
+
+    def _pixels_in_tiles(self, z: Tensor) -> Tensor:
+        return in_tiles(self._pixels, z, self._tiles(self.tile_latent_min_size, self.tile_sample_min_size))
+
+    def _tiles(self, size: int, out: int) -> Tiles:
+        if self.tile_sample_min_size != self._factor * self.tile_latent_min_size:
+            raise ValueError(
+                f"tile_sample_min_size should be {self._factor} times tile_latent_min_size, as pixels are to latents; "
+                f"found {self.tile_sample_min_size} and {self.tile_latent_min_size}"
+            )
+        return Tiles.of(size, out, self.tile_overlap_factor)
+
+    def _one_by_one(self, run: Callable[[Tensor], Tensor], batch: Tensor) -> Tensor:
+        """Return ``run(batch)``, computed one sample at a time if slicing is on."""
+        return torch.cat([run(one) for one in batch.split(1)]) if self.use_slicing and len(batch) > 1 else run(batch)
+
+    # --- names of the weights ----------------------------------------------------------------------------------------
 
     def rows(self) -> list[Row]:
         """Return the name table of this configuration: ours, Hub, original single file."""
