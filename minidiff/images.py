@@ -33,14 +33,24 @@ def to_unit(x: Tensor) -> Tensor:
 
 def to_numpy(x: Tensor) -> np.ndarray:
     """Map decoded pixels (B, C, H, W) in [-1, 1] to a float32 array (B, H, W, C) in [0, 1]. Raises as ``to_unit``."""
-    return to_unit(x).permute(0, 2, 3, 1).float().cpu().numpy()
+    return as_array(to_unit(x))
+
+
+def as_array(x: Tensor) -> np.ndarray:
+    """Return pixels (B, C, H, W) as a float32 array (B, H, W, C), in the range that they have."""
+    return x.permute(0, 2, 3, 1).float().cpu().numpy()
 
 
 def to_pil(x: Tensor) -> list[Image.Image]:
     """Turn decoded pixels (B, C, H, W) in [-1, 1] into B pictures, C = 1 grey, 3 RGB, 4 RGBA. Raises as ``to_unit``."""
     if x.ndim == 4 and x.shape[1] not in (1, 3, 4):
         raise ValueError(f"pictures have 1, 3 or 4 channels, found {x.shape[1]} in a tensor of shape {tuple(x.shape)}")
-    pixels = (to_numpy(x) * 255).round().astype(np.uint8)
+    return as_pictures(to_numpy(x))
+
+
+def as_pictures(array: np.ndarray) -> list[Image.Image]:
+    """Turn pixels (B, H, W, C) in [0, 1] into B pictures."""
+    pixels = (array * 255).round().astype(np.uint8)
     return [Image.fromarray(picture.squeeze(-1) if picture.shape[-1] == 1 else picture) for picture in pixels]
 
 

@@ -1,80 +1,309 @@
-"""Pictures that a caller begins with, as the tensor that the autoencoder encodes.
+"""Pictures and masks that a caller begins with, as the tensors that the networks read.
 
-    x = 2 · pixel - 1,  with pixels in [0, 1], on a grid that the autoencoder divides evenly
+    pictures  x = 2 · pixel - 1         with pixels in [0, 1]
+    masks     m = 1 if pixel ≥ 1/2 else 0     1 is to be repainted
 
-Checked against ``diffusers.image_processor.VaeImageProcessor.preprocess``.
+on a grid that the autoencoder divides evenly. ``to_tensor`` and ``mask_tensor`` are what pipelines call: they refuse
+what no autoencoder could read. ``VaeImageProcessor`` is the reference's tool with all its switches, for code that uses
+it.
+
+Checked bit for bit against ``diffusers.image_processor.VaeImageProcessor``.
 """
 
-import logging
-from typing import Any
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageFilter
 from torch import Tensor
 
-logger = logging.getLogger("minidiff")
+from minidiff import images
+from minidiff.pipelines.image_regions import Region, crop_region, overlay, resized
+from minidiff.pipelines.request import check_choice, check_count
+
+RESAMPLING = {
+    "linear": Image.Resampling.BILINEAR,
+    "bilinear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+    "lanczos": Image.Resampling.LANCZOS,
+    "nearest": Image.Resampling.NEAREST,
+}
+_MODES = {1: "L", 3: "RGB"}  # number of channels -> PIL's name of such pictures
 
 
-def to_tensor(image: Any, f: int, latent_channels: int) -> Tensor:
-    """Turn pictures into pixels (B, 3, H, W) in [-1, 1]; latents (B, C, h, w) pass through.
+def to_tensor(
+    image: Any,
+    f: int,
+    latent_channels: int,
+    channels: int = 3,
+    height: int | None = None,
+    width: int | None = None,
+    region: Region | None = None,
+) -> Tensor:
+    """Turn pictures into pixels (B, channels, H, W) in [-1, 1]; latents (B, latent_channels, h, w) pass through.
 
     Args:
-        image: an RGB picture of PIL; a tensor (B, 3, H, W) or (3, H, W) in [0, 1], or in [-1, 1] if it has values
-            below 0; latents (B, ``latent_channels``, h, w); or a list of pictures or of tensors. A list of pictures
-            takes the size of its first.
-        f: pixels per latent; sides that it does not divide are made smaller.
+        image: pictures of PIL; arrays (H, W, channels) or (B, H, W, channels) or tensors (channels, H, W) or
+            (B, channels, H, W), floating and in [0, 1], or in [-1, 1] if they have values below 0; latents as a
+            tensor; or a list of things of one of these kinds. PIL pictures in a list all take one size.
+        f: pixels per latent along each side; sides that it does not divide are made smaller.
+        latent_channels, channels: of the autoencoder.
+        height, width: the size in pixels to bring the pictures to; default: that of the first. Latents keep theirs.
+        region: cut this rectangle out of PIL pictures, and fill ``height`` x ``width`` with it; they become RGB.
 
     Raises:
-        TypeError, ValueError: for anything else.
+        TypeError, ValueError: for anything else, naming what was found.
     """
-    images = image if isinstance(image, list) else [image]
-    if images and all(isinstance(one, Image.Image) for one in images):
-        x = _from_pil(images, f)
-    elif images and all(isinstance(one, Tensor) for one in images):
-        x = _stacked(images)
-        if x.shape[1] == latent_channels:
+    items = image if isinstance(image, list) else [image]
+    wanted = _MODES.get(channels)
+    for picture in items if region is None else []:
+        if isinstance(picture, Image.Image) and picture.mode != wanted:
+            raise ValueError(
+                f"image should be a picture of mode {wanted}, found mode {picture.mode}: use image.convert('{wanted}')"
+            )
+    processor = VaeImageProcessor(vae_scale_factor=f, vae_latent_channels=latent_channels)
+    x = processor.preprocess(image, height, width, "default" if region is None else "fill", region)
+    if isinstance(items[0], Tensor) and x.shape[1] == latent_channels:
+        return _checked(x, "latents")
+    if x.shape[1] != channels:
+        expected = (
+            f"an array (H, W, {channels}) or (B, H, W, {channels})"
+            if isinstance(items[0], np.ndarray)
+            else f"a tensor (B, {channels}, H, W), or latents (B, {latent_channels}, h, w)"
+        )
+        raise ValueError(f"image should be {expected}, found {', '.join(str(tuple(one.shape)) for one in items)}")
+    return x
+
+
+def mask_tensor(mask: Any, f: int, height: int, width: int, region: Region | None = None) -> Tensor:
+    """Turn masks into a tensor (B, 1, height, width) of 0 (keep) and 1 (repaint).
+
+    Args:
+        mask: pictures of PIL in any mode, of which the grey counts; arrays (H, W), (H, W, 1), (B, H, W) or
+            (B, H, W, 1) or tensors (H, W), (1, H, W), (B, H, W) or (B, 1, H, W), floating or uint8, where 1/2 is
+            already white; or a list of things of one of these kinds.
+        f: pixels per latent along each side; ``height`` and ``width`` are rounded down to multiples of it.
+        region: cut this rectangle out of PIL pictures, and fill ``height`` x ``width`` with it.
+
+    Raises:
+        TypeError, ValueError: for anything else, naming what was found.
+    """
+    processor = mask_processor(f)
+    m = processor.preprocess(mask, height, width, "default" if region is None else "fill", region)
+    if m.shape[1] != 1:
+        raise ValueError(
+            f"mask_image should have one channel, (H, W), (B, 1, H, W) as a tensor or (B, H, W, 1) as an array; found "
+            f"{m.shape[1]} channels"
+        )
+    return m
+
+
+def mask_processor(f: int) -> "VaeImageProcessor":
+    """Return the processor of masks for an autoencoder with ``f`` pixels per latent."""
+    return VaeImageProcessor(vae_scale_factor=f, do_normalize=False, do_binarize=True, do_convert_grayscale=True)
+
+
+@dataclass(frozen=True)
+class VaeImageProcessor:
+    """Turn pictures into what an autoencoder reads, and back.
+
+    Attributes:
+        do_resize: whether to bring pictures to a size that the autoencoder divides evenly.
+        vae_scale_factor: pixels per latent along each side.
+        vae_latent_channels: tensors with as many channels are latents, and pass through.
+        resample: how PIL mixes pixels: nearest, bilinear (or linear), bicubic or lanczos. Arrays and tensors are
+            resized by taking the nearest pixel, as in the reference.
+        reducing_gap: PIL's short cut for much smaller sizes.
+        do_normalize: whether to map [0, 1] to [-1, 1].
+        do_binarize: whether to round to 0 and 1, halves up.
+        do_convert_rgb, do_convert_grayscale: whether to convert PIL pictures (after resizing), at most one of them.
+
+    Raises:
+        ValueError: if both conversions are asked for, or ``resample`` is another.
+    """
+
+    do_resize: bool = True
+    vae_scale_factor: int = 8
+    vae_latent_channels: int = 4
+    resample: str = "lanczos"
+    reducing_gap: float | None = None
+    do_normalize: bool = True
+    do_binarize: bool = False
+    do_convert_rgb: bool = False
+    do_convert_grayscale: bool = False
+
+    def __post_init__(self) -> None:
+        if self.do_convert_rgb and self.do_convert_grayscale:
+            raise ValueError("do_convert_rgb and do_convert_grayscale exclude each other")
+        check_choice("resample", self.resample, tuple(RESAMPLING))
+
+    def preprocess(
+        self,
+        image: Any,
+        height: int | None = None,
+        width: int | None = None,
+        resize_mode: str = "default",
+        crops_coords: Region | None = None,
+    ) -> Tensor:
+        """Turn pictures into a tensor (B, C, H, W), by the switches of this processor.
+
+        Args:
+            image: PIL pictures, arrays (B, H, W, C), (H, W, C) or (H, W), tensors (B, C, H, W) or (C, H, W), or a list
+                of things of one of these kinds; tensors of latents come back as they are.
+            height, width: the size to bring them to, rounded down to multiples of ``vae_scale_factor``; default: that
+                of the first picture.
+            resize_mode: of PIL pictures, see ``resized``.
+            crops_coords: a rectangle (left, top, right, bottom) to cut out of PIL pictures first.
+
+        Raises:
+            TypeError, ValueError: for anything else, for NaN and infinity, and for pixels from 0 to 255.
+        """
+        items = image if isinstance(image, list) else [image]
+        if items and all(isinstance(one, Image.Image) for one in items):
+            return self._scaled(self._from_pil(items, height, width, resize_mode, crops_coords))
+        if items and all(isinstance(one, np.ndarray) for one in items):
+            x = self._from_arrays(items, isinstance(image, list))
+        elif items and all(isinstance(one, Tensor) for one in items):
+            x = self._from_tensors(items, isinstance(image, list))
+            if x.shape[1] == self.vae_latent_channels:
+                return x
+        else:
+            kinds = ", ".join(dict.fromkeys(type(one).__name__ for one in items)) or "an empty list"
+            raise TypeError(
+                f"an image should be a PIL picture, an array, a tensor, or a list of one of them; found {kinds}"
+            )
+        if resize_mode != "default" or crops_coords is not None:
+            raise ValueError("resize_mode and crops_coords are for PIL pictures; arrays and tensors can be sliced")
+        return self._scaled(self._resized(_checked(x, "pixels"), height, width))
+
+    def postprocess(
+        self, image: Tensor, output_type: str = "pil", do_denormalize: Sequence[bool] | None = None
+    ) -> "list[Image.Image] | np.ndarray | Tensor":
+        """Turn decoded pixels (B, C, H, W) into pictures: "pil", "np" (B, H, W, C), "pt", or "latent" (as they are).
+
+        ``do_denormalize`` says for each picture whether it is in [-1, 1]; default: all as ``do_normalize`` says. Raises
+        ``ValueError`` for NaN and infinity.
+        """
+        check_choice("output_type", output_type, ("pil", "np", "pt", "latent"))
+        if output_type == "latent":
+            return image
+        signed = [self.do_normalize] * len(image) if do_denormalize is None else do_denormalize
+        unit = images.to_unit(image)
+        x = torch.stack([new if yes else old for new, old, yes in zip(unit, image, signed, strict=True)])
+        if output_type == "pt":
             return x
-        x = _fitted(x, f)
-    else:
-        kinds = ", ".join(dict.fromkeys(type(one).__name__ for one in images)) or "an empty list"
-        raise TypeError(f"image should be a PIL picture, a tensor, or a list of one of them, found {kinds}")
-    if x.min() < 0:  # never of a PIL picture
-        logger.warning("image has values below 0 and is taken to be in [-1, 1]; pictures are expected in [0, 1]")
+        array = images.as_array(x)
+        return array if output_type == "np" else images.as_pictures(array)
+
+    @staticmethod
+    def blur(image: Image.Image, blur_factor: int = 4) -> Image.Image:
+        """Return the picture (often a mask, for soft seams) blurred by a Gaussian of that many pixels."""
+        return image.filter(ImageFilter.GaussianBlur(blur_factor))
+
+    get_crop_region: ClassVar[Any] = staticmethod(crop_region)
+    apply_overlay: ClassVar[Any] = staticmethod(overlay)
+
+    # --- each kind of input to (B, C, H, W) --------------------------------------------------------------------------
+
+    def _from_pil(
+        self,
+        pictures: list[Image.Image],
+        height: int | None,
+        width: int | None,
+        resize_mode: str,
+        region: Region | None,
+    ) -> Tensor:
+        if region is not None:
+            pictures = [picture.crop(region) for picture in pictures]
+        if self.do_resize:
+            H, W = self._size(pictures[0].height, pictures[0].width, height, width)
+            filter_ = RESAMPLING[self.resample]
+            pictures = [resized(picture, W, H, resize_mode, filter_, self.reducing_gap) for picture in pictures]
+        if self.do_convert_rgb or self.do_convert_grayscale:
+            pictures = [picture.convert("RGB" if self.do_convert_rgb else "L") for picture in pictures]
+        kinds = {(picture.mode, *picture.size) for picture in pictures}
+        if len(kinds) > 1:
+            raise ValueError(f"pictures of one list should have one mode and size, found {sorted(kinds)}")
+        pixels = np.stack([np.asarray(picture, dtype=np.float32) for picture in pictures]) / np.float32(255)
+        return torch.from_numpy(pixels)[:, None] if pixels.ndim == 3 else torch.from_numpy(pixels).permute(0, 3, 1, 2)
+
+    def _from_arrays(self, arrays: list[np.ndarray], listed: bool) -> Tensor:
+        if self.do_convert_grayscale and not listed and arrays[0].ndim == 3:  # (H, W, 1) or (B, H, W)
+            arrays = [arrays[0][None] if arrays[0].shape[-1] == 1 else arrays[0][..., None]]
+        rank = _common_rank(arrays, (2, 3, 4), listed)
+        x = np.concatenate(arrays) if rank == 4 else np.stack(arrays)
+        x = x[..., None] if x.ndim == 3 else x
+        return torch.from_numpy(x).permute(0, 3, 1, 2)
+
+    def _from_tensors(self, tensors: list[Tensor], listed: bool) -> Tensor:
+        if self.do_convert_grayscale and not listed and tensors[0].ndim == 3:  # (1, H, W) or (B, H, W)
+            tensors = [tensors[0][:, None]]
+        rank = _common_rank(tensors, (2, 3, 4) if self.do_convert_grayscale else (3, 4), listed)
+        x = torch.cat(tensors) if rank == 4 else torch.stack(tensors)
+        return x[:, None] if rank == 2 else x
+
+    # --- size and values ---------------------------------------------------------------------------------------------
+
+    def _size(self, H: int, W: int, height: int | None, width: int | None) -> tuple[int, int]:
+        """Return height and width on the autoencoder's grid; what is not given is that of the picture."""
+        f = self.vae_scale_factor
+        for name, side in (("height", height), ("width", width)):
+            if side is not None:
+                check_count(name, side)
+        H, W = H if height is None else height, W if width is None else width
+        if min(H, W) < f:
+            raise ValueError(f"image should be at least {f} pixels wide and high, found {(W, H)}")
+        return H - H % f, W - W % f
+
+    def _resized(self, x: Tensor, height: int | None, width: int | None) -> Tensor:
+        """Take the nearest pixels: rows and columns are dropped or repeated, spread evenly."""
+        return F.interpolate(x, size=self._size(*x.shape[-2:], height, width)) if self.do_resize else x
+
+    def _scaled(self, x: Tensor) -> Tensor:
+        if self.do_normalize:
+            x = _signed(x)
+        return (x >= 0.5).to(x.dtype) if self.do_binarize else x
+
+
+def _signed(x: Tensor) -> Tensor:
+    """Map pixels from [0, 1] to [-1, 1]; with values below 0 they are taken to be there already."""
+    low, high = x.min().item(), x.max().item()
+    if not x.is_floating_point() or max(-low, high) > 2:  # filters that sharpen overshoot, but not so far
+        raise ValueError(
+            f"image should be floating and in [0, 1], found {x.dtype} from {low:g} to {high:g}; divide pixels of 0 to "
+            "255 by 255"
+        )
+    if low < 0:
+        warnings.warn(
+            f"image has values from {low:g} to {high:g} and is taken to be in [-1, 1]; pictures are expected in [0, 1]",
+            FutureWarning,  # the reference's category
+            stacklevel=2,
+        )
         return x
     return 2.0 * x - 1.0
 
 
-def _from_pil(images: list[Image.Image], f: int) -> Tensor:
-    """Return pictures (B, 3, H, W) in [0, 1]."""
-    for picture in images:
-        if picture.mode != "RGB":
-            raise ValueError(f"image should be an RGB picture, found mode {picture.mode}: use image.convert('RGB')")
-    size = tuple(side - side % f for side in images[0].size)
-    if 0 in size:
-        raise ValueError(f"image should be at least {f} pixels wide and high, found {images[0].size}")
-    pixels = [np.asarray(picture.resize(size, Image.Resampling.LANCZOS), dtype=np.float32) for picture in images]
-    return torch.from_numpy(np.stack(pixels) / 255.0).permute(0, 3, 1, 2)
+def _common_rank(items: list[np.ndarray] | list[Tensor], ranks: tuple[int, ...], listed: bool) -> int:
+    """Return the number of axes of all items; raise if they cannot be put together."""
+    shapes = [tuple(one.shape) for one in items]
+    rank = len(shapes[0])
+    sizes = {shape[1:] if rank == 4 else shape for shape in shapes}
+    if rank not in ranks or any(len(shape) != rank for shape in shapes) or len(sizes) > 1:
+        expected = {np.ndarray: "(B, H, W, C), (H, W, C) or (H, W)"}.get(type(items[0]), "(B, C, H, W) or (C, H, W)")
+        raise ValueError(f"images should be {expected}, all of one size; found {', '.join(map(str, shapes))}")
+    if rank == 4 and listed:
+        warnings.warn("a list of batches is put together to one batch; pass that instead", FutureWarning, stacklevel=2)
+    return rank
 
 
-def _stacked(tensors: list[Tensor]) -> Tensor:
-    """Return tensors (C, H, W) or (B, C, H, W) as one batch."""
-    ranks = {one.ndim for one in tensors}
-    if ranks not in ({3}, {4}):
-        shapes = ", ".join(str(tuple(one.shape)) for one in tensors)
-        raise ValueError(f"image should be (C, H, W) or (B, C, H, W), found {shapes}")
-    return torch.cat(tensors) if ranks == {4} else torch.stack(tensors)
-
-
-def _fitted(x: Tensor, f: int) -> Tensor:
-    """Check pictures (B, 3, H, W) and drop rows and columns, spread evenly, until f divides the sides."""
-    H, W = x.shape[-2:]
-    if x.shape[1] != 3 or min(H, W) < f:
-        raise ValueError(f"image should be (B, 3, H, W) with sides of at least {f}, or latents, found {tuple(x.shape)}")
-    if not x.is_floating_point() or not (x.min() >= -1 and x.max() <= 1):  # NaN is in no range
-        raise ValueError(
-            f"image should be a floating tensor in [0, 1] or [-1, 1], found {x.dtype} from {x.min().item():g} to "
-            f"{x.max().item():g}"
-        )
-    return F.interpolate(x, size=(H - H % f, W - W % f)) if H % f or W % f else x
+def _checked(x: Tensor, what: str) -> Tensor:
+    """Return ``x``; raise if it is of a kind that cannot be computed with, or holds NaN or infinity."""
+    if not x.is_floating_point() and x.dtype != torch.uint8:
+        raise ValueError(f"{what} of an image or a mask should be floating, found {x.dtype}: convert them first")
+    if not bool(x.isfinite().all()):
+        raise ValueError(f"{what} of an image or a mask hold NaN or infinity")
+    return x

@@ -1,0 +1,191 @@
+"""Pictures and masks that pipelines begin with, bit for bit as the reference prepares them."""
+
+import warnings
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from theirs import diffusers
+
+from minidiff.pipelines.image_inputs import VaeImageProcessor, mask_tensor, to_tensor
+from minidiff.pipelines.image_regions import RESIZE_MODES
+
+RNG = np.random.default_rng(0)
+PIXELS = RNG.integers(0, 256, (37, 45, 4), dtype=np.uint8)
+MODES = ("RGB", "RGBA", "L", "P", "1", "LA", "CMYK")
+
+
+def picture(mode: str = "RGB", size: tuple[int, int] = (45, 37)) -> Image.Image:
+    """Return noise in this mode; as a palette picture with its own palette."""
+    rgba = Image.fromarray(PIXELS).resize(size, Image.Resampling.NEAREST)
+    if mode == "P":
+        return rgba.convert("RGB").quantize(32)
+    return rgba if mode == "RGBA" else rgba.convert("RGB").convert(mode)
+
+
+UNIT = torch.rand(2, 3, 37, 45, generator=torch.Generator().manual_seed(0))
+GREY = UNIT[:, 0]
+INPUTS: dict[str, Any] = {
+    **{f"PIL {mode}": picture(mode) for mode in MODES},
+    "list of PIL": [picture(), picture(size=(30, 61))],
+    "array": UNIT[0].permute(1, 2, 0).numpy(),
+    "arrays": UNIT.permute(0, 2, 3, 1).numpy(),
+    "grey array": GREY[0].numpy(),
+    "float64 array": GREY[0].numpy().astype(np.float64),
+    "list of arrays": list(UNIT.permute(0, 2, 3, 1).numpy()),
+    "list of grey arrays": list(GREY.numpy()),
+    "list of batches of arrays": [UNIT.permute(0, 2, 3, 1).numpy()] * 2,
+    "array from -1 to 1": UNIT.permute(0, 2, 3, 1).numpy() * 2 - 1,
+    "tensor": UNIT[0],
+    "tensors": UNIT,
+    "list of tensors": list(UNIT),
+    "list of batches of tensors": [UNIT, UNIT[:1]],
+    "tensor from -1 to 1": UNIT * 2 - 1,
+    "tensor that overshoots": UNIT * 1.2 + 0.1,
+    "one channel": UNIT[:, :1],
+    "latents": torch.randn(2, 4, 9, 11),
+    "list of latents": [torch.randn(4, 9, 11)] * 2,
+}
+MASKS: dict[str, Any] = {
+    **{f"PIL {mode}": picture(mode) for mode in MODES},
+    "list of PIL": [picture("L"), picture("RGB", (30, 61))],
+    "array (H, W)": GREY[0].numpy(),
+    "array (H, W, 1)": GREY[0].numpy()[..., None],
+    "array (B, H, W)": GREY.numpy(),
+    "array (B, H, W, 1)": GREY.numpy()[..., None],
+    "array of bytes": PIXELS[..., 0],
+    "list of arrays (H, W)": list(GREY.numpy()),
+    "list of arrays (H, W, 1)": list(GREY.numpy()[..., None]),
+    "tensor (H, W)": GREY[0],
+    "tensor (1, H, W)": GREY[:1],
+    "tensor (B, H, W)": GREY,
+    "tensor (B, 1, H, W)": GREY[:, None],
+    "tensor of bytes": torch.from_numpy(PIXELS[..., 0]),
+    "tensor of halves": torch.full((1, 1, 16, 16), 0.5),
+    "list of tensors (H, W)": list(GREY),
+    "list of tensors (1, H, W)": list(GREY[:, None]),
+}
+
+
+def both(switches: dict[str, Any], method: str, *args: Any, **options: Any) -> tuple[Any, Any]:
+    """Return what our processor and theirs make of it; they warn alike."""
+    results, warned = [], []
+    for cls in (VaeImageProcessor, diffusers.image_processor.VaeImageProcessor):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            results.append(getattr(cls(**switches), method)(*args, **options))
+        warned.append([one.category for one in caught])
+    assert warned[0] == warned[1]
+    return results[0], results[1]
+
+
+def assert_equal(ours: torch.Tensor, theirs: torch.Tensor) -> None:
+    assert ours.dtype == theirs.dtype and torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("size", [{}, {"height": 24, "width": 50}], ids=["own size", "given size"])
+@pytest.mark.parametrize("name", INPUTS)
+def test_images(name: str, size: dict[str, int]) -> None:
+    assert_equal(*both({}, "preprocess", INPUTS[name], **size))
+
+
+@pytest.mark.parametrize("size", [{}, {"height": 24, "width": 50}], ids=["own size", "given size"])
+@pytest.mark.parametrize("name", MASKS)
+def test_masks(name: str, size: dict[str, int]) -> None:
+    switches = {"do_normalize": False, "do_binarize": True, "do_convert_grayscale": True}
+    ours, theirs = both(switches, "preprocess", MASKS[name], **size)
+    assert_equal(ours, theirs)
+    if size:
+        assert torch.equal(mask_tensor(MASKS[name], 8, **size), theirs)
+
+
+@pytest.mark.parametrize(
+    "switches",
+    [
+        {"do_convert_rgb": True},
+        {"do_convert_grayscale": True},
+        {"do_normalize": False},
+        {"do_binarize": True},
+        {"vae_scale_factor": 4},
+        {"vae_latent_channels": 3},
+        {"reducing_gap": 2},
+        *({"resample": name} for name in ("linear", "bilinear", "bicubic", "nearest")),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("name", ["PIL RGB", "PIL RGBA", "PIL L", "PIL P", "arrays", "tensors"])
+def test_every_switch(switches: dict[str, Any], name: str) -> None:
+    assert_equal(*both(switches, "preprocess", INPUTS[name], height=19, width=16))
+
+
+def test_without_resizing() -> None:
+    for name in ("PIL RGB", "arrays", "tensors"):
+        assert_equal(*both({"do_resize": False}, "preprocess", INPUTS[name]))
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("resize_mode", RESIZE_MODES)
+def test_every_way_to_fit(resize_mode: str, mode: str) -> None:
+    """Wider, taller and of the same proportions as the size to fit; the bands to fill are odd and even."""
+    for size in ((16, 64), (64, 16), (72, 24), (48, 40), (45, 37)):
+        options = {"width": size[0], "height": size[1], "resize_mode": resize_mode, "crops_coords": (3, 1, 43, 35)}
+        assert_equal(*both({"vae_scale_factor": 1}, "preprocess", picture(mode), **options))
+
+
+def test_regions_around_masks() -> None:
+    """Masks in all corners, thin and wide, with and without room around them."""
+    for box in ((0, 0, 1, 1), (44, 36, 45, 37), (10, 12, 13, 30), (2, 30, 43, 33), (0, 0, 45, 37), (20, 3, 22, 5)):
+        mask = Image.new("RGB", (45, 37))
+        mask.paste((1, 2, 255), box)
+        for pad in (0, 5, 50):
+            for size in ((64, 64), (128, 32), (32, 120)):
+                ours, theirs = both({}, "get_crop_region", mask, *size, pad=pad)
+                assert ours == theirs and len(ours) == 4
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("region", [None, (5, 3, 31, 36)], ids=["whole", "region"])
+def test_pasting_back(mode: str, region: tuple[int, int, int, int] | None) -> None:
+    painted = picture("RGB", (45, 37) if region is None else (64, 48)).rotate(180)
+    ours, theirs = both({}, "apply_overlay", picture("L"), picture(mode), painted, region)
+    assert ours.mode == theirs.mode and np.array_equal(np.asarray(ours), np.asarray(theirs))
+    assert np.asarray(ours).std() > 10
+
+
+def test_blur() -> None:
+    for factor in ({}, {"blur_factor": 33}):
+        ours, theirs = both({}, "blur", picture("L"), **factor)
+        assert np.array_equal(np.asarray(ours), np.asarray(theirs))
+
+
+@pytest.mark.parametrize("switches", [{}, {"do_normalize": False}], ids=str)
+@pytest.mark.parametrize("flags", [None, [True, False]])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_results(switches: dict[str, bool], flags: list[bool] | None, channels: int) -> None:
+    x = UNIT[:, :channels] if switches or flags else UNIT[:, :channels] * 3 - 1.5
+    for output_type in ("pt", "latent"):
+        assert_equal(*both(switches, "postprocess", x, output_type, flags))
+    ours, theirs = both(switches, "postprocess", x, "np", flags)
+    assert ours.dtype == theirs.dtype and np.array_equal(ours, theirs)
+    ours, theirs = both(switches, "postprocess", x, do_denormalize=flags)
+    for one, other in zip(ours, theirs, strict=True):
+        assert one.mode == other.mode and np.array_equal(np.asarray(one), np.asarray(other))
+
+
+@pytest.mark.parametrize("name", ["PIL RGB", "list of PIL", "arrays", "list of arrays", "tensors", "latents"])
+def test_pipelines_prepare_images_so(name: str) -> None:
+    theirs = diffusers.image_processor.VaeImageProcessor(vae_scale_factor=4)
+    assert_equal(to_tensor(INPUTS[name], 4, 4), theirs.preprocess(INPUTS[name]))
+    sized = theirs.preprocess(INPUTS[name], 20, 32)
+    assert_equal(to_tensor(INPUTS[name], 4, 4, height=20, width=32), sized)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_pipelines_cut_out_so(mode: str) -> None:
+    """A view of a part is RGB whatever the picture was."""
+    theirs = diffusers.image_processor.VaeImageProcessor(vae_scale_factor=4)
+    options = {"height": 20, "width": 32, "resize_mode": "fill", "crops_coords": (3, 1, 43, 35)}
+    ours = to_tensor(picture(mode), 4, 4, height=20, width=32, region=(3, 1, 43, 35))
+    assert_equal(ours, theirs.preprocess(picture(mode), **options))
