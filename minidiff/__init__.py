@@ -31,6 +31,7 @@ _HOME = {  # public name -> module that defines it
     "LCMScheduler": "minidiff.schedulers.lcm",
     "LMSDiscreteScheduler": "minidiff.schedulers.lms",
     "PNDMScheduler": "minidiff.schedulers.pndm",
+    "StableDiffusionInstructPix2PixPipeline": "minidiff.pipelines.stable_diffusion_instruct_pix2pix",
     "StableDiffusionPipeline": "minidiff.pipelines.stable_diffusion",
     "StableDiffusionXLImg2ImgPipeline": "minidiff.pipelines.stable_diffusion_xl_img2img",
     "StableDiffusionXLPipeline": "minidiff.pipelines.stable_diffusion_xl",

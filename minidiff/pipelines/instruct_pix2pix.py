@@ -14,11 +14,12 @@ and ``guidance_scale`` for its s_I and s_T.
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from minidiff.pipelines.callbacks import Callbacks
 from minidiff.pipelines.common import Run, rescaled
 from minidiff.pipelines.request import check_number
 from minidiff.vae import AutoencoderKL
@@ -86,6 +87,25 @@ class EditRun(Run):
         text, image, nothing = out.chunk(3)
         guided = guide_twice(text, image, nothing, self.guidance_scale, self.image_guidance_scale)
         return rescaled(guided, text, self.guidance_rescale)
+
+
+class EditCallbacks(Callbacks):
+    """Adds the second guidance scale to what a callback may look at and set."""
+
+    _callback_tensor_inputs: ClassVar[tuple[str, ...]] = ("latents", "prompt_embeds", "image_latents")
+
+    @property
+    def image_guidance_scale(self) -> float:
+        """The image guidance scale of the call whose callback is running."""
+        return self._run().image_guidance_scale
+
+    @property
+    def _image_guidance_scale(self) -> float:
+        return self._run().image_guidance_scale
+
+    @_image_guidance_scale.setter
+    def _image_guidance_scale(self, value: float) -> None:
+        self._run().image_guidance_scale = value
 
 
 def three_fold(both: Tensor) -> Tensor:
