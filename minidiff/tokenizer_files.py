@@ -48,7 +48,7 @@ def read_tokenizer(source: str | Path, **where: Any) -> dict[str, Any]:
         added += more
     else:
         vocab, merges = read_json(repo.file("vocab.json")), _read_merges(repo.file("merges.txt"))
-    return {"vocab": vocab, "merges": merges, **_read_fields(config, special_map, added)}
+    return {"vocab": vocab, "merges": merges, **read_fields(config, special_map, added)}
 
 
 def write_tokenizer(
@@ -95,13 +95,15 @@ def _read_whole(path: Path) -> tuple[dict[str, int], list, list[dict]]:
     return model["vocab"], model["merges"], data.get("added_tokens", [])
 
 
-def _read_fields(config: Path | None, special_map: Path | None, added: list[dict]) -> dict[str, Any]:
-    """Merge the two small files and the added tokens into keyword arguments of ``CLIPTokenizer``."""
-    fields = dict(read_json(config)) if config else {}
+def read_fields(
+    config: Path | Mapping[str, Any] | None, special_map: Path | Mapping[str, Any] | None, added: list[dict]
+) -> dict[str, Any]:
+    """Merge the two small files, or their content, and the added tokens into keyword arguments of ``CLIPTokenizer``."""
+    fields = _content(config) if config else {}
     if "added_tokens_decoder" in fields:
         added = [{**token, "id": int(i)} for i, token in fields["added_tokens_decoder"].items()]
     elif special_map:
-        fields |= read_json(special_map)
+        fields |= _content(special_map)
     for name, values in _IMPLEMENTED.items():
         if name in fields and fields[name] not in values:
             raise ConfigError(f"{config}: {name}={fields[name]!r} is not implemented, only {values[0]!r}; convert it")
@@ -110,6 +112,10 @@ def _read_fields(config: Path | None, special_map: Path | None, added: list[dict
     special = {str(token) for token in roles.values()}
     decoder = {token["id"]: _added_token(token, special) for token in added}
     return {**roles, "model_max_length": fields.get("model_max_length", NO_LIMIT), "added_tokens_decoder": decoder}
+
+
+def _content(source: Path | Mapping[str, Any]) -> dict[str, Any]:
+    return dict(source) if isinstance(source, Mapping) else read_json(source)
 
 
 def _special_token(role: str, value: Any, path: Path) -> str | AddedToken:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from minidiff.checkpoints.model import Model
 from minidiff.checkpoints.names import canonical_unet_name, unet_rows
 from minidiff.checkpoints.remap import Row
+from minidiff.checkpoints.single_file import SingleFileModel
 from minidiff.config import Config, check_types, complete, per_level
 from minidiff.errors import ConfigError
 from minidiff.layers import (
@@ -32,9 +33,11 @@ from minidiff.layers import (
     Upsample,
     enlarge,
     halve,
+    repeated,
     timestep_embedding,
 )
 from minidiff.outputs import Output
+from minidiff.slicing import SlicedAttention
 
 
 class Level(NamedTuple):
@@ -91,7 +94,7 @@ class Block(nn.Module):
 
     def layer(self, j: int, x: Tensor, temb: Tensor, ctx: Tensor | None) -> Tensor:
         """Run residual block ``j`` and the attention behind it: to the text ``ctx``, or over the pixels if None."""
-        x = self.res[j](x, temb)
+        x = self.res[j](x, temb[: len(x)])
         if not self.attn:
             return x
         return self.attn[j](x) if ctx is None else self.attn[j](x, ctx)
@@ -107,7 +110,7 @@ class Block(nn.Module):
         return self.resample(x, size)
 
 
-class UNet(Model):
+class UNet(SlicedAttention, Model):
     """The body of every UNet. The public faces below and in ``unet_unconditional`` say what goes in and comes out."""
 
     weights_stem = "diffusion_pytorch_model"
@@ -214,7 +217,7 @@ class UNet(Model):
 
         for block in self.up:
             for j in range(len(block.res)):
-                x = block.layer(j, torch.cat([x, skips.pop()], dim=1), temb, ctx)
+                x = block.layer(j, torch.cat([x, repeated(skips.pop(), len(x))], dim=1), temb, ctx)
             if block.resample is not None:
                 x = block.larger(x, temb, skips[-1].shape[-2:])  # the skip's size: odd sizes do not halve evenly
 
@@ -234,7 +237,7 @@ class UNet2DConditionOutput(Output):
     sample: Tensor
 
 
-class UNet2DConditionModel(UNet):
+class UNet2DConditionModel(SingleFileModel, UNet):
     """Predict noise (or v, or x0, as the checkpoint was trained) from a noisy latent, the time and a text.
 
     Keyword arguments are the fields of the Hub's ``unet/config.json``, with the reference's defaults.
@@ -242,6 +245,8 @@ class UNet2DConditionModel(UNet):
     Raises:
         ConfigError: naming each field that is unknown or has a value that is not implemented.
     """
+
+    single_file_part = "unet"
 
     def __init__(self, **fields: Any) -> None:
         config = unet_config(fields)
@@ -270,11 +275,15 @@ class UNet2DConditionModel(UNet):
         Args:
             sample: noisy latents, (B, in_channels, H, W), any H and W.
             timestep: one time for all, or (B,) times; 0 is nearly clean, 999 nearly pure noise.
-            encoder_hidden_states: text embeddings, (B, L, D).
+            encoder_hidden_states: text embeddings, (B, L, D); or (n B, L, D), and every sample is asked with n texts:
+                first all with the first, then all with the second...
             added_cond_kwargs: for networks with ``addition_embed_type="text_time"`` (SDXL) alone: "text_embeds", the
                 pooled text embeddings (B, P), and "time_ids", the sizes that the picture is conditioned on (B, n), with
                 P + n * addition_time_embed_dim = projection_class_embeddings_input_dim.
             return_dict: whether to return a record or a tuple.
+
+        Returns:
+            One prediction per text, (n B, out_channels, H, W).
 
         The other arguments of the reference belong to features that are not implemented and must be None.
 
@@ -294,11 +303,18 @@ class UNet2DConditionModel(UNet):
         )
         self._check_sample(sample)
         self._check_text(sample, encoder_hidden_states)
-        temb = self.time_embed(self._encode_times(self._times(sample, timestep)).to(sample.dtype))
-        if self.add_embed is not None:
-            temb = temb + self.add_embed(self._encode_added(sample, added_cond_kwargs))
-        x = self._body(sample, temb, encoder_hidden_states)
+        if self.add_embed is not None:  # the sizes differ from text to text, so nothing can be shared
+            sample = repeated(sample, len(encoder_hidden_states))
+        temb = self._time_condition(sample, timestep, added_cond_kwargs)
+        x = self._body(sample, repeated(temb, len(encoder_hidden_states)), encoder_hidden_states)
         return UNet2DConditionOutput(x) if return_dict else (x,)
+
+    def _time_condition(
+        self, sample: Tensor, timestep: Tensor | float | int, added: Mapping[str, Tensor] | None
+    ) -> Tensor:
+        """Return the embedding (B, E) of the time and, in SDXL, of the added condition."""
+        temb = self.time_embed(self._encode_times(self._times(sample, timestep)).to(sample.dtype))
+        return temb if self.add_embed is None else temb + self.add_embed(self._encode_added(sample, added))
 
     def _encode_added(self, sample: Tensor, added: Mapping[str, Tensor] | None) -> Tensor:
         """Return the added condition (B, P + n * features): pooled text and sizes, each encoded as a time is.
@@ -332,10 +348,10 @@ class UNet2DConditionModel(UNet):
     def _check_text(self, sample: Tensor, ctx: Tensor) -> None:
         """Raise if the text embeddings do not fit the network and the batch."""
         D = self.spec.levels[-1].D_ctx
-        if ctx.ndim != 3 or ctx.shape[-1] != D or len(ctx) != len(sample):
+        if ctx.ndim != 3 or ctx.shape[-1] != D or len(ctx) == 0 or len(ctx) % len(sample):
             raise ValueError(
-                f"encoder_hidden_states should be ({len(sample)}, L, {D}), found {tuple(ctx.shape)}; a width other "
-                f"than {D} comes from the text encoder of another model family"
+                f"encoder_hidden_states should be ({len(sample)}, L, {D}) or n times as many, found {tuple(ctx.shape)}; "
+                f"a width other than {D} comes from the text encoder of another model family"
             )
 
     def rows(self) -> list[Row]:

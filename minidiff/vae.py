@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from minidiff.checkpoints.model import Model
 from minidiff.checkpoints.names import canonical_vae_name, vae_rows
 from minidiff.checkpoints.remap import Row
+from minidiff.checkpoints.single_file import SingleFileModel
 from minidiff.config import Config, check_types, complete
 from minidiff.errors import ConfigError
 from minidiff.layers import Downsample, PixelAttention, ResBlock, Upsample
@@ -168,7 +169,7 @@ class DecoderOutput(Output):
     sample: Tensor
 
 
-class AutoencoderKL(Model):
+class AutoencoderKL(SingleFileModel, Model):
     """Encode pictures to latent Gaussians and decode latents to pictures.
 
     Keyword arguments are the fields of the Hub's ``vae/config.json``, with the reference's defaults.
@@ -178,6 +179,7 @@ class AutoencoderKL(Model):
     """
 
     weights_stem = "diffusion_pytorch_model"
+    single_file_part = "vae"
 
     def __init__(self, **fields: Any) -> None:
         super().__init__()

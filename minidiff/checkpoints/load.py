@@ -10,7 +10,7 @@ tensors become the network's parameters, one for one.
 import gc
 import json
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from minidiff.checkpoints.hub import Weights
-from minidiff.checkpoints.remap import Row
+from minidiff.checkpoints.remap import Row, Spelling
 from minidiff.errors import CheckpointError
 
 STORED_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -145,18 +145,26 @@ def load_weights(model: nn.Module, weights: Weights, dtype: torch.dtype) -> None
     """
     stored = [tensor for name, path in weights.files.items() for tensor in read_header(name, path)]
     rows = model.rows()
-    found, problems = _match(model, stored, rows)
-    problems += _index_problems(weights, stored)
+    found, wrong = match(expected_shapes(model, rows), stored, model.canonical_hub_name)
+    problems = listed(wrong) + _index_problems(weights, stored)
     if problems:
         where = stored[0].path.parent if stored else next(iter(weights.files.values())).parent
         raise CheckpointError(
             f"{', '.join(weights.files)} in {where} do not fit {type(model).__name__} as its config.json describes "
             "it; is it the configuration of another model?\n" + "\n".join(problems)
         )
+    fill(model, rows, found, dtype)
+
+
+def fill(
+    model: nn.Module, rows: Iterable[Row], found: Mapping[str, Stored], dtype: torch.dtype, spelling: Spelling = "hub"
+) -> None:
+    """Give ``model``, built on the meta device, the tensors ``found`` under the names of ``spelling``, in ``dtype``."""
     tensors = _read(found, dtype)
     state: dict[str, Tensor] = {}
     for row in rows:
-        state.update(zip(row.ours, row.hub_op.to_ours(tuple(tensors[name] for name in row.hub)), strict=True))
+        ours = row.op(spelling).to_ours(tuple(tensors[name] for name in row.names(spelling)))
+        state.update(zip(row.ours, (tensor.contiguous() for tensor in ours), strict=True))
     _assign(model, state)
 
 
@@ -179,13 +187,27 @@ def _assign(model: nn.Module, state: dict[str, Tensor]) -> None:
         raise AssertionError(f"{type(model).__name__} has rows for tensors that it lacks: {', '.join(state)}")
 
 
-def _match(model: Loadable, stored: Iterable[Stored], rows: Iterable[Row]) -> tuple[dict[str, Stored], list[str]]:
-    """Pair the modern Hub names with the stored tensors, and describe everything that does not fit."""
-    expected = _expected_shapes(model, rows)
+def match(
+    expected: Mapping[str, tuple[int, ...]],
+    stored: Iterable[Stored],
+    canonical: Callable[[str], str | None],
+    flat: Container[str] = (),
+) -> tuple[dict[str, Stored], dict[str, list[str]]]:
+    """Pair the expected names with the stored tensors, and describe everything that does not fit.
+
+    Args:
+        expected: shapes by name.
+        stored: what the files hold.
+        canonical: turns a stored name into an expected one, or into None for a tensor that is left out on purpose.
+        flat: names that may also be stored without their trailing axes of length 1.
+
+    Returns:
+        the stored tensors by expected name, and lines of text by what is wrong with the tensors that they name.
+    """
     found: dict[str, Stored] = {}
     wrong: dict[str, list[str]] = defaultdict(list)
     for tensor in stored:
-        name = model.canonical_hub_name(tensor.name)
+        name = canonical(tensor.name)
         if name is None:
             continue
         if name not in expected:
@@ -196,24 +218,33 @@ def _match(model: Loadable, stored: Iterable[Stored], rows: Iterable[Row]) -> tu
         elif tensor.dtype not in STORED_DTYPES:
             accepted = ", ".join(STORED_DTYPES)
             wrong["of a wrong dtype"].append(f"{tensor.name} in {tensor.file} is {tensor.dtype}, not {accepted}")
-        elif tensor.shape != expected[name]:
+        elif tensor.shape != expected[name] and not (name in flat and _flat(tensor.shape) == _flat(expected[name])):
             shapes = f"{tensor.shape} in {tensor.file}, expected {expected[name]}"
             wrong["of a wrong shape"].append(f"{tensor.name} is {shapes}")
         found.setdefault(name, tensor)
     wrong["missing"] = [f"{name} {shape}" for name, shape in expected.items() if name not in found]
-    problems = [
-        f"{len(lines)} {kind}:\n" + "\n".join(f"  {line}" for line in lines) for kind, lines in wrong.items() if lines
-    ]
-    return found, problems
+    return found, {kind: lines for kind, lines in wrong.items() if lines}
 
 
-def _expected_shapes(model: nn.Module, rows: Iterable[Row]) -> dict[str, tuple[int, ...]]:
-    """Return the shape of each tensor under its modern Hub name, by laying the meta tensors out as the Hub does."""
+def _flat(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Return a shape without its trailing ones."""
+    while shape and shape[-1] == 1:
+        shape = shape[:-1]
+    return shape
+
+
+def listed(wrong: Mapping[str, list[str]]) -> list[str]:
+    """Return one paragraph for each kind of problem that ``match`` found."""
+    return [f"{len(lines)} {kind}:\n" + "\n".join(f"  {line}" for line in lines) for kind, lines in wrong.items()]
+
+
+def expected_shapes(model: nn.Module, rows: Iterable[Row], spelling: Spelling = "hub") -> dict[str, tuple[int, ...]]:
+    """Return the shape of each tensor under its name in ``spelling``, by laying the meta tensors out as it does."""
     ours: Mapping[str, Tensor] = model.state_dict()
     expected: dict[str, tuple[int, ...]] = {}
     for row in rows:
-        for name, tensor in zip(row.hub, row.hub_op.from_ours(tuple(ours[key] for key in row.ours)), strict=True):
-            expected[name] = tuple(tensor.shape)
+        tensors = row.op(spelling).from_ours(tuple(ours[key] for key in row.ours))
+        expected.update((name, tuple(tensor.shape)) for name, tensor in zip(row.names(spelling), tensors, strict=True))
     return expected
 
 
@@ -240,11 +271,11 @@ def _read(stored: Mapping[str, Stored], dtype: torch.dtype) -> dict[str, Tensor]
             tensors[name] = files[tensor.path].get_tensor(tensor.name)
     others = stored.keys() - same.keys()
     with ThreadPoolExecutor(max(1, min(4, torch.get_num_threads(), len(others)))) as pool:
-        tensors.update(zip(others, pool.map(lambda name: _convert(stored[name], dtype), others), strict=True))
+        tensors.update(zip(others, pool.map(lambda name: read_tensor(stored[name], dtype), others), strict=True))
     return tensors
 
 
-def _convert(stored: Stored, dtype: torch.dtype) -> Tensor:
+def read_tensor(stored: Stored, dtype: torch.dtype) -> Tensor:
     """Read and convert one tensor in pieces. Mapped pages would count as memory of this process until unmapped."""
     result = torch.empty(stored.shape, dtype=dtype)
     buffer = bytearray(min(CHUNK, result.numel() * STORED_DTYPES[stored.dtype].itemsize))

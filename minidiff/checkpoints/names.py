@@ -326,9 +326,11 @@ CLIP_DROPPED = {
 LDM_DROPPED = {
     r"model_ema\..*": "a moving average of the UNet's weights; the weights under model.diffusion_model are the model",
     r"betas|(sqrt_)?(one_minus_)?alphas_cumprod(_prev)?|log_one_minus_alphas_cumprod|sqrt_recipm?1?_alphas_cumprod"
-    r"|posterior_(variance|log_variance_clipped|mean_coef[12])|lvlb_weights|logvar|scale_factor": (
+    r"|posterior_(variance|log_variance_clipped|mean_coef[12])|lvlb_weights|logvar|scale_factor|denoiser\..*": (
         "the noise schedule, which the scheduler computes from its configuration"
     ),
+    r"v_pred|ztsnr": "marks of what the UNet predicts and how it was trained: they are read, but are no weights",
+    r"global_step": "the number of training steps",
     r"(first_stage_model\.)?loss\..*": "the discriminator and perceptual loss the autoencoder was trained with",
     r"(cond_stage_model|conditioner\.embedders\.0)\.transformer\.text_model\.embeddings\.position_ids": (
         "a constant 0..76, saved as a buffer"
@@ -336,9 +338,12 @@ LDM_DROPPED = {
     r"cond_stage_model\.model\.transformer\.resblocks\.23\..*": (
         "SD 2.x conditions on the state before OpenCLIP's last layer, so its Hub version has 23 of the 24 layers"
     ),
-    r"cond_stage_model\.model\.text_projection": "maps to the space shared with pictures, which conditions nothing",
-    r"(cond_stage_model|conditioner\.embedders\.[01])\.model\.logit_scale": (
-        "temperature of the contrastive loss OpenCLIP was trained with"
+    r"cond_stage_model\.model\.text_projection"
+    r"|(cond_stage_model|conditioner\.embedders\.0)\.transformer\.text_projection(\.weight)?": (
+        "maps to the space shared with pictures, which conditions nothing"
+    ),
+    r"(cond_stage_model|conditioner\.embedders\.[01])\.((model|transformer)\.)?logit_scale": (
+        "temperature of the contrastive loss the text encoder was trained with"
     ),
 }
 

@@ -20,6 +20,7 @@ from minidiff.checkpoints.model import REFERENCE_VERSION, Model, refuse_pickles,
 from minidiff.checkpoints.save import save_json
 from minidiff.config import Config, read_json
 from minidiff.errors import CheckpointError, ConfigError
+from minidiff.pipelines.single_file import SingleFilePipeline
 from minidiff.schedulers.configured import CONFIG_NAME, Configured
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ TRANSFORMERS = ("minidiff.clip", "minidiff.tokenizer")  # our modules whose clas
 _said: set[str] = set()  # what this process has already been told
 
 
-class DiffusionPipeline:
+class DiffusionPipeline(SingleFilePipeline):
     """Base of every pipeline.
 
     A subclass has a constructor with the reference's keyword arguments: first the components, those that a checkpoint

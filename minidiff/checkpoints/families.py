@@ -1,0 +1,246 @@
+"""The published models that single files hold: how each is told from the names and shapes in a file, and configured.
+
+A single file says nothing about its architecture. What tells the families apart is the width D of the text that the
+UNet's cross-attention reads, and the number of channels C of its input:
+
+======================  =====  ===================================================================
+D                       C      family
+======================  =====  ===================================================================
+768 (CLIP-L)            4      Stable Diffusion 1.x
+1024 (OpenCLIP-H)       4      Stable Diffusion 2.x, 512 pixels and epsilon, or 768 pixels and v
+2048 (CLIP-L + bigG)    4      Stable Diffusion XL base
+1280 (OpenCLIP-bigG)    4      Stable Diffusion XL refiner
+as above                9      inpainting: latent, mask (1), masked picture (4)
+as above                8      instructions (InstructPix2Pix): latent, picture to edit (4)
+======================  =====  ===================================================================
+
+``published/*.json`` holds what the repository of each on the Hub holds besides weights and vocabulary, section by
+section under the file's name there, so that a local file needs no network.
+"""
+
+import gzip
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from minidiff.checkpoints.hub import MissingFileError, Repo
+from minidiff.config import read_json
+from minidiff.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from minidiff.tokenizer import CLIPTokenizer
+
+PUBLISHED = Path(__file__).with_name("published")
+MERGES = PUBLISHED / "clip_merges.txt.gz"
+PREDICTIONS = ("epsilon", "v_prediction", "sample")
+
+
+class Family(NamedTuple):
+    """One kind of checkpoint; ``configs`` maps what the UNet predicts to the published model that does so."""
+
+    title: str
+    ctx: int
+    channels: int
+    configs: Mapping[str, str]
+
+
+FAMILIES = (
+    Family("Stable Diffusion 1.x", 768, 4, {"epsilon": "stable-diffusion-v1-5"}),
+    Family("Stable Diffusion 1.x inpainting", 768, 9, {"epsilon": "stable-diffusion-inpainting"}),
+    Family("Stable Diffusion 1.x InstructPix2Pix", 768, 8, {"epsilon": "instruct-pix2pix"}),
+    Family(
+        "Stable Diffusion 2.x",
+        1024,
+        4,
+        {"epsilon": "stable-diffusion-2-1-base", "v_prediction": "stable-diffusion-2-1"},
+    ),
+    Family("Stable Diffusion 2.x inpainting", 1024, 9, {"epsilon": "stable-diffusion-2-inpainting"}),
+    Family("Stable Diffusion XL", 2048, 4, {"epsilon": "stable-diffusion-xl-base-1.0"}),
+    Family("Stable Diffusion XL inpainting", 2048, 9, {"epsilon": "stable-diffusion-xl-1.0-inpainting-0.1"}),
+    Family("Stable Diffusion XL InstructPix2Pix", 2048, 8, {"epsilon": "sdxl-instructpix2pix-768"}),
+    Family("Stable Diffusion XL refiner", 1280, 4, {"epsilon": "stable-diffusion-xl-refiner-1.0"}),
+)
+AUTOENCODER = Family("autoencoder of Stable Diffusion", 0, 0, {"epsilon": "stable-diffusion-v1-5"})
+
+_CROSS_KEYS = re.compile(r".*\.attn2\.to_k\.weight")
+_STRANGERS = {  # names that only other kinds of files have -> what they are and what reads them
+    r"lora_(unet|te\d?)_.*|.*\.lora_(A|B|up|down)\..*|.*\.lora\.(up|down)\..*": (
+        "a LoRA: load the model that it belongs to, then call pipe.load_lora_weights(file)"
+    ),
+    r"emb_params|string_to_param\..*|clip_[lg]": (
+        "a textual inversion: load the model that it belongs to, then call pipe.load_textual_inversion(file)"
+    ),
+    r"control_model\..*|controlnet_.*": "a ControlNet, which minidiff does not implement",
+    r"edm_(mean|std)": "Playground 2.5, whose noise process (EDM) minidiff does not implement",
+    r".*\.time_mix(er|_blocks?)\..*|.*motion_modules\..*": "a video model, which minidiff does not implement",
+    r"(model\.diffusion_model\.)?(joint_blocks|double_blocks)\..*": (
+        "a transformer (Stable Diffusion 3, Flux), which minidiff does not implement"
+    ),
+    r"(down_blocks|mid_block|up_blocks|(en|de)coder\.(down|up)_blocks)\..*": (
+        "in the Hub's spelling: put it beside its config.json and call from_pretrained with the folder, or pass "
+        "config=FOLDER"
+    ),
+}
+
+
+class Configs:
+    """What a checkpoint's repository holds besides weights: ``read`` gives a JSON file of it, ``tokenizer`` another."""
+
+    def read(self, name: str) -> dict[str, Any]:
+        """Return a file such as ``"unet/config.json"``."""
+        raise NotImplementedError
+
+    def tokenizer(self, name: str) -> "CLIPTokenizer":
+        """Return the tokenizer of the component ``name``."""
+        raise NotImplementedError
+
+
+class Published(Configs):
+    """The configuration of a published model, which comes with the package."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self._sections = read_json(PUBLISHED / f"{name}.json")
+        if base := self._sections.get("extends"):
+            self._sections = {**Published(base)._sections, **self._sections}
+
+    def __str__(self) -> str:
+        return f"the configuration of {self.name}"
+
+    def read(self, name: str) -> dict[str, Any]:
+        """Return a file such as ``"unet/config.json"``."""
+        if name not in self._sections:
+            raise MissingFileError(f"{self} has no {name}; it has {', '.join(self._sections)}")
+        return dict(self._sections[name])
+
+    def tokenizer(self, name: str) -> "CLIPTokenizer":
+        """Return CLIP's tokenizer with this model's special tokens."""
+        from minidiff.tokenizer import CLIPTokenizer
+        from minidiff.tokenizer_files import read_fields
+
+        config, roles = (self.read(f"{name}/{file}.json") for file in ("tokenizer_config", "special_tokens_map"))
+        vocab, merges = clip_vocabulary()
+        return CLIPTokenizer(vocab, merges, **read_fields(config, roles, []))
+
+
+class Folder(Configs):
+    """A folder or repository in Hub layout that the caller names to describe a file; its weights are not read."""
+
+    def __init__(self, repo: Repo) -> None:
+        self.repo = repo
+
+    def __str__(self) -> str:
+        return f"config={str(self.repo)!r}"
+
+    def read(self, name: str) -> dict[str, Any]:
+        """Return a file such as ``"unet/config.json"``."""
+        return read_json(self.repo.file(name))
+
+    def tokenizer(self, name: str) -> "CLIPTokenizer":
+        """Return the tokenizer in the folder of the component ``name``."""
+        from minidiff.tokenizer import CLIPTokenizer
+        from minidiff.tokenizer_files import read_tokenizer
+
+        repo = self.repo.at(name)
+        where = {"subfolder": repo.subfolder, "revision": repo.revision, "cache_dir": repo.cache_dir}
+        where |= {"local_files_only": repo.local_files_only, "token": repo.token}
+        return CLIPTokenizer(**read_tokenizer(repo.source, **where))
+
+
+@lru_cache(maxsize=1)
+def clip_vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """Return CLIP's 49,408 tokens with their ids, and its 48,894 merges.
+
+    The tokens are in the order in which CLIP made them: the 256 bytes, the 256 bytes at the end of a word, what each
+    merge joins, start and end. Only the merges are stored.
+    """
+    lines = gzip.decompress(MERGES.read_bytes()).decode().split("\n")[1:-1]  # the first line is a comment
+    letters = byte_letters()
+    tokens = [*letters, *(f"{letter}</w>" for letter in letters), *(line.replace(" ", "") for line in lines)]
+    tokens += ["<|startoftext|>", "<|endoftext|>"]
+    return {token: i for i, token in enumerate(tokens)}, [tuple(line.split(" ")) for line in lines]
+
+
+def byte_letters() -> list[str]:
+    """Return the printable letters that stand for the 256 bytes in byte-level BPE, in the order of CLIP's vocabulary.
+
+    Bytes that Latin-1 prints stand for themselves and come first; the others are letters from U+0100 on.
+    """
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    return [chr(byte) for byte in printable] + [chr(0x100 + n) for n in range(256 - len(printable))]
+
+
+def recognise(shapes: Mapping[str, tuple[int, ...]], unet: str | None, where: str) -> Family:
+    """Return the family of a file with tensors of these names and shapes.
+
+    Args:
+        shapes: by name, as in the file.
+        unet: what stands before the UNet's names in the file, None if it holds no UNet but an autoencoder.
+        where: the file's name, for messages.
+
+    Raises:
+        CheckpointError: if it is none that minidiff knows, saying what was found.
+    """
+    if stranger := _stranger(shapes):
+        raise CheckpointError(f"{where} is {stranger}")
+    if unet is None:
+        return AUTOENCODER
+    first = f"{unet}input_blocks.0.0.weight"
+    widths = Counter(shape[1] for name, shape in shapes.items() if _CROSS_KEYS.fullmatch(name) and len(shape) == 2)
+    ctx = widths.most_common(1)[0][0] if widths else None
+    channels = shapes[first][1] if len(shapes.get(first, ())) == 4 else 4  # its absence is reported with the others
+    for family in FAMILIES:
+        if (family.ctx, family.channels) == (ctx, channels):
+            return family
+    known = ", ".join(f"{family.title} ({family.ctx}, {family.channels})" for family in FAMILIES)
+    raise CheckpointError(
+        f"{where} is no checkpoint that minidiff knows: its UNet reads a text of width {ctx} (attn2.to_k.weight) and "
+        f"{channels} channels ({first}). Known are {known}. If it is a variant of one of them, pass config= with a "
+        "folder or Hub id in diffusers layout that describes it"
+    )
+
+
+def _stranger(names: Iterable[str]) -> str | None:
+    """Say what a file is that is no checkpoint in the original spelling, by the first name that gives it away."""
+    names = list(names)
+    for pattern, what in _STRANGERS.items():
+        if found := next((name for name in names if re.fullmatch(pattern, name)), None):
+            return f"{what} (it has {found})"
+    return None
+
+
+def told_prediction(names: Iterable[str], metadata: Mapping[str, str]) -> str | None:
+    """Return what the UNet of a file predicts if the file says so, else None.
+
+    It may say so in its metadata, by the ModelSpec convention (``modelspec.prediction_type`` is "epsilon" or "v"), or
+    with an empty tensor ``v_pred``.
+    """
+    said = metadata.get("modelspec.prediction_type", "").lower()
+    told = {"epsilon": "epsilon", "v": "v_prediction", "v_prediction": "v_prediction", "sample": "sample"}.get(said)
+    return told or ("v_prediction" if "v_pred" in names else None)
+
+
+def choose_prediction(family: Family, asked: str | None, told: str | None, where: str) -> str:
+    """Return what the UNet predicts: what the caller asked for, else what the file says, else what the family does.
+
+    Raises:
+        ValueError: if nobody says it and the family has both (Stable Diffusion 2.x), or ``asked`` is unknown.
+    """
+    if asked is not None and asked not in PREDICTIONS:
+        raise ValueError(f"prediction_type should be one of {', '.join(PREDICTIONS)}, found {asked!r}")
+    prediction = asked or told
+    if prediction is None and len(family.configs) > 1:
+        raise ValueError(
+            f"{where} is {family.title}, and nothing in it says what its UNet predicts: pass "
+            "prediction_type='v_prediction' for models of 768 pixels (768-v-ema, v2-1_768), or "
+            "prediction_type='epsilon' for those of 512 (512-base-ema, v2-1_512, SD-Turbo); the wrong one draws noise"
+        )
+    return prediction or next(iter(family.configs))
+
+
+def config_of(family: Family, prediction: str) -> Published:
+    """Return the packaged configuration of a family whose UNet predicts ``prediction``."""
+    return Published(family.configs.get(prediction, next(iter(family.configs.values()))))

@@ -1,0 +1,98 @@
+"""Lay networks out as an original single file: which name table each has there, and what is written beside it."""
+
+from collections.abc import Iterator, Mapping
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from minidiff.checkpoints.contents import Part
+from minidiff.checkpoints.load import STORED_DTYPES, expected_shapes, read_tensor
+from minidiff.checkpoints.model import Model
+from minidiff.checkpoints.names import (
+    REFINER_OPENCLIP_PREFIX,
+    SDXL_CLIP_PREFIX,
+    SDXL_OPENCLIP_PREFIX,
+    VAE_PREFIX,
+)
+from minidiff.checkpoints.remap import Row, Spelling
+from minidiff.checkpoints.stream import Group
+from minidiff.errors import CheckpointError
+
+
+def original_tables(networks: Mapping[str, Model]) -> dict[str, list[Row]]:
+    """Return the name table of each network of a pipeline as a single file of its family spells it.
+
+    Args:
+        networks: by component. One on its own has the name "": its names get no prefix if it is an autoencoder, as in
+            the published files of autoencoders; a UNet keeps it.
+
+    Raises:
+        CheckpointError: if the original spelling has no names for one.
+    """
+    from minidiff.checkpoints.single_file import SingleFileModel
+    from minidiff.clip import CLIPTextModel
+
+    tables = {}
+    for name, model in networks.items():
+        if isinstance(model, CLIPTextModel) and name in ("text_encoder", "text_encoder_2"):
+            tables[name] = model.rows(_text_prefix(name, networks))
+        elif isinstance(model, SingleFileModel) and name in (model.single_file_part, ""):
+            tables[name] = [_bare(row) for row in model.rows()] if name == "" else model.rows()
+        else:
+            raise CheckpointError(
+                f"the original spelling has no names for {name or 'a bare network'} ({type(model).__name__}); save the "
+                "checkpoint in Hub layout"
+            )
+    return tables
+
+
+def _text_prefix(name: str, networks: Mapping[str, Model]) -> str | None:
+    """Return what stands before the names of a text encoder, None for what its class says (SD 1.x and 2.x)."""
+    if networks.get("text_encoder_2") is None:
+        return None
+    if name == "text_encoder":
+        return SDXL_CLIP_PREFIX
+    return SDXL_OPENCLIP_PREFIX if networks.get("text_encoder") is not None else REFINER_OPENCLIP_PREFIX
+
+
+def _bare(row: Row) -> Row:
+    return row._replace(ldm=tuple(name.removeprefix(VAE_PREFIX) for name in row.ldm))
+
+
+def original_metadata(prediction: str | None) -> dict[str, str]:
+    """Return the metadata of a single file; what the UNet predicts is said by the ModelSpec convention."""
+    said = {"modelspec.prediction_type": {"v_prediction": "v"}.get(prediction, prediction)} if prediction else {}
+    return {"format": "pt", **said}
+
+
+def groups_of_model(model: Model, rows: list[Row]) -> Iterator[Group]:
+    """Yield the tensors of a network in memory, row by row, under their names in an original single file."""
+    state = model.state_dict()
+    shapes = expected_shapes(model, rows, "ldm")
+    for row in rows:
+        ours = tuple(state[name] for name in row.ours)
+        specs = [(name, ours[0].dtype, shapes[name]) for name in row.ldm]
+        yield Group(specs, partial(row.ldm_op.from_ours, ours))
+
+
+def groups_of_part(part: Part, rows: list[Row], target: Spelling, dtype: torch.dtype | None) -> Iterator[Group]:
+    """Yield the tensors of a stored network, row by row, to be read when they are written.
+
+    Args:
+        part: the network, on the meta device, and its stored tensors.
+        rows: its table, whose names in ``target`` are written (its own may have another prefix).
+        target: the spelling to write.
+        dtype: what to convert to, None for what is stored.
+    """
+    shapes = expected_shapes(part.model, rows, target)
+    for source, row in zip(part.rows, rows, strict=True):
+        stored = part.stored(source)
+        kinds = [STORED_DTYPES[tensor.dtype] for tensor in stored]
+        wanted = dtype or max(kinds, key=lambda kind: kind.itemsize)
+
+        def make(source: Row = source, row: Row = row, wanted: torch.dtype = wanted) -> tuple[Tensor, ...]:
+            tensors = tuple(read_tensor(tensor, wanted) for tensor in part.stored(source))
+            return row.op(target).from_ours(source.op(part.spelling).to_ours(tensors))
+
+        yield Group([(name, wanted, shapes[name]) for name in row.names(target)], make)

@@ -1,0 +1,220 @@
+"""Load networks from single files in the original CompVis / Stability spelling; see ``families`` and ``contents``.
+
+Checked against ``diffusers.loaders.single_file``. What differs on purpose: no network for a local file; missing,
+unknown and misshapen tensors are an error that names them all; what a file cannot tell is asked for.
+"""
+
+import logging
+import os
+from collections.abc import Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any, ClassVar, NoReturn
+
+import torch
+
+from minidiff.checkpoints.contents import Contents, Part
+from minidiff.checkpoints.families import (
+    AUTOENCODER,
+    Configs,
+    Family,
+    Folder,
+    choose_prediction,
+    config_of,
+    recognise,
+    told_prediction,
+)
+from minidiff.checkpoints.hub import PICKLES, WHY_NO_PICKLES, Repo, Weights
+from minidiff.checkpoints.load import OnMeta, as_dtype, fill, listed, load_weights, paused_collector
+from minidiff.checkpoints.model import Model, refuse_unless_harmless
+from minidiff.errors import CheckpointError, CheckpointNotFoundError
+
+logger = logging.getLogger("minidiff")
+
+SITES = ("https://huggingface.co/", "https://hf.co/", "huggingface.co/", "hf.co/")
+_REFUSED = {  # arguments of the reference that are not implemented -> what to do instead
+    "original_config": "give config= a folder or Hub id in diffusers layout: the YAML files of CompVis are not read",
+    "original_config_file": "give config= a folder or Hub id in diffusers layout: CompVis's YAML files are not read",
+    "load_safety_checker": "minidiff has no safety checker; leave the argument out",
+    "scheduler_type": "give scheduler= an object, for instance DDIMScheduler.from_config(pipe.scheduler.config)",
+    "image_size": "give height= and width= to the call, or config= a folder or Hub id",
+    "num_in_channels": "it is read from the file; leave the argument out",
+    "disable_mmap": "files are always memory-mapped where nothing is converted; leave the argument out",
+    "proxies": "set the environment variable HTTPS_PROXY",
+}
+
+
+def refuse(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Return ``arguments`` without those that ask for nothing; raise ``TypeError`` for what is not implemented."""
+    for name, instead in _REFUSED.items():
+        if arguments.pop(name, None) not in (None, False):
+            raise TypeError(f"from_single_file does not implement {name}=: {instead}")
+    return refuse_unless_harmless(arguments)
+
+
+def find(source: str | Path, where: Mapping[str, Any]) -> Path:
+    """Return the path of a single file, downloading it if need be.
+
+    Args:
+        source: a path; or an address such as ``https://huggingface.co/OWNER/NAME/blob/main/FILE``, or
+            ``OWNER/NAME/FILE``, if there is no such path.
+        where: ``revision``, ``cache_dir``, ``local_files_only``, ``token`` and ``force_download``, as in ``Repo``.
+
+    Raises:
+        CheckpointNotFoundError: if there is no such file.
+        CheckpointError: if it is a pickle or a folder.
+    """
+    if not isinstance(source, str | os.PathLike):
+        raise TypeError(f"from_single_file takes a path or an address, found {type(source).__name__}")
+    path, text = Path(source), str(source).split("?")[0]
+    if PurePosixPath(text).suffix in PICKLES:
+        raise CheckpointError(f"{source} is a pickle: {WHY_NO_PICKLES}")
+    site = next((site for site in SITES if text.startswith(site)), "")
+    if "://" in text and not site:
+        raise CheckpointNotFoundError(f"{source} is not on the Hugging Face Hub; download it and pass its path")
+    parts = text.removeprefix(site).split("/")
+    means_a_path = isinstance(source, Path) or text.startswith((".", "/", "~")) or "\\" in text or len(parts) < 3
+    if not site and (path.exists() or means_a_path):
+        return path  # Contents.of says what is wrong with it
+    if len(parts) < 3:
+        raise CheckpointNotFoundError(f"{source} names no file; expected {SITES[0]}OWNER/NAME/blob/main/FILE")
+    repo, rest, revision = "/".join(parts[:2]), parts[2:], where.get("revision")
+    if len(rest) > 2 and rest[0] in ("blob", "resolve"):
+        if revision not in (None, rest[1]):
+            raise ValueError(f"{source} names the revision {rest[1]!r}, and revision={revision!r}; give one of them")
+        revision, rest = rest[1], rest[2:]
+    return Repo(repo, **{**where, "revision": revision}).file("/".join(rest))
+
+
+def describe(
+    contents: Contents, config: str | Path | None, asked: str | None, where: Mapping[str, Any], *, unet: bool = True
+) -> tuple[Family | None, Configs, str | None]:
+    """Return the family of a file, what configures it, and what its UNet predicts.
+
+    With ``config`` the file is not judged: family and prediction are None unless the latter is ``asked`` for. ``unet``
+    is whether a UNet is wanted; without one nobody needs to know what it predicts.
+    """
+    if config is not None:
+        return None, Folder(Repo(config, **where)), asked
+    shapes = {tensor.name: tensor.shape for tensor in contents.stored}
+    family = recognise(shapes, contents.prefixes.get("unet"), str(contents.path))
+    if family is AUTOENCODER and "vae" not in contents.prefixes:
+        some = ", ".join(sorted(contents.names)[:3])
+        raise CheckpointError(
+            f"{contents.path} holds no network in the original spelling: {len(contents.names)} tensors such as {some}"
+        )
+    told = told_prediction(contents.names, contents.metadata)
+    if not unet:
+        told = told or next(iter(family.configs))
+    prediction = choose_prediction(family, asked, told, str(contents.path))
+    return family, config_of(family, prediction), prediction
+
+
+def raise_if_wrong(contents: Contents, wrong: Mapping[str, list[str]], described_by: object) -> None:
+    """Raise one ``CheckpointError`` with everything that ``Contents.match`` found wrong."""
+    if wrong:
+        raise CheckpointError(
+            f"{contents.path} does not fit {described_by}; `minidiff inspect` shows what it holds, and config= may "
+            "name another configuration\n" + "\n".join(listed(wrong))
+        )
+
+
+def absent(contents: Contents, component: str, kind: type) -> NoReturn:
+    """Raise ``CheckpointError`` for a network that the file does not hold."""
+    has = ", ".join(contents.prefixes) or "no network that minidiff knows"
+    raise CheckpointError(
+        f"{contents.path} holds no weights of {component} (it has {has}): load it from elsewhere and pass "
+        f"{component}={kind.__name__}.from_pretrained(...)"
+    )
+
+
+def say_ema(contents: Contents, use_ema: bool) -> None:
+    """Raise if a moving average is asked for and absent; say which weights are taken if the file has both."""
+    if use_ema and not contents.has_ema:
+        raise CheckpointError(f"use_ema=True: {contents.path} holds no moving average (model_ema.*); leave it out")
+    if contents.has_ema and not use_ema:
+        logger.warning(
+            "%s holds the UNet's weights and their moving average: the weights are loaded, use_ema=True takes the "
+            "average",
+            contents.path.name,
+        )
+
+
+class SingleFileModel:
+    """Mixin of the networks that can be loaded from an original single file, whole or bare."""
+
+    single_file_part: ClassVar[str]  # which component of a pipeline the network is
+
+    @classmethod
+    def from_single_file(
+        cls,
+        pretrained_model_link_or_path_or_dict: str | Path,
+        *,
+        config: str | Path | None = None,
+        subfolder: str | None = None,
+        torch_dtype: torch.dtype | str | None = None,
+        dtype: torch.dtype | str | None = None,
+        use_ema: bool = False,
+        prediction_type: str | None = None,
+        revision: str | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+        token: str | bool | None = None,
+        force_download: bool = False,
+        **overrides: Any,
+    ) -> "SingleFileModel":
+        """Load this network from a single file in the original spelling: a whole checkpoint, or the network alone.
+
+        The network is on the CPU and in evaluation mode. No network connection is used for a local file.
+
+        Args:
+            pretrained_model_link_or_path_or_dict: a path, an address on the Hub, or ``"OWNER/NAME/FILE"``.
+            config: a folder or Hub id with a ``config.json`` that describes it, instead of the packaged configuration
+                of the family that the file is recognised as. ``subfolder`` is where in it.
+            torch_dtype: dtype of the weights, float32 by default whatever is stored; ``dtype`` is another name of it.
+            use_ema: whether to load the moving average of a UNet's weights, for files that hold both.
+            prediction_type: "v_prediction" or "epsilon", for a UNet of Stable Diffusion 2.x whose file does not say.
+            revision: branch, tag or commit on the Hub; likewise the next four, as in ``from_pretrained``.
+            overrides: configuration fields, such as ``scaling_factor=0.13025`` for a bare autoencoder of SDXL.
+
+        Raises:
+            CheckpointNotFoundError: if there is no such file.
+            CheckpointError: if it is a pickle, or of no known family, or its tensors do not fit (all are named).
+            ValueError: if ``prediction_type`` is needed.
+            TypeError: naming an argument of the reference that is not implemented.
+        """
+        use_ema = bool(overrides.pop("extract_ema", False)) or use_ema  # the reference's name of it
+        overrides = refuse(overrides)
+        wanted = as_dtype(torch_dtype, dtype)
+        where = {"cache_dir": cache_dir, "local_files_only": bool(local_files_only), "token": token}
+        path = find(
+            pretrained_model_link_or_path_or_dict, {**where, "revision": revision, "force_download": force_download}
+        )
+        contents, part = Contents.of(path), cls.single_file_part
+        family, configs, _ = describe(contents, config, prediction_type, where, unet=part == "unet")
+        if part not in contents.prefixes and config is None:
+            absent(contents, part, cls)
+        if part == "unet":
+            say_ema(contents, use_ema)
+        if family is AUTOENCODER and "scaling_factor" not in overrides:
+            logger.warning(
+                "%s is a bare autoencoder, and those of Stable Diffusion 1.x, 2.x and XL look alike: taken for 1.x, "
+                "scaling_factor 0.18215, as diffusers does; for XL pass scaling_factor=0.13025, or config=",
+                path.name,
+            )
+        folder = subfolder if config is not None else part
+        fields = configs.read(str(PurePosixPath(folder or "", "config.json")))
+        with paused_collector():
+            with OnMeta():
+                model = cls.from_config(fields, **overrides)
+            if part not in contents.prefixes:  # with config=, a network in the Hub's spelling will do
+                load_weights(model, Weights({path.name: path}, None, None), wanted)
+                return model.eval()
+            parts, wrong = contents.match({part: model}, use_ema=use_ema, ignore=lambda owner: True)
+            raise_if_wrong(contents, wrong, f"{cls.__name__} as {configs} describes it")
+            return load_part(parts[0], wanted)
+
+
+def load_part(part: Part, dtype: torch.dtype) -> Model:
+    """Fill the network of a part with its tensors and return it in evaluation mode."""
+    fill(part.model, part.rows, part.found, dtype, part.spelling)
+    return part.model.eval()

@@ -1,0 +1,142 @@
+"""``SingleFilePipeline``: load a whole pipeline from one file in the original spelling, and write it as one.
+
+The configuration and the tokenizers come with the package, or from ``config=``; see ``minidiff.checkpoints.families``.
+Checked against ``diffusers.loaders.FromSingleFileMixin``.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from minidiff.checkpoints.contents import Contents
+from minidiff.checkpoints.families import Configs
+from minidiff.checkpoints.load import OnMeta, as_dtype, paused_collector
+from minidiff.checkpoints.model import Model
+from minidiff.checkpoints.single_file import absent, describe, find, load_part, raise_if_wrong, refuse, say_ema
+from minidiff.errors import CheckpointError, ConfigError
+from minidiff.schedulers.configured import Configured
+
+
+class SingleFilePipeline:
+    """Mixin of the pipelines."""
+
+    @classmethod
+    def from_single_file(
+        cls,
+        pretrained_model_link_or_path: str | Path,
+        *,
+        config: str | Path | None = None,
+        torch_dtype: torch.dtype | str | None = None,
+        dtype: torch.dtype | str | None = None,
+        use_ema: bool = False,
+        prediction_type: str | None = None,
+        revision: str | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+        token: str | bool | None = None,
+        force_download: bool = False,
+        **overrides: Any,
+    ) -> "SingleFilePipeline":
+        """Load a pipeline from a single file in the original CompVis / Stability spelling.
+
+        No network connection is used for a local file. ``DiffusionPipeline.from_single_file`` makes the pipeline that
+        the family of the file is for, a subclass makes itself.
+
+        Args:
+            pretrained_model_link_or_path: a path, an address on the Hub, or ``"OWNER/NAME/FILE"``.
+            config: a folder or Hub id in diffusers layout that describes the file, instead of the packaged
+                configuration of the family that it is recognised as. Its weights are not read.
+            torch_dtype: dtype of all networks, float32 by default; ``dtype`` is another name of it.
+            use_ema: whether to load the moving average of the UNet's weights, for files that hold both.
+            prediction_type: what the UNet predicts: "epsilon", "v_prediction" or "sample". By default what the file
+                says, else what its family does; Stable Diffusion 2.x has both, and needs it.
+            revision: branch, tag or commit on the Hub; likewise the next four, as in ``from_pretrained``.
+            overrides: components to use instead of the file's (``scheduler=...``, ``vae=...``), and settings of the
+                pipeline's constructor.
+
+        Raises:
+            CheckpointNotFoundError: if there is no such file.
+            CheckpointError: if it is a pickle, or of no known family, or its tensors do not fit (all are named), or a
+                network is not in it.
+            ConfigError: if the family of the file is for another pipeline.
+            ValueError: if ``prediction_type`` is needed.
+            TypeError: naming an argument that is unknown or, of the reference's, not implemented.
+        """
+        use_ema = bool(overrides.pop("extract_ema", False)) or use_ema  # the reference's name of it
+        overrides = refuse(overrides)
+        wanted = as_dtype(torch_dtype, dtype)
+        where = {"cache_dir": cache_dir, "local_files_only": bool(local_files_only), "token": token}
+        path = find(pretrained_model_link_or_path, {**where, "revision": revision, "force_download": force_download})
+        contents = Contents.of(path)
+        asked = prediction_type
+        if asked is None and overrides.get("scheduler") is not None:
+            asked = overrides["scheduler"].config.get("prediction_type")
+        _, configs, prediction = describe(contents, config, asked, where)
+        say_ema(contents, use_ema)
+
+        index = configs.read("model_index.json")
+        pipeline_class = cls._class_for(index, configs)
+        given = pipeline_class._check_overrides(overrides)
+        parts = pipeline_class._from_index(index, configs, given)
+        kinds = {name: kind for name, kind in parts.items() if name not in given and isinstance(kind, type)}
+        for name, kind in kinds.items():
+            if not issubclass(kind, Model):
+                parts[name] = _small_component(kind, name, configs, contents, prediction)
+        networks = {name: kind for name, kind in kinds.items() if issubclass(kind, Model)}
+        with paused_collector():
+            parts |= _networks(contents, configs, networks, wanted, use_ema)
+        return pipeline_class(**parts)
+
+    def save_single_file(self, path: str | Path) -> None:
+        """Write all networks to one safetensors file in the original CompVis / Stability spelling.
+
+        The dtypes stay. What the UNet predicts goes into the metadata, so that ``from_single_file`` need not ask;
+        configuration, tokenizers and scheduler have no place in such a file. The file appears when it is complete.
+
+        Raises:
+            CheckpointError: if the pipeline has a network that the original spelling has no names for.
+        """
+        from minidiff.checkpoints.original import groups_of_model, original_metadata, original_tables
+        from minidiff.checkpoints.stream import write_stream
+
+        networks = {name: part for name, part in self.components.items() if isinstance(part, nn.Module)}
+        tables = original_tables(networks)
+        if "unet" not in tables:
+            raise CheckpointError(f"{type(self).__name__} has no unet, so there is no single file of it")
+        groups = [group for name, rows in tables.items() for group in groups_of_model(networks[name], rows)]
+        metadata = original_metadata(self.scheduler.config.get("prediction_type", "epsilon"))
+        write_stream(Path(path), groups, metadata)
+
+
+def _small_component(kind: type, name: str, configs: Configs, contents: Contents, prediction: str | None) -> Any:
+    """Make a tokenizer, or a scheduler that is told what the UNet predicts."""
+    from minidiff.tokenizer import CLIPTokenizer  # a pipeline without text does not need its library
+
+    if issubclass(kind, CLIPTokenizer):
+        return configs.tokenizer(name)
+    if not issubclass(kind, Configured):
+        raise ConfigError(f"{name} ({kind.__name__}) has no place in a single file; pass {name}=...")
+    fields = configs.read(f"{name}/scheduler_config.json")
+    changes: dict[str, Any] = {}
+    if prediction is not None and fields.get("prediction_type", "epsilon") != prediction:
+        changes["prediction_type"] = prediction
+    if "ztsnr" in contents.names:  # a mark of models trained with zero terminal SNR
+        changes["rescale_betas_zero_snr"] = True
+    return kind.from_config(fields, **changes)
+
+
+def _networks(
+    contents: Contents, configs: Configs, kinds: Mapping[str, type[Model]], dtype: torch.dtype, use_ema: bool
+) -> dict[str, Model]:
+    """Build the networks and fill them from the file. Tensors of networks that are not wanted are left alone."""
+    for name, kind in kinds.items():
+        if name not in contents.prefixes:
+            absent(contents, name, kind)
+    with OnMeta():
+        networks = {name: kind.from_config(configs.read(f"{name}/config.json")) for name, kind in kinds.items()}
+    parts, wrong = contents.match(networks, use_ema=use_ema, ignore=lambda owner: owner is not None)
+    raise_if_wrong(contents, wrong, configs)
+    return {part.name: load_part(part, dtype) for part in parts}
