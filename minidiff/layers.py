@@ -19,6 +19,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from minidiff.slicing import attend_in_slices
+
 
 def timestep_embedding(
     t: Tensor, width: int, *, flip_sin_to_cos: bool = True, freq_shift: float = 0, max_period: float = 10_000.0
@@ -113,22 +115,35 @@ class ResBlock(nn.Module):
         self, x: Tensor, temb: Tensor | None = None, resize: Callable[[Tensor], Tensor] | None = None
     ) -> Tensor:
         """Compute y; ``resize`` changes the resolution of x and of silu(norm1(x)), the two ways through the block."""
-        h = F.silu(self.norm1(x))
+        h = F.silu(self.norm1(x), inplace=True)
         if resize is not None:
             x, h = resize(x), resize(h)
         h = self._told(self.conv1(h), temb)  # (B, C_out, H, W)
-        y = self.skip(x) + self.conv2(F.dropout(F.silu(h), self.dropout, self.training))
+        y = self.skip(x) + self.conv2(F.dropout(F.silu(h, inplace=True), self.dropout, self.training))
         return y if self.scale == 1 else y / self.scale
 
     def _told(self, h: Tensor, temb: Tensor | None) -> Tensor:
         """Normalise ``h`` and tell it the time."""
         if self.time is None:
             return self.norm2(h)
-        time = self.time(F.silu(temb))[:, :, None, None]
+        time = self._time(temb)[:, :, None, None]
         if not self.scale_shift:
             return self.norm2(h + time)
         a, b = time.chunk(2, dim=1)
         return self.norm2(h) * (1 + a) + b
+
+    def _time(self, temb: Tensor) -> Tensor:
+        """Return what this block is told of the time, (B, C_out) or, to scale and shift, (B, 2 C_out)."""
+        return self.time(F.silu(temb))
+
+
+def repeated(x: Tensor, B: int) -> Tensor:
+    """Repeat a batch as a whole until it has ``B`` entries, a multiple of what it has.
+
+    Under guidance each sample meets two texts. Until the first of them is looked at, both halves of the batch are the same
+    and one is enough; where a larger batch joins in, the smaller is repeated.
+    """
+    return x if len(x) == B else x.repeat(B // len(x), *[1] * (x.ndim - 1))
 
 
 def halve(x: Tensor) -> Tensor:
@@ -183,6 +198,7 @@ class Attention(nn.Module):
     def __init__(self, D: int, D_ctx: int, *, heads: int, qkv_bias: bool = False) -> None:
         super().__init__()
         self.heads = heads
+        self.slice_size: int | None = None  # heads at a time, see SlicedAttention.set_attention_slice; None = all
         self.q = nn.Linear(D, D, bias=qkv_bias)
         self.k = nn.Linear(D_ctx, D, bias=qkv_bias)
         self.v = nn.Linear(D_ctx, D, bias=qkv_bias)
@@ -195,7 +211,10 @@ class Attention(nn.Module):
         ctx = x if ctx is None else ctx
         q, k, v = (rearrange(s, "B L (N K) -> B N L K", N=self.heads) for s in (self.q(x), self.k(ctx), self.v(ctx)))
         # The fused kernels keep scores and softmax in float32, so `upcast_attention` (SD 2.1) has nothing left to do.
-        h = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
+        if self.slice_size is None:
+            h = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
+        else:  # in UNets alone, whose attention has no mask
+            h = attend_in_slices(q, k, v, self.slice_size)
         return self.out(rearrange(h, "B N L K -> B L (N K)"))
 
 
@@ -225,7 +244,7 @@ class TransformerBlock(nn.Module):
         self.mlp = GEGLU(D)
 
     def forward(self, x: Tensor, ctx: Tensor) -> Tensor:
-        x = x + self.self_attn(self.norm1(x))
+        x = repeated(x + self.self_attn(self.norm1(x)), len(ctx))
         x = x + self.cross_attn(self.norm2(x), ctx)
         return x + self.mlp(self.norm3(x))
 
@@ -249,7 +268,7 @@ class SpatialTransformer(nn.Module):
         h = self.proj_in(rearrange(self.norm(x), "B C H W -> B (H W) C"))
         for block in self.blocks:
             h = block(h, ctx)
-        return x + rearrange(self.proj_out(h), "B (H W) C -> B C H W", H=H, W=W)
+        return repeated(x, len(h)) + rearrange(self.proj_out(h), "B (H W) C -> B C H W", H=H, W=W)
 
 
 class PixelAttention(nn.Module):
