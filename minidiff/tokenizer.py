@@ -18,6 +18,7 @@ import logging
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -225,6 +226,12 @@ class CLIPTokenizer:
     def tokenize(self, text: str) -> list[str]:
         """Return the tokens of ``text`` as they are spelled in the vocabulary, without start and end."""
         return self._backend.encode(_checked_texts(text)[0], add_special_tokens=False).tokens
+
+    def words(self, text: str) -> list[list[int]]:
+        """Return the ids of ``text``, without start and end, word by word: what should stay together."""
+        encoding = self._backend.encode(_checked_texts(text)[0], add_special_tokens=False)
+        by_word = groupby(zip(encoding.word_ids, encoding.ids, strict=True), key=lambda pair: pair[0])
+        return [[i for _, i in pairs] for _, pairs in by_word]
 
     def decode(
         self,

@@ -65,6 +65,10 @@ class Run:
         """Return the guided prediction (B, C, H, W) from those for all copies (passes * B, C, H, W)."""
         return guide(*out.chunk(2), self.guidance_scale, self.guidance_rescale) if self.guided else out
 
+    def settle(self, i: int, x: Tensor) -> Tensor:
+        """Return the latents that the next step begins with, from those that step ``i`` ended with."""
+        return x
+
 
 def denoise(network: Network, scheduler: Scheduler, run: Run) -> Iterator[tuple[int, Tensor, Tensor]]:
     """Take every step of the run; yield its index, the x it started from and the guided prediction ``out``."""
@@ -76,7 +80,8 @@ def denoise(network: Network, scheduler: Scheduler, run: Run) -> Iterator[tuple[
         x_in = torch.cat([x] * run.passes) if run.passes > 1 else x
         out = run.combine(network(scheduler.scale_input(plan, i, x_in), plan.timesteps[i], run))
         noise = scheduler.draw_noise(plan, i, x, run.generator)
-        run.latents, past = scheduler.advance(plan, i, x, out, past, noise)
+        after, past = scheduler.advance(plan, i, x, out, past, noise)
+        run.latents = run.settle(i, after)
         yield i, x, out
 
 

@@ -7,17 +7,23 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from minidiff.adapters.lora import lora_scale
+from minidiff.adapters.lora_loader import LoraLoader
 from minidiff.errors import ConfigError
+from minidiff.outputs import Output
 from minidiff.pipelines.base import DiffusionPipeline
 from minidiff.pipelines.callbacks import Callback, Callbacks
 from minidiff.pipelines.common import Run, Step, denoise
-from minidiff.pipelines.request import Request, check_choice, check_count
+from minidiff.pipelines.request import Generators, Request, check_choice, check_count
 from minidiff.unet import UNet2DConditionModel
-from minidiff.vae import AutoencoderKL
+from minidiff.vae import AutoencoderKL, DiagonalGaussian
 
 if TYPE_CHECKING:
     import numpy as np
     from PIL import Image
+
+    from minidiff.pipelines.image_inputs import VaeImageProcessor
+    from minidiff.pipelines.image_regions import Region
 
     Images = list[Image.Image] | np.ndarray | Tensor
 
@@ -33,10 +39,11 @@ class Handling:
     callback_tensors: Sequence[str] = ("latents",)
 
 
-class LatentPipeline(Callbacks, DiffusionPipeline):
+class LatentPipeline(Callbacks, LoraLoader, DiffusionPipeline):
     """Base of the pipelines over latents. A subclass provides ``_start`` and ``_network``."""
 
     optional_components: ClassVar[tuple[str, ...]] = ("image_encoder", "feature_extractor")
+    output_class: ClassVar[type[Output]]  # of a call; has images, seeds and dropped, and the names of reference_fields
     unet_inputs: ClassVar[tuple[str, ...]] = ("latents",)  # what its UNets may read: keys of ``UNET_INPUTS``
 
     def __init__(self, components: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
@@ -69,6 +76,56 @@ class LatentPipeline(Callbacks, DiffusionPipeline):
         """Return the autoencoder in the dtype that it is to decode in."""
         return self.vae
 
+    def _encoder(self) -> AutoencoderKL:
+        """Return the autoencoder in the dtype that it is to encode in."""
+        return self.vae
+
+    @property
+    def image_processor(self) -> "VaeImageProcessor":
+        """What prepares the images of this pipeline, as the reference's attribute of this name."""
+        from minidiff.pipelines.image_inputs import VaeImageProcessor  # brings PIL
+
+        return VaeImageProcessor(vae_scale_factor=self.vae_scale_factor, vae_latent_channels=self._latent_channels)
+
+    @property
+    def _latent_channels(self) -> int:
+        return self.unet.config.out_channels if self.vae is None else self.vae.config.latent_channels
+
+    def _read_image(
+        self, image: Any, height: int | None = None, width: int | None = None, region: "Region | None" = None
+    ) -> Tensor:
+        """Return pixels (B, 3, H, W) in [-1, 1] or latents, see ``to_tensor``."""
+        from minidiff.pipelines.image_inputs import to_tensor  # brings PIL
+
+        channels = 3 if self.vae is None else self.vae.config.in_channels
+        return to_tensor(image, self.vae_scale_factor, self._latent_channels, channels, height, width, region)
+
+    def _encode_image(
+        self, x: Tensor, count: int, generator: Generators, like: Tensor, one_each: bool = True
+    ) -> Tensor:
+        """Return clean latents (count, Z, h, w), dealt out to the pictures in turn, in dtype and on the device of like.
+
+        Args:
+            x: pixels (B, 3, H, W) in [-1, 1], whose latents are drawn from the autoencoder's Gaussian and scaled; or
+                latents (B, Z, h, w), which are taken as they are.
+            generator: of a list, each draws for the picture it belongs to (``one_each``), or the first ones draw for
+                the images.
+
+        Raises:
+            ValueError: if the images cannot be dealt out evenly, or there is no autoencoder for pixels.
+        """
+        if x.shape[1] == self._latent_channels:
+            return dealt(x.to(like), count)
+        if self.vae is None:
+            raise ValueError("this pipeline has no vae: pass latents as image")
+        vae = self._encoder()
+        posterior = vae.encode(x.to(like).to(vae.dtype)).latent_dist
+        if isinstance(generator, (list, tuple)) and one_each:
+            posterior = DiagonalGaussian(dealt(posterior.parameters, count))
+        elif isinstance(generator, (list, tuple)):
+            generator = generator[: len(x)]
+        return dealt(vae.config.scaling_factor * posterior.sample(generator).to(like), count)
+
     # --- one run -----------------------------------------------------------------------------------------------------
 
     def _start(self, request: Request) -> Run:
@@ -91,6 +148,18 @@ class LatentPipeline(Callbacks, DiffusionPipeline):
     def _generate(self, request: Request, handling: Handling) -> "tuple[Images, list[int] | None]":
         """Run all steps, with progress bar and callback; return the pictures and their seeds."""
         run = self._start(request)
+        return self._finish(run, handling), run.seeds
+
+    @torch.no_grad()
+    def _respond(self, request: Request, handling: Handling, return_dict: bool) -> "Output | tuple[Any, ...]":
+        """Do what a call does once its arguments are checked: run all steps; return the record or the tuple."""
+        run = self._start(request)
+        images = self._finish(run, handling)
+        out = self.output_class(images=images, seeds=run.seeds, dropped=run.dropped)
+        return out if return_dict else tuple(getattr(out, name) for name in self.output_class.reference_fields)
+
+    def _finish(self, run: Run, handling: Handling) -> "Images":
+        """Take all steps of a run, with progress bar and callback, and decode."""
         counted = self._counted(run)
         with self.progress_bar(total=len(counted)) as bar:
             for i, _, _ in denoise(self._network, self.scheduler, run):
@@ -98,7 +167,7 @@ class LatentPipeline(Callbacks, DiffusionPipeline):
                     self._call_back(handling.callback, run, i, handling.callback_tensors)
                 if i in counted:
                     bar.update()
-        return self.decode(run.latents, handling.output_type), run.seeds
+        return self.decode(run.latents, handling.output_type)
 
     def _counted(self, run: Run) -> list[int]:
         """Return the evaluations that end a step for the progress bar: solvers may take several, or some to warm up."""
@@ -179,6 +248,13 @@ def check_channels(pipeline: type[LatentPipeline], vae: AutoencoderKL | None, un
         f"{' or '.join(map(str, expected))} and out_channels {Z}, found in_channels {found} and out_channels "
         f"{unet.config.out_channels}; {advice}"
     )
+
+
+def dealt(x: Tensor, count: int, what: str = "images") -> Tensor:
+    """Repeat a batch (B, ...) in turn until it has ``count`` items; raise ``ValueError`` if that does not come out."""
+    if len(x) > count or count % len(x):
+        raise ValueError(f"{len(x)} {what} cannot be dealt out to {count} pictures evenly")
+    return x.repeat(count // len(x), *[1] * (x.ndim - 1))
 
 
 def family(D: int) -> str:

@@ -9,6 +9,7 @@ from torch import Generator, Tensor
 
 Generators = Generator | Sequence[Generator] | None
 Prompt = str | list[str] | None
+LONG_PROMPT = ("cut", "chunk")
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,8 @@ class Request:
         guidance_rescale: 0 to 1, see ``guide``; 0.7 suits models with zero terminal SNR.
         clip_skip: 1 conditions on the state before the last CLIP layer ("clip skip 2" in A1111), and so on.
         seed, seeds: one CPU generator per picture: ``seeds`` lists them, ``seed=s`` means s, s + 1...
+        long_prompt: what to do with a text of more than 77 tokens: "cut" it and return what was dropped, or "chunk":
+            encode it in windows, see ``minidiff.pipelines.texts``.
 
     Raises:
         TypeError, ValueError: naming the argument, what was found and what was expected.
@@ -54,12 +57,14 @@ class Request:
     clip_skip: int | None = None
     seed: int | None = None
     seeds: Sequence[int] | None = None
+    long_prompt: str = "cut"
 
     def __post_init__(self) -> None:
         check_count("num_images_per_prompt", self.num_images_per_prompt)
         check_number("guidance_scale", self.guidance_scale, 0)
         check_number("guidance_rescale", self.guidance_rescale, 0, 1)
         check_number("eta", self.eta, 0, 1)
+        check_choice("long_prompt", self.long_prompt, LONG_PROMPT)
         if self.timesteps is not None and self.sigmas is not None:
             raise ValueError("give timesteps= or sigmas=, not both")
         self._check_one_each()
@@ -109,12 +114,6 @@ class Request:
             embeds = getattr(self, name)
             if embeds is not None and (embeds.ndim != 3 or len(embeds) != self.batch):
                 raise ValueError(f"{name} should be ({self.batch}, L, D), found {tuple(embeds.shape)}")
-        positive, negative = self.prompt_embeds, self.negative_prompt_embeds
-        if positive is not None and negative is not None and positive.shape != negative.shape:
-            raise ValueError(
-                f"prompt_embeds {tuple(positive.shape)} and negative_prompt_embeds {tuple(negative.shape)} should have "
-                "the same shape"
-            )
 
 
 def check_number(name: str, value: Any, low: float, high: float = math.inf) -> None:

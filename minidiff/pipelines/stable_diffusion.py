@@ -20,6 +20,7 @@ from minidiff.pipelines.callbacks import Callback
 from minidiff.pipelines.common import Run, Step, initial_latents, make_generators, make_plan
 from minidiff.pipelines.latent import Handling, LatentPipeline, check_channels, family
 from minidiff.pipelines.request import Generators, Prompt, Request
+from minidiff.pipelines.texts import Dropped, Embedded, Encoder, Side, Texts, embed
 from minidiff.schedulers.base import Scheduler
 from minidiff.tokenizer import CLIPTokenizer
 from minidiff.unet import UNet2DConditionModel
@@ -34,11 +35,18 @@ logger = logging.getLogger("minidiff")
 
 @dataclass
 class StableDiffusionPipelineOutput(Output):
-    """What a call returns: the pictures and, if ``seed`` or ``seeds`` was given, the seed of each."""
+    """What a call returns: the pictures and, if ``seed`` or ``seeds`` was given, the seed of each.
+
+    ``dropped`` is None if every text was read to its end. Otherwise it holds, by the name of the argument, what was cut
+    off each of its texts: ``{"prompt": ["", "in the style of..."]}``.
+    """
+
+    reference_fields: ClassVar[tuple[str, ...]] = ("images", "nsfw_content_detected")  # the tuple of return_dict=False
 
     images: "list[Image.Image] | np.ndarray | Tensor"
     nsfw_content_detected: None = None  # as in the reference without a safety checker
     seeds: list[int] | None = None
+    dropped: Dropped | None = None
 
 
 class SDPipeline(LatentPipeline):
@@ -55,6 +63,7 @@ class SDPipeline(LatentPipeline):
     """
 
     optional_components: ClassVar[tuple[str, ...]] = ("safety_checker", "feature_extractor", "image_encoder")
+    output_class = StableDiffusionPipelineOutput
     scheduler_corrections: ClassVar[Mapping[str, Any]] = {"steps_offset": 1, "clip_sample": False}
 
     def __init__(
@@ -100,55 +109,58 @@ class SDPipeline(LatentPipeline):
         prompt_embeds: Tensor | None = None,
         negative_prompt_embeds: Tensor | None = None,
         clip_skip: int | None = None,
+        *,
+        long_prompt: str = "cut",
     ) -> tuple[Tensor, Tensor | None]:
-        """Encode prompts and, under guidance, negative prompts: two (B * N, L, D), each text repeated N times."""
-        positive = self._encode(prompt, device, clip_skip) if prompt_embeds is None else prompt_embeds
-        batch = len(positive)
-        dtype = self.text_encoder.dtype if self.text_encoder is not None else self.unet.dtype
-        negative = negative_prompt_embeds
-        if do_classifier_free_guidance and negative is None:
-            texts = [negative_prompt or ""] * batch if not isinstance(negative_prompt, list) else negative_prompt
-            # The negative text is encoded to the same number of tokens, and never with clip_skip, as in the reference.
-            negative = self._encode(texts, device, None, max_length=positive.shape[1])
-        N = num_images_per_prompt
-        positive = positive.to(device, dtype).repeat_interleave(N, dim=0)
-        if not do_classifier_free_guidance:
-            return positive, None
-        return positive, negative.to(device, dtype).repeat_interleave(N, dim=0)
+        """Encode prompts and, under guidance, negative prompts: two (B * N, L, D), each text repeated N times.
 
-    def _encode(
-        self, texts: str | list[str], device: torch.device | str, clip_skip: int | None, max_length: int | None = None
-    ) -> Tensor:
+        ``long_prompt`` is "cut" or "chunk", see ``minidiff.pipelines.texts``.
+        """
+        texts = Texts(
+            prompt=prompt,
+            negative_prompt=negative_prompt,
+            prompt_embeds=prompt_embeds,
+            negative_prompt_embeds=negative_prompt_embeds,
+            num_images_per_prompt=num_images_per_prompt,
+            guided=do_classifier_free_guidance,
+            clip_skip=clip_skip,
+            long_prompt=long_prompt,
+        )
+        found = self._embed(texts, device)
+        return found.prompt_embeds, found.negative_prompt_embeds
+
+    def _embed(self, texts: Texts, device: torch.device | str) -> Embedded:
+        positive, negative = texts.prompts, texts.negative_prompts
+        sides = [Side([("prompt", positive)], texts.clip_skip, texts.prompt_embeds)]
+        if texts.guided:  # the negative side is never encoded with clip_skip, as in the reference
+            sides.append(Side([("negative_prompt", negative)], None, texts.negative_prompt_embeds))
+        found, dropped = embed(self._encoders, sides, texts, device)
+        dtype = self.text_encoder.dtype if self.text_encoder is not None else self.unet.dtype
+        states = [z.to(device, dtype).repeat_interleave(texts.num_images_per_prompt, dim=0) for z, _ in found]
+        return Embedded(states[0], states[1] if texts.guided else None, dropped=dropped)
+
+    def _encoders(self) -> list[Encoder]:
         if self.text_encoder is None or self.tokenizer is None:
             raise ValueError(
                 "this pipeline has no text encoder or tokenizer: pass prompt_embeds (and, under guidance, "
-                "negative_prompt_embeds)"
+                "negative_prompt_embeds of the same shape)"
             )
-        length = max_length or self.tokenizer.model_max_length
-        tokens = self.tokenizer(texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
-        ids = tokens.input_ids.to(device)
-        if clip_skip is None:
-            return self.text_encoder(ids).last_hidden_state
-        states = self.text_encoder(ids, output_hidden_states=True).hidden_states
-        return self.text_encoder.norm_out(states[-(clip_skip + 1)])
+        return [Encoder(self.tokenizer, self._states)]
 
-    def _encode_texts(self, request: Request, device: torch.device) -> dict[str, Tensor | None]:
+    def _states(self, ids: Tensor, clip_skip: int | None) -> tuple[Tensor, None]:
+        if clip_skip is None:
+            return self.text_encoder(ids).last_hidden_state, None
+        states = self.text_encoder(ids, output_hidden_states=True).hidden_states
+        return self.text_encoder.norm_out(states[-(clip_skip + 1)]), None
+
+    def _encode_texts(self, request: Request, device: torch.device) -> dict[str, Any]:
         """Check and encode the texts of a request; return what goes into its run."""
         self._check_clip_skip(request.clip_skip)
         self._check_width("prompt_embeds", request.prompt_embeds)
         self._check_width("negative_prompt_embeds", request.negative_prompt_embeds)
-        positive, negative = self.encode_prompt(
-            request.prompt,
-            device,
-            request.num_images_per_prompt,
-            request.guided,
-            request.negative_prompt,
-            request.prompt_embeds,
-            request.negative_prompt_embeds,
-            request.clip_skip,
-        )
+        positive, negative, *_, dropped = self._embed(Texts.of(request), device)
         both = torch.cat([negative, positive]) if request.guided else positive
-        return {"prompt_embeds": both, "negative_prompt_embeds": negative}
+        return {"prompt_embeds": both, "negative_prompt_embeds": negative, "dropped": dropped}
 
     def _network(self, x: Tensor, t: Tensor, run: Run) -> Tensor:
         return self.unet(x, t, run.prompt_embeds).sample
@@ -199,6 +211,7 @@ class StableDiffusionPipeline(SDPipeline):
         *,
         seed: int | None = None,
         seeds: Sequence[int] | None = None,
+        long_prompt: str = "cut",
         **not_implemented: Any,
     ) -> StableDiffusionPipelineOutput | tuple[Any, None]:
         """Generate pictures.
@@ -235,9 +248,9 @@ class StableDiffusionPipeline(SDPipeline):
             clip_skip,
             seed,
             seeds,
+            long_prompt,
         )
-        images, seeds = self._generate(request, handling)
-        return StableDiffusionPipelineOutput(images, None, seeds) if return_dict else (images, None)
+        return self._respond(request, handling, return_dict)
 
     def steps(self, *args: Any, **kwargs: Any) -> Iterator[Step]:
         """Generate step by step: yield a ``Step`` after each, with the latents and the clean latents predicted.

@@ -14,6 +14,7 @@ import copy
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -27,6 +28,7 @@ from minidiff.pipelines.common import Run, Step, initial_latents, make_generator
 from minidiff.pipelines.latent import Handling, LatentPipeline, check_channels
 from minidiff.pipelines.request import Generators, Prompt
 from minidiff.pipelines.request_xl import Size, XLRequest
+from minidiff.pipelines.texts import Dropped, Embedded, Encoder, Side, Texts, embed
 from minidiff.schedulers.base import Plan, Scheduler
 from minidiff.tokenizer import CLIPTokenizer
 from minidiff.unet import UNet2DConditionModel
@@ -38,15 +40,19 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("minidiff")
 
-Encoder = tuple[CLIPTokenizer, CLIPTextModel]
-
 
 @dataclass
 class StableDiffusionXLPipelineOutput(Output):
-    """What a call returns: the pictures and, if ``seed`` or ``seeds`` was given, the seed of each."""
+    """What a call returns: the pictures, their seeds and what was cut off, as ``StableDiffusionPipelineOutput``.
+
+    A text that both tokenizers read is reported once, by the name of the argument that it came from.
+    """
+
+    reference_fields: ClassVar[tuple[str, ...]] = ("images",)  # the tuple of return_dict=False
 
     images: "list[Image.Image] | np.ndarray | Tensor"
     seeds: list[int] | None = None
+    dropped: Dropped | None = None
 
 
 @dataclass(kw_only=True)
@@ -60,6 +66,7 @@ class XLRun(Run):
 class XLPipeline(LatentPipeline):
     """What text-to-image and image-to-image with SDXL share: components, texts and added conditions."""
 
+    output_class = StableDiffusionXLPipelineOutput
     _callback_tensor_inputs: ClassVar[tuple[str, ...]] = ("latents", "prompt_embeds", "add_text_embeds", "add_time_ids")
 
     def __init__(self, components: Mapping[str, Any], settings: Mapping[str, Any], time_ids: int) -> None:
@@ -75,6 +82,9 @@ class XLPipeline(LatentPipeline):
 
     def _decoder(self) -> AutoencoderKL:
         return self._in_float32(torch.float16)
+
+    def _encoder(self) -> AutoencoderKL:
+        return self._in_float32(torch.float16, torch.bfloat16)
 
     def _in_float32(self, *dtypes: torch.dtype) -> AutoencoderKL:
         """Return the autoencoder, or a float32 copy if it has one of ``dtypes`` and its config says it overflows there.
@@ -102,8 +112,12 @@ class XLPipeline(LatentPipeline):
         negative_pooled_prompt_embeds: Tensor | None = None,
         lora_scale: None = None,
         clip_skip: int | None = None,
+        *,
+        long_prompt: str = "cut",
     ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
         """Encode prompts and, under guidance, negative prompts, each repeated N = ``num_images_per_prompt`` times.
+
+        ``long_prompt`` is "cut" or "chunk", see ``minidiff.pipelines.texts``.
 
         Returns:
             embeddings (B * N, L, D), negative ones, pooled embeddings (B * N, P), negative ones. Without a negative
@@ -114,49 +128,58 @@ class XLPipeline(LatentPipeline):
         """
         if lora_scale is not None:
             raise ValueError(f"lora_scale is not implemented, found {lora_scale!r}")
-        device = self.device if device is None else device
-        positive, pooled = prompt_embeds, pooled_prompt_embeds
-        if positive is None:
-            texts = [prompt] if isinstance(prompt, str) else list(prompt)
-            positive, pooled = self._encode(texts, prompt_2, device, clip_skip or 0)
-        negative, negative_pooled = negative_prompt_embeds, negative_pooled_prompt_embeds
-        if do_classifier_free_guidance and negative is None:
-            if negative_prompt is None and self._settings["force_zeros_for_empty_prompt"]:
-                if negative_prompt_2 is not None:
-                    raise ValueError("negative_prompt_2 counts only beside a negative_prompt, which may be ''")
-                negative, negative_pooled = torch.zeros_like(positive), torch.zeros_like(pooled)
-            else:  # to the same number of tokens, and never with clip_skip, as in the reference
-                texts = (
-                    negative_prompt if isinstance(negative_prompt, list) else [negative_prompt or ""] * len(positive)
-                )
-                negative, negative_pooled = self._encode(texts, negative_prompt_2, device, 0, positive.shape[1])
-        dtype = self.text_encoder_2.dtype if self.text_encoder_2 is not None else self.unet.dtype
+        texts = Texts(
+            prompt=prompt,
+            prompt_2=prompt_2,
+            negative_prompt=negative_prompt,
+            negative_prompt_2=negative_prompt_2,
+            prompt_embeds=prompt_embeds,
+            negative_prompt_embeds=negative_prompt_embeds,
+            pooled_prompt_embeds=pooled_prompt_embeds,
+            negative_pooled_prompt_embeds=negative_pooled_prompt_embeds,
+            num_images_per_prompt=num_images_per_prompt,
+            guided=do_classifier_free_guidance,
+            clip_skip=clip_skip,
+            long_prompt=long_prompt,
+        )
+        found = self._embed(texts, self.device if device is None else device)
+        return (
+            found.prompt_embeds,
+            found.negative_prompt_embeds,
+            found.pooled_prompt_embeds,
+            found.negative_pooled_prompt_embeds,
+        )
 
-        def repeated(embeds: Tensor) -> Tensor:
-            return embeds.to(device, dtype).repeat_interleave(num_images_per_prompt, dim=0)
+    def _embed(self, texts: Texts, device: torch.device | str) -> Embedded:
+        of_each = self._for_each("prompt", texts.prompts, texts.prompt_2)
+        sides = [Side(of_each, texts.clip_skip, texts.prompt_embeds, texts.pooled_prompt_embeds)]
+        absent = texts.negative_prompt is None and texts.negative_prompt_embeds is None
+        zeros = absent and self._settings["force_zeros_for_empty_prompt"]
+        if texts.guided and zeros and texts.negative_prompt_2 is not None:
+            raise ValueError("negative_prompt_2 counts only beside a negative_prompt, which may be ''")
+        if texts.guided and not zeros:  # the negative side is never encoded with clip_skip, as in the reference
+            of_each = self._for_each("negative_prompt", texts.negative_prompts, texts.negative_prompt_2)
+            sides.append(Side(of_each, None, texts.negative_prompt_embeds, texts.negative_pooled_prompt_embeds))
+        found, dropped = embed(self._encoders, sides, texts, device)
+        if texts.guided and zeros:
+            found.append(tuple(torch.zeros_like(z) for z in found[0]))
+        dtype, N = (self.text_encoder_2 or self.unet).dtype, texts.num_images_per_prompt
+        copies = [[z.to(device, dtype).repeat_interleave(N, dim=0) for z in side] for side in found]
+        (positive, pooled), (negative, negative_pooled) = copies if texts.guided else [*copies, (None, None)]
+        return Embedded(positive, negative, pooled, negative_pooled, dropped)
 
-        if not do_classifier_free_guidance:
-            return repeated(positive), None, repeated(pooled), None
-        return repeated(positive), repeated(negative), repeated(pooled), repeated(negative_pooled)
-
-    def _encode(
-        self, texts: list[str], texts_2: Prompt, device: torch.device | str, skip: int, length: int | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Encode texts with every encoder, ``texts_2`` with the second; return states side by side, and the pooled."""
-        encoders = self._encoders()
-        texts_2 = texts_2 or texts
-        texts_2 = [texts_2] * len(texts) if isinstance(texts_2, str) else texts_2
-        if len(encoders) == 1 and texts_2 != texts:
+    def _for_each(self, name: str, texts: list[str] | None, texts_2: Prompt) -> list[tuple[str, list[str]]]:
+        """Return what each encoder reads, by argument; without texts of its own the second reads the same."""
+        if texts is None:
+            return []
+        second = (name, texts)
+        if texts_2:
+            second = (f"{name}_2", [texts_2] * len(texts) if isinstance(texts_2, str) else texts_2)
+        if None not in (self.text_encoder, self.tokenizer):
+            return [(name, texts), second]
+        if second[1] != texts:
             logger.warning("prompt_2 and negative_prompt_2 are not used: this pipeline has one text encoder")
-        states, pooled = [], None
-        for (tokenizer, encoder), these in zip(encoders, (texts, texts_2), strict=False):
-            options = {"max_length": length or tokenizer.model_max_length, "truncation": True, "return_tensors": "pt"}
-            ids = tokenizer(these, padding="max_length", **options).input_ids.to(device)
-            out = encoder(ids, output_hidden_states=True)
-            states.append(out.hidden_states[-(skip + 2)])
-            if isinstance(encoder, CLIPTextModelWithProjection):
-                pooled = out.text_embeds
-        return torch.cat(states, dim=-1), pooled
+        return [(name, texts)]
 
     def _encoders(self) -> list[Encoder]:
         """Return the text encoders that there are, with their tokenizers."""
@@ -164,34 +187,21 @@ class XLPipeline(LatentPipeline):
         if None in pairs[1]:
             raise ValueError(
                 "this pipeline has no text_encoder_2 or tokenizer_2: pass prompt_embeds and pooled_prompt_embeds (and, "
-                "under guidance, those of the negative prompt)"
+                "under guidance, those of the negative prompt, of the same shape)"
             )
-        return [pair for pair in pairs if None not in pair]
+        return [Encoder(pair[0], partial(_states, pair[1])) for pair in pairs if None not in pair]
 
     # --- one run -----------------------------------------------------------------------------------------------------
 
-    def _conditions(self, request: XLRequest, device: torch.device) -> dict[str, Tensor]:
+    def _conditions(self, request: XLRequest, device: torch.device) -> dict[str, Any]:
         """Encode the texts; return what goes into the run, under guidance with the negative ones first."""
         self._check_clip_skip(request.clip_skip)
         for name in ("prompt_embeds", "negative_prompt_embeds"):
             self._check_width(name, getattr(request, name))
-        positive, negative, pooled, negative_pooled = self.encode_prompt(
-            request.prompt,
-            request.prompt_2,
-            device,
-            request.num_images_per_prompt,
-            request.guided,
-            request.negative_prompt,
-            request.negative_prompt_2,
-            request.prompt_embeds,
-            request.negative_prompt_embeds,
-            request.pooled_prompt_embeds,
-            request.negative_pooled_prompt_embeds,
-            clip_skip=request.clip_skip,
-        )
+        positive, negative, pooled, negative_pooled, dropped = self._embed(Texts.of(request), device)
         if request.guided:
             positive, pooled = torch.cat([negative, positive]), torch.cat([negative_pooled, pooled])
-        return {"prompt_embeds": positive, "add_text_embeds": pooled}
+        return {"prompt_embeds": positive, "add_text_embeds": pooled, "dropped": dropped}
 
     def _network(self, x: Tensor, t: Tensor, run: XLRun) -> Tensor:
         added = {"text_embeds": run.add_text_embeds, "time_ids": run.add_time_ids}
@@ -204,6 +214,13 @@ class XLPipeline(LatentPipeline):
         last = min(encoder.config.num_hidden_layers for encoder in encoders) - 1
         if isinstance(clip_skip, bool) or not isinstance(clip_skip, int) or not 0 <= clip_skip <= last:
             raise ValueError(f"clip_skip should be None or 0 to {last}, found {clip_skip!r}")
+
+
+def _states(encoder: CLIPTextModel, ids: Tensor, clip_skip: int | None) -> tuple[Tensor, Tensor | None]:
+    """Return the states before the last layer, or further back, and the pooled embedding of the second encoder."""
+    out = encoder(ids, output_hidden_states=True)
+    pooled = out.text_embeds if isinstance(encoder, CLIPTextModelWithProjection) else None
+    return out.hidden_states[-((clip_skip or 0) + 2)], pooled
 
 
 def time_ids(positive: Sequence[float], negative: Sequence[float], request: XLRequest, like: Tensor) -> Tensor:
@@ -318,6 +335,7 @@ class StableDiffusionXLPipeline(XLPipeline):
         *,
         seed: int | None = None,
         seeds: Sequence[int] | None = None,
+        long_prompt: str = "cut",
         **not_implemented: Any,
     ) -> StableDiffusionXLPipelineOutput | tuple[Any]:
         """Generate pictures.
@@ -366,9 +384,9 @@ class StableDiffusionXLPipeline(XLPipeline):
             clip_skip=clip_skip,
             seed=seed,
             seeds=seeds,
+            long_prompt=long_prompt,
         )
-        images, seeds = self._generate(request, handling)
-        return StableDiffusionXLPipelineOutput(images, seeds) if return_dict else (images,)
+        return self._respond(request, handling, return_dict)
 
     def steps(self, prompt: Prompt = None, **arguments: Any) -> Iterator[Step]:
         """Generate step by step: yield a ``Step`` after each, with the latents and the clean latents predicted.

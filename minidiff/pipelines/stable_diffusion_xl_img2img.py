@@ -31,6 +31,7 @@ from minidiff.pipelines.stable_diffusion_xl import (
     steps_until,
     time_ids,
 )
+from minidiff.pipelines.strength import begin
 from minidiff.random import randn
 from minidiff.schedulers.base import Plan, Scheduler
 from minidiff.tokenizer import CLIPTokenizer
@@ -122,6 +123,7 @@ class StableDiffusionXLImg2ImgPipeline(XLPipeline):
         *,
         seed: int | None = None,
         seeds: Sequence[int] | None = None,
+        long_prompt: str = "cut",
         **not_implemented: Any,
     ) -> StableDiffusionXLPipelineOutput | tuple[Any]:
         """Generate pictures from pictures.
@@ -166,9 +168,9 @@ class StableDiffusionXLImg2ImgPipeline(XLPipeline):
             clip_skip=clip_skip,
             seed=seed,
             seeds=seeds,
+            long_prompt=long_prompt,
         )
-        images, seeds = self._generate(request, handling)
-        return StableDiffusionXLPipelineOutput(images, seeds) if return_dict else (images,)
+        return self._respond(request, handling, return_dict)
 
     def steps(self, prompt: Prompt = None, **arguments: Any) -> Iterator[Step]:
         """Generate step by step; the arguments are the fields of ``XLImageRequest``, the steps those of a call."""
@@ -178,7 +180,11 @@ class StableDiffusionXLImg2ImgPipeline(XLPipeline):
     def _start(self, request: XLImageRequest) -> XLRun:
         generator, seeds = make_generators(request)
         device = self.device
-        plan = begin(self.scheduler, make_plan(self.scheduler, request, device), request)
+        plan = make_plan(self.scheduler, request, device)
+        if request.denoising_start is None:
+            plan = begin(self.scheduler, plan, request)
+        else:
+            plan = take_over(self.scheduler, plan, request.denoising_start)
         conditions = self._conditions(request, device)
         ctx = conditions["prompt_embeds"]
         latents = self._first_latents(request, plan, generator, ctx)
@@ -203,28 +209,10 @@ class StableDiffusionXLImg2ImgPipeline(XLPipeline):
             if request.latents.ndim != 4 or request.latents.shape[:2] != (count, C):
                 raise ValueError(f"latents should be ({count}, {C}, h, w), found {tuple(request.latents.shape)}")
             return request.latents.to(like)
-        x0 = self._encode_image(request, generator, like)
+        x0 = self._encode_image(self._read_image(request.image), count, generator, like)
         if request.denoising_start is not None:
             return x0
         return self.scheduler.noised(plan, x0, randn(x0.shape, generator, like.device, like.dtype))
-
-    def _encode_image(self, request: XLImageRequest, generator: Generators, like: Tensor) -> Tensor:
-        """Return the clean latents of the images, one for each picture; drawn from the autoencoder's Gaussian."""
-        from minidiff.pipelines.image_inputs import to_tensor  # brings PIL
-
-        C, count = self.unet.config.in_channels, request.count
-        x = to_tensor(request.image, self.vae_scale_factor, C).to(like)
-        if len(x) > count or count % len(x):
-            raise ValueError(f"{len(x)} images cannot be dealt out to {count} pictures evenly")
-        if x.shape[1] == C:
-            return x.repeat(count // len(x), 1, 1, 1)
-        if self.vae is None:
-            raise ValueError("this pipeline has no vae: pass latents as image")
-        if isinstance(generator, (list, tuple)):  # each generator draws for a picture of its own
-            x = x.repeat(count // len(x), 1, 1, 1)
-        vae = self._in_float32(torch.float16, torch.bfloat16)
-        z = vae.encode(x.to(vae.dtype)).latent_dist.sample(generator)
-        return (vae.config.scaling_factor * z.to(like)).repeat(count // len(z), 1, 1, 1)
 
     def _sizes(self, request: XLImageRequest, size: tuple[int, int]) -> tuple[list[float], list[float]]:
         """Return the numbers that the prompt and the negative prompt are conditioned on."""
@@ -242,23 +230,19 @@ class StableDiffusionXLImg2ImgPipeline(XLPipeline):
         return [*original, *crop, *target], [*negative_original, *crop, *(request.negative_target_size or target)]
 
 
-def begin(scheduler: Scheduler, plan: Plan, request: XLImageRequest) -> Plan:
-    """Return the plan of the part of a run that image-to-image takes: its last steps, by ``strength`` or by the cut.
+def take_over(scheduler: Scheduler, plan: Plan, denoising_start: float) -> Plan:
+    """Return the plan of the steps that a run with this ``denoising_end`` left.
 
     Raises:
         ValueError: if no step is left.
     """
-    order, asked, evaluations = scheduler.order, plan.num_inference_steps, len(plan.times)
-    if request.denoising_start is None:
-        start = (asked - min(int(asked * request.strength), asked)) * order
-        why = f"strength={request.strength} of {asked} steps"
-    else:
-        cut = cut_timestep(scheduler, request.denoising_start)
-        left = sum(t < cut for t in plan.times)
-        if left and order == 2 and left % 2 == 0:
-            left += 1  # base stopped within a step of two evaluations, which begins again
-        start = evaluations - left
-        why = f"denoising_start={request.denoising_start} of {asked} steps"
-    if start >= evaluations:
-        raise ValueError(f"{why} leaves no step to take: ask for more steps, or a larger part of them")
-    return scheduler.start_at(plan, start)
+    cut = cut_timestep(scheduler, denoising_start)
+    left = sum(t < cut for t in plan.times)
+    if not left:
+        raise ValueError(
+            f"denoising_start={denoising_start} of {plan.num_inference_steps} steps leaves no step to take: ask for "
+            "more steps, or a larger part of them"
+        )
+    if scheduler.order == 2 and left % 2 == 0:
+        left += 1  # base stopped within a step of two evaluations, which begins again
+    return scheduler.start_at(plan, len(plan.times) - left)
