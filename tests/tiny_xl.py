@@ -36,7 +36,7 @@ def _tokenizer(pad: str) -> Any:
     return transformers.CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=77, pad_token=pad)
 
 
-def save_base(folder: Path, *, force_upcast: bool = False) -> Path:
+def save_base(folder: Path, *, force_upcast: bool = False, unet: dict[str, Any] | None = None) -> Path:
     """Make a tiny SDXL base with an Euler scheduler and save it in Hub layout; return the folder."""
     diffusers.StableDiffusionXLPipeline(
         vae=randomize(diffusers.AutoencoderKL(**VAE, force_upcast=force_upcast, scaling_factor=0.13025), seed=1),
@@ -44,7 +44,7 @@ def save_base(folder: Path, *, force_upcast: bool = False) -> Path:
         text_encoder_2=_encoder(transformers.CLIPTextModelWithProjection, SECOND, seed=4),
         tokenizer=_tokenizer("<|endoftext|>"),
         tokenizer_2=_tokenizer("!"),
-        unet=randomize(diffusers.UNet2DConditionModel(**BASE_UNET), seed=3),
+        unet=randomize(diffusers.UNet2DConditionModel(**{**BASE_UNET, **(unet or {})}), seed=3),
         scheduler=diffusers.EulerDiscreteScheduler.from_config(EULER),
         add_watermarker=False,
     ).save_pretrained(folder)

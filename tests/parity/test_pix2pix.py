@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from theirs import diffusers
 from tiny import save_tiny
+from tiny_xl import POOLED, save_base
 
 import minidiff
 from minidiff.pipelines.instruct_pix2pix import guide_twice
@@ -74,6 +75,13 @@ def test_every_scheduler(pipes: tuple[Any, Any], name: str) -> None:
     assert_same(*results)
 
 
+@pytest.fixture(scope="module")
+def pipes_xl(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
+    """The same for Stable Diffusion XL."""
+    folder = save_base(tmp_path_factory.mktemp("edit_xl"), unet={"in_channels": 8})
+    return tuple(load(library.StableDiffusionXLInstructPix2PixPipeline, folder) for library in (minidiff, diffusers))
+
+
 TWO = PICTURE * torch.tensor([1.0, 0.5]).view(2, 1, 1, 1)
 CALLS: dict[str, dict[str, Any]] = {
     "text scale": {"guidance_scale": 3.0},
@@ -102,6 +110,72 @@ CALLS: dict[str, dict[str, Any]] = {
 def test_every_argument(pipes: tuple[Any, Any], name: str) -> None:
     arguments = {"prompt": PROMPT, "image": PICTURE, "num_inference_steps": 3, "output_type": "np"} | CALLS[name]
     assert_same(*(pipe(**arguments, generator=seeded()).images for pipe in pipes))
+
+
+RNG = seeded(5)
+EMBEDS_XL, NEGATIVE_XL = (torch.randn(1, 77, 40, generator=RNG, dtype=torch.float64) for _ in range(2))
+POOL, NEGATIVE_POOL = (torch.randn(1, POOLED, generator=RNG, dtype=torch.float64) for _ in range(2))
+POSITIVE = {"prompt": None, "prompt_embeds": EMBEDS_XL, "pooled_prompt_embeds": POOL}
+NEGATIVES = {"negative_prompt_embeds": NEGATIVE_XL, "negative_pooled_prompt_embeds": NEGATIVE_POOL}
+SHARED = {name: CALLS[name] for name in CALLS if "embeddings" not in name}
+CALLS_XL: dict[str, dict[str, Any]] = SHARED | {
+    "second prompt": {"prompt_2": "blue sky"},
+    "both negative prompts": {"negative_prompt": "blue sky", "negative_prompt_2": "dogs"},
+    "empty negative prompt": {"negative_prompt": ""},
+    "size": {"height": 24, "width": 56, "image": Image.fromarray(PIXELS)},
+    "size of a tensor": {"height": 24, "width": 56},
+    "original size": {"original_size": (512, 768)},
+    "crop": {"crops_coords_top_left": (100, 3)},
+    "target size": {"target_size": (1024, 640)},
+    "rescaled guidance": {"guidance_rescale": 0.7},
+    "cut": {"denoising_end": 0.5},
+    "embeddings": POSITIVE,
+    "both embeddings": POSITIVE | NEGATIVES,
+}
+
+
+@pytest.mark.parametrize("name", CALLS_XL)
+def test_every_argument_xl(pipes_xl: tuple[Any, Any], name: str) -> None:
+    arguments = {"prompt": PROMPT, "image": PICTURE, "num_inference_steps": 3, "output_type": "np"} | CALLS_XL[name]
+    assert_same(*(pipe(**arguments, generator=seeded()).images for pipe in pipes_xl))
+
+
+@pytest.mark.parametrize("name", ["EulerAncestralDiscreteScheduler", "HeunDiscreteScheduler", "PNDMScheduler"])
+def test_schedulers_of_every_kind_xl(pipes_xl: tuple[Any, Any], name: str) -> None:
+    options = {"prompt": PROMPT, "image": PICTURE, "num_inference_steps": 3, "output_type": "np"}
+    results = [
+        with_scheduler(pipe, library, name, lambda pipe: pipe(**options, generator=seeded()).images)
+        for pipe, library in zip(pipes_xl, (minidiff, diffusers), strict=True)
+    ]
+    assert_same(*results)
+
+
+def test_cosxl_edit_reads_scaled_latents(pipes_xl: tuple[Any, Any]) -> None:
+    results = []
+    for pipe in pipes_xl:
+        scaled = type(pipe)(**pipe.components, is_cosxl_edit=True)
+        scaled.set_progress_bar_config(disable=True)
+        options = {"num_inference_steps": 2, "output_type": "np"}
+        results.append(scaled(PROMPT, image=PICTURE, generator=seeded(), **options).images)
+    assert_same(*results)
+    plain = pipes_xl[0](PROMPT, image=PICTURE, generator=seeded(), **options).images
+    assert abs(plain - results[0]).max() > 1e-3
+
+
+def test_callbacks_of_sdxl(pipes_xl: tuple[Any, Any]) -> None:
+    """The reference has none here: ours get what its other pipelines of SDXL hand out, and the image."""
+    ours, _ = pipes_xl
+    names = ["latents", "prompt_embeds", "add_text_embeds", "add_time_ids", "image_latents"]
+
+    def callback(pipe: Any, i: int, t: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        assert {name: len(tensor) for name, tensor in tensors.items()} == dict.fromkeys(names, 3) | {"latents": 1}
+        pipe._interrupt = i == 1
+        return {}
+
+    options = {"image": PICTURE, "num_inference_steps": 4, "seed": 1}
+    handling = {"callback_on_step_end": callback, "callback_on_step_end_tensor_inputs": names}
+    stopped = ours(PROMPT, **options, **handling, output_type="latent").images
+    assert torch.equal(stopped, list(ours.steps(PROMPT, **options))[1].latents)
 
 
 def test_the_default_is_a_hundred_steps(pipes: tuple[Any, Any]) -> None:
@@ -201,6 +275,16 @@ def test_saved_pipeline_is_loaded_by_the_reference(pipes: tuple[Any, Any], tmp_p
     assert type(theirs) is diffusers.StableDiffusionInstructPix2PixPipeline
     again = minidiff.DiffusionPipeline.from_pretrained(tmp_path)
     assert type(again) is minidiff.StableDiffusionInstructPix2PixPipeline
+
+
+def test_a_saved_xl_pipeline_is_loaded_by_the_reference(pipes_xl: tuple[Any, Any], tmp_path: Path) -> None:
+    minidiff.StableDiffusionXLInstructPix2PixPipeline(**pipes_xl[0].components, is_cosxl_edit=True).save_pretrained(
+        tmp_path
+    )
+    theirs = diffusers.DiffusionPipeline.from_pretrained(tmp_path)
+    assert type(theirs) is diffusers.StableDiffusionXLInstructPix2PixPipeline and theirs.is_cosxl_edit is True
+    again = minidiff.DiffusionPipeline.from_pretrained(tmp_path)
+    assert type(again) is minidiff.StableDiffusionXLInstructPix2PixPipeline and again.config.is_cosxl_edit is True
 
 
 def test_an_outdated_scheduler_config_is_left_as_it_is(pipes: tuple[Any, Any]) -> None:
