@@ -10,12 +10,14 @@ import math
 import random
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 import minidiff
-from minidiff.embedded import DEFAULT, GUIDANCE, embedded_checkpoint
+from minidiff.cli_convert import add_convert
+from minidiff.cli_inspect import add_inspect
+from minidiff.embedded import DEFAULT, GUIDANCE, embedded_checkpoint, embedded_names
 
 if TYPE_CHECKING:
     import torch
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
     from minidiff.pipelines.base import DiffusionPipeline
 
 USUAL_GUIDANCE = 7.5  # the reference's default
+TEXT_STEPS, PLAIN_STEPS = 25, 50  # with a prompt and without; the scheduler of DDPM needs more
+FOR_TEXT = {"prompt": "the prompt", "negative": "--negative", "guidance": "--guidance", "size": "--size"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -48,17 +52,20 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="minidiff", description="Diffusion models in plain PyTorch.")
     parser.add_argument("--version", action="version", version=f"minidiff {minidiff.__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    _add_generate(commands.add_parser("generate", help="turn a prompt into pictures"))
+    _add_generate(commands.add_parser("generate", help="draw pictures, from a prompt or without one"))
+    add_inspect(commands.add_parser("inspect", help="say what a checkpoint holds"))
+    add_convert(commands.add_parser("convert", help="write a checkpoint in the other layout, or in another dtype"))
     return parser
 
 
 def _add_generate(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("prompt", help="what to draw")
+    add("prompt", nargs="?", help="what to draw; left out for a checkpoint that draws without a prompt")
     add("-o", "--output", type=_png, help="PNG file to write; OUT-0.png, OUT-1.png, ... for several pictures")
-    add("--model", help=f"folder or Hub id of a checkpoint in diffusers layout (default: the embedded {DEFAULT})")
+    model = f"folder, embedded checkpoint ({', '.join(embedded_names())}) or Hub id, the first of these that is there"
+    add("--model", help=f"{model}, in diffusers layout (default: the embedded {DEFAULT})")
     add("--negative", metavar="PROMPT", help="what to stay away from")
-    add("--steps", type=_positive, default=25, help="denoising steps (default: %(default)s)")
+    add("--steps", type=_positive, help=f"denoising steps (default: {TEXT_STEPS}, without a prompt {PLAIN_STEPS})")
     guidance = f"guidance scale, 1 is off (default: {USUAL_GUIDANCE}, for the embedded checkpoint {GUIDANCE})"
     add("--guidance", type=float, help=guidance)
     add("--scheduler", type=_scheduler, help=f"{', '.join(_schedulers())}, or a class name (default: the checkpoint's)")
@@ -73,39 +80,66 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
 
 def _generate(args: argparse.Namespace) -> None:
     seed = random.SystemRandom().randrange(2**32) if args.seed is None else args.seed
-    guidance = (USUAL_GUIDANCE if args.model else GUIDANCE) if args.guidance is None else args.guidance
-    output = args.output or Path(f"{_slug(args.prompt)}-{seed}.png")
+    model, name = _checkpoint(args.model), args.model or DEFAULT
+    output = args.output or Path(f"{_slug(Path(name).name if args.prompt is None else args.prompt)}-{seed}.png")
     if not output.parent.is_dir():  # said now, not after minutes of work
         raise FileNotFoundError(f"the folder {output.parent} of the output file {output.name} does not exist")
+    needs_prompt = _needs_prompt(args, _pipeline_class(model).__call__)
 
-    pipe = _load(args.model or embedded_checkpoint(), args.dtype, args.device)
-    if "prompt" not in inspect.signature(pipe.__call__).parameters:
-        raise ValueError(f"{args.model} is a checkpoint for {type(pipe).__name__}, which draws without a prompt")
+    pipe = _load(model, args.dtype, args.device)
     if args.scheduler:
         pipe.scheduler = getattr(minidiff, args.scheduler).from_config(pipe.scheduler.config)
-    width, height = args.size or (None, None)
-    out = pipe(
-        args.prompt,
-        negative_prompt=args.negative,
-        num_inference_steps=args.steps,
-        guidance_scale=guidance,
-        height=height,
-        width=width,
-        num_images_per_prompt=args.num,
-        seeds=[seed + k for k in range(args.num)],
-    )
-    settings = {
-        "prompt": args.prompt,
-        "negative": args.negative or "",
-        "steps": args.steps,
+    steps = args.steps or (TEXT_STEPS if needs_prompt else PLAIN_STEPS)
+    call, said = _text_arguments(args, model) if needs_prompt else ({"batch_size": args.num}, {})
+    out = pipe(**call, num_inference_steps=steps, seeds=[seed + k for k in range(args.num)])
+    settings = said | {
+        "steps": steps,
         "scheduler": type(pipe.scheduler).__name__,
-        "guidance": guidance,
-        "checkpoint": args.model or DEFAULT,
+        "checkpoint": name,
         "size": "{}x{}".format(*out.images[0].size),
         "dtype": args.dtype,
         "minidiff": minidiff.__version__,
     }
     _write(out.images, out.seeds, output, settings, grid=args.grid)
+
+
+def _checkpoint(model: str | None) -> str | Path:
+    """Return what to load: a folder, else an embedded checkpoint of that name, else a Hub id."""
+    if model is None or (model in embedded_names() and not Path(model).is_dir()):
+        return embedded_checkpoint(model or DEFAULT)
+    return model
+
+
+def _pipeline_class(model: str | Path) -> type["DiffusionPipeline"]:
+    """Return the class that the checkpoint is for, before any weights are read or downloaded."""
+    from minidiff.checkpoints.hub import Repo
+    from minidiff.config import read_json
+    from minidiff.pipelines.base import INDEX
+
+    path = Repo(model).file(INDEX)
+    return minidiff.DiffusionPipeline._class_for(read_json(path), path)
+
+
+def _needs_prompt(args: argparse.Namespace, call: Callable) -> bool:
+    """Say whether the pipeline draws from a prompt. Raises ValueError if the options do not suit it."""
+    kind = f"{args.model or DEFAULT} is a checkpoint for {call.__qualname__.split('.')[0]}"
+    if "prompt" in inspect.signature(call).parameters:
+        if args.prompt is None:
+            raise ValueError(f'{kind}, which needs a prompt: minidiff generate "red apple"')
+        return True
+    if given := [spelling for option, spelling in FOR_TEXT.items() if getattr(args, option) is not None]:
+        raise ValueError(f"{kind}, which draws without a prompt and in one size: leave out {', '.join(given)}")
+    return False
+
+
+def _text_arguments(args: argparse.Namespace, model: str | Path) -> tuple[dict, dict]:
+    """Return what a text-to-image pipeline is called with, and what of it is written into the file."""
+    usual = GUIDANCE if model == embedded_checkpoint(DEFAULT) else USUAL_GUIDANCE
+    guidance = usual if args.guidance is None else args.guidance
+    width, height = args.size or (None, None)
+    call = {"prompt": args.prompt, "negative_prompt": args.negative, "guidance_scale": guidance}
+    said = {"prompt": args.prompt, "negative": args.negative or "", "guidance": guidance}
+    return call | {"width": width, "height": height, "num_images_per_prompt": args.num}, said
 
 
 def _load(model: str | Path, dtype: str, device: str | None) -> "DiffusionPipeline":

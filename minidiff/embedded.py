@@ -7,11 +7,16 @@ from pathlib import Path
 
 from minidiff.errors import CheckpointNotFoundError
 
-DEFAULT = "emoji64"
-GUIDANCE = 2.0  # suits it best, says its card
+DEFAULT = "emoji64"  # text to image; "emoji32-ddpm" draws without a prompt
+GUIDANCE = 2.0  # suits the default best, says its card
 
 _PACKAGE = Path(__file__).resolve().parent
 _FOLDERS = (_PACKAGE / "_weights", _PACKAGE.parent / "weights")  # installed wheel; source checkout or editable install
+
+
+def embedded_names() -> list[str]:
+    """Return the names of the embedded checkpoints, in alphabetical order."""
+    return sorted({index.parent.name for folder in _FOLDERS for index in folder.glob("*/model_index.json")})
 
 
 def embedded_checkpoint(name: str = DEFAULT) -> Path:
@@ -22,8 +27,8 @@ def embedded_checkpoint(name: str = DEFAULT) -> Path:
     for folder in _FOLDERS:
         if (folder / name / "model_index.json").is_file():
             return folder / name
-    here = sorted(index.parent.name for folder in _FOLDERS for index in folder.glob("*/model_index.json"))
+    here = ", ".join(embedded_names()) or "none"
     raise CheckpointNotFoundError(
-        f"no embedded checkpoint {name!r} in {' or '.join(map(str, _FOLDERS))}; found: {', '.join(here) or 'none'}. "
+        f"no embedded checkpoint {name!r} in {' or '.join(map(str, _FOLDERS))}; found: {here}. "
         f"If it should be there, install minidiff again from a complete checkout."
     )

@@ -38,9 +38,35 @@ def pipe(monkeypatch, tmp_path) -> StandIn:
         return pipe
 
     monkeypatch.setattr(cli, "_load", load)
-    monkeypatch.setattr(cli, "embedded_checkpoint", lambda: Path("embedded"))
+    monkeypatch.setattr(cli, "_pipeline_class", lambda model: StandIn)
+    monkeypatch.setattr(cli, "embedded_names", lambda: ["emoji32-ddpm", "emoji64"])
+    monkeypatch.setattr(cli, "embedded_checkpoint", lambda name: Path("embedded") / name)
     monkeypatch.chdir(tmp_path)
     return pipe
+
+
+class PlainStandIn:
+    """Takes the place of a pipeline without text, whose call has exactly these arguments."""
+
+    def __init__(self) -> None:
+        self.scheduler = minidiff.DDPMScheduler(beta_schedule="squaredcos_cap_v2")
+
+    def __call__(self, batch_size, num_inference_steps, seeds):
+        self.call = {"batch_size": batch_size, "num_inference_steps": num_inference_steps, "seeds": seeds}
+        return SimpleNamespace(images=[Image.new("RGB", (8, 8), (seed,) * 3) for seed in seeds], seeds=seeds)
+
+
+@pytest.fixture
+def plain_pipe(pipe, monkeypatch) -> PlainStandIn:
+    plain = PlainStandIn()
+
+    def load(*args):
+        plain.loaded = args
+        return plain
+
+    monkeypatch.setattr(cli, "_load", load)
+    monkeypatch.setattr(cli, "_pipeline_class", lambda model: PlainStandIn)
+    return plain
 
 
 def test_every_option_reaches_the_pipeline_and_the_file(pipe, capsys):
@@ -74,7 +100,8 @@ def test_every_option_reaches_the_pipeline_and_the_file(pipe, capsys):
 
 def test_defaults(pipe):
     cli.main(["generate", "Red apple, 3/4 view!", "--seed", "0"])
-    assert pipe.loaded == (Path("embedded"), "float32", None)
+    assert pipe.loaded == (Path("embedded/emoji64"), "float32", None)
+    assert pipe.call["num_inference_steps"] == 25
     assert pipe.call["seeds"] == [0]  # a seed of 0 is a seed
     assert pipe.call["width"] is pipe.call["height"] is pipe.call["negative_prompt"] is None
     assert pipe.call["guidance_scale"] == GUIDANCE
@@ -145,7 +172,6 @@ ARGUMENT_ERRORS = [
     ("generate x --guidance strong", "--guidance: invalid float value: 'strong'"),
     ("generate x --dtype int8", "--dtype: invalid choice: 'int8'"),
     ("generate x -o a.jpg", "name one ending in .png, not 'a.jpg'"),
-    ("generate", "the following arguments are required: prompt"),
     ("", "the following arguments are required: COMMAND"),
     ("paint x", "invalid choice: 'paint'"),
 ]
@@ -177,15 +203,68 @@ def test_input_errors_are_one_line(line, message, capsys, monkeypatch, tmp_path)
     assert not list(tmp_path.iterdir())
 
 
-def test_a_checkpoint_that_takes_no_prompt_is_refused(monkeypatch, capsys, tmp_path):
-    unet = {"sample_size": 8, "block_out_channels": [8], "norm_num_groups": 4, "layers_per_block": 1}
-    unet |= {"down_block_types": ["DownBlock2D"], "up_block_types": ["UpBlock2D"]}
-    pipe = minidiff.DDPMPipeline(minidiff.UNet2DModel(**unet), minidiff.DDPMScheduler())
-    monkeypatch.setattr(cli, "_load", lambda *args: pipe)
-    monkeypatch.chdir(tmp_path)
-    assert cli.main("generate x --model faces".split()) == 2
-    message = "faces is a checkpoint for DDPMPipeline, which draws without a prompt"
+@pytest.mark.parametrize("model", [None, "emoji64", "./here"])
+def test_a_missing_prompt_is_one_line_and_nothing_is_loaded(pipe, capsys, model):
+    assert cli.main(["generate", *(["--model", model] if model else [])]) == 2
+    message = f'{model or "emoji64"} is a checkpoint for StandIn, which needs a prompt: minidiff generate "red apple"'
     assert capsys.readouterr().err == f"minidiff generate: error: {message}\n"
+    assert not hasattr(pipe, "loaded")
+
+
+def test_without_a_prompt_every_option_reaches_the_pipeline_and_the_file(plain_pipe, capsys):
+    line = (
+        "generate --model emoji32-ddpm --num 3 --seed 5 --steps 7 --scheduler ddim --dtype bfloat16 --device cpu --grid"
+    )
+    assert cli.main(line.split()) == 0
+    assert plain_pipe.loaded == (Path("embedded/emoji32-ddpm"), "bfloat16", "cpu")
+    assert plain_pipe.call == {"batch_size": 3, "num_inference_steps": 7, "seeds": [5, 6, 7]}
+    assert plain_pipe.scheduler.config.beta_schedule == "squaredcos_cap_v2"
+    assert read_metadata("emoji32-ddpm-5.png") == {
+        "seed": "5, 6, 7",
+        "steps": "7",
+        "scheduler": "DDIMScheduler",
+        "checkpoint": "emoji32-ddpm",
+        "size": "8x8",
+        "dtype": "bfloat16",
+        "minidiff": minidiff.__version__,
+    }
+    assert capsys.readouterr().out == "emoji32-ddpm-5.png  seed 5, 6, 7\n"
+
+
+def test_defaults_without_a_prompt(plain_pipe, tmp_path):
+    assert cli.main(["generate", "--model", "google/ddpm-cat-256", "--seed", "0"]) == 0
+    assert plain_pipe.loaded[0] == "google/ddpm-cat-256"
+    assert plain_pipe.call == {"batch_size": 1, "num_inference_steps": cli.PLAIN_STEPS, "seeds": [0]}
+    assert [path.name for path in tmp_path.iterdir()] == ["ddpm-cat-256-0.png"]
+
+
+TEXT_OPTIONS = {"x": "the prompt", "--negative y": "--negative", "--guidance 1": "--guidance", "--size 64": "--size"}
+
+
+@pytest.mark.parametrize("given", [*TEXT_OPTIONS, "--guidance 2 --negative y"])
+def test_options_that_need_text_are_refused_by_name(plain_pipe, capsys, given):
+    assert cli.main(["generate", *given.split(), "--model", "faces"]) == 2
+    named = TEXT_OPTIONS.get(given, "--negative, --guidance")
+    message = f"faces is a checkpoint for PlainStandIn, which draws without a prompt and in one size: leave out {named}"
+    assert capsys.readouterr().err == f"minidiff generate: error: {message}\n"
+    assert not hasattr(plain_pipe, "loaded")
+
+
+def test_an_embedded_checkpoint_by_name_and_a_folder_of_that_name_first(pipe, tmp_path):
+    cli.main(["generate", "x", "-o", "a.png", "--model", "emoji64"])
+    assert pipe.loaded[0] == Path("embedded/emoji64")
+    assert pipe.call["guidance_scale"] == GUIDANCE
+    (tmp_path / "emoji64").mkdir()
+    cli.main(["generate", "x", "-o", "a.png", "--model", "emoji64"])
+    assert pipe.loaded[0] == "emoji64"
+    assert pipe.call["guidance_scale"] == 7.5
+    cli.main(["generate", "x", "-o", "a.png"])  # the default is the embedded one all the same
+    assert pipe.loaded[0] == Path("embedded/emoji64")
+
+
+def test_the_kind_of_a_checkpoint_is_read_before_its_weights(tmp_path):
+    (tmp_path / "model_index.json").write_text('{"_class_name": "DDIMPipeline"}')
+    assert cli._pipeline_class(tmp_path) is minidiff.DDIMPipeline
 
 
 def test_arguments_are_checked_before_torch_is_imported(tmp_path):
