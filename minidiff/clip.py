@@ -33,7 +33,7 @@ from minidiff.errors import ConfigError
 from minidiff.layers import Attention
 from minidiff.outputs import Output
 
-_LEGACY_EOS = 2  # published configs say eos_token_id 2, which never was the id of the end-of-text token (49407)
+LEGACY_EOS = 2  # published configs say eos_token_id 2, which never was the id of the end-of-text token (49407)
 
 
 def quick_gelu(x: Tensor) -> Tensor:
@@ -187,7 +187,7 @@ class CLIPTextModel(Model):
         With the legacy ``eos_token_id`` 2 it is where the largest id stands, which is wrong as soon as a token with a
         larger id has been added; with the true id it is its first occurrence.
         """
-        if self.config.eos_token_id == _LEGACY_EOS:
+        if self.config.eos_token_id == LEGACY_EOS:
             return input_ids.argmax(dim=-1)
         return (input_ids == self.config.eos_token_id).int().argmax(dim=-1)
 

@@ -289,6 +289,25 @@ class CLIPTokenizer:
             self._backend = backend
         return count
 
+    def remove_tokens(self, tokens: Iterable[str]) -> None:
+        """Remove added tokens that are not special; the ids of those added after them move up.
+
+        Calls that are under way in other threads finish with the old vocabulary. Raise ``ValueError`` for other tokens.
+        """
+        tokens = set(tokens)
+        with _adding:
+            added = self.added_tokens_decoder
+            if unknown := tokens - {token.content for token in added.values() if not token.special}:
+                raise ValueError(f"{', '.join(map(repr, sorted(unknown)))}: not added, or special; they stay")
+            backend = _backend(self._backend.get_vocab(with_added_tokens=False), self._merges, self.unk_token)
+            backend.add_tokens([token for _, token in sorted(added.items()) if token.content not in tokens])
+            self._backend = backend
+
+    @property
+    def added_tokens_decoder(self) -> dict[int, AddedToken]:
+        """The tokens that are never split, the special ones included, by id."""
+        return self._backend.get_added_tokens_decoder()
+
     def get_vocab(self) -> dict[str, int]:
         """Return all tokens with their ids, the added ones included."""
         return self._backend.get_vocab(with_added_tokens=True)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from minidiff.adapters.lora import lora_scale
 from minidiff.adapters.lora_loader import LoraLoader
+from minidiff.adapters.textual_inversion import TextualInversionLoader
 from minidiff.errors import ConfigError
 from minidiff.outputs import Output
 from minidiff.pipelines.base import DiffusionPipeline
@@ -39,7 +40,7 @@ class Handling:
     callback_tensors: Sequence[str] = ("latents",)
 
 
-class LatentPipeline(Callbacks, LoraLoader, DiffusionPipeline):
+class LatentPipeline(Callbacks, LoraLoader, TextualInversionLoader, DiffusionPipeline):
     """Base of the pipelines over latents. A subclass provides ``_start`` and ``_network``."""
 
     optional_components: ClassVar[tuple[str, ...]] = ("image_encoder", "feature_extractor")
@@ -143,12 +144,6 @@ class LatentPipeline(Callbacks, LoraLoader, DiffusionPipeline):
         check_choice("output_type", handling.output_type, _OUTPUT_TYPES)
         for name in handling.callback_tensors:
             check_choice("callback_on_step_end_tensor_inputs", name, self._callback_tensor_inputs)
-
-    @torch.no_grad()
-    def _generate(self, request: Request, handling: Handling) -> "tuple[Images, list[int] | None]":
-        """Run all steps, with progress bar and callback; return the pictures and their seeds."""
-        run = self._start(request)
-        return self._finish(run, handling), run.seeds
 
     @torch.no_grad()
     def _respond(self, request: Request, handling: Handling, return_dict: bool) -> "Output | tuple[Any, ...]":

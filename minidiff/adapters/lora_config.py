@@ -1,0 +1,89 @@
+"""What the header of a PEFT file says of its LoRA layers: alpha, and the variants of LoRA that it asks for.
+
+diffusers writes the fields of ``peft.LoraConfig`` as JSON under ``lora_adapter_metadata``, each with its component in
+front: ``{"unet.r": 8, "unet.lora_alpha": 16, "unet.alpha_pattern": {"attn1.to_q": 4}}``. A pattern is a regular
+expression for the end of a layer's name.
+"""
+
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from minidiff.errors import CheckpointError
+
+KEY = "lora_adapter_metadata"
+
+_USED = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora")
+_IGNORED = frozenset(  # they concern training, or say which layers were chosen: the file shows that by its tensors
+    """
+    peft_type task_type auto_mapping peft_version base_model_name_or_path revision inference_mode runtime_config
+    target_modules exclude_modules layers_to_transform layers_pattern lora_dropout loftq_config megatron_config
+    megatron_core qalora_group_size ensure_weight_tying
+    """.split()
+)
+_HARMLESS = {  # field -> values that ask for nothing; all others need None, False or an empty value
+    "bias": ("none",),
+    "init_lora_weights": (
+        True,
+        False,
+        None,
+        "gaussian",
+        "orthogonal",
+        "eva",
+    ),  # others change the weights of the network
+}
+
+
+def layer_configs(metadata: Mapping[str, str], components: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """Return the fields that the header has for each component, without the component in front.
+
+    Raises:
+        CheckpointError: if the header is no JSON object, or a field asks for what is not implemented.
+    """
+    if KEY not in metadata:
+        return {}
+    try:
+        fields = json.loads(metadata[KEY])
+    except json.JSONDecodeError as error:
+        raise CheckpointError(f"{KEY} in the file's header is not JSON: {error}") from error
+    if not isinstance(fields, dict):
+        raise CheckpointError(f"{KEY} in the file's header should be an object, found {type(fields).__name__}")
+    configs: dict[str, dict[str, Any]] = {}
+    for name, value in fields.items():
+        component, _, field = name.partition(".")
+        if component not in components:
+            raise CheckpointError(f"{KEY} has {name!r}, but this pipeline has only {', '.join(components)}")
+        configs.setdefault(component, {})[field] = value
+        if field not in _USED and field not in _IGNORED and not _is_harmless(field, value):
+            raise CheckpointError(f"{KEY} asks for {name} = {value!r}, which minidiff does not implement")
+    return configs
+
+
+def _is_harmless(field: str, value: Any) -> bool:
+    return value in _HARMLESS[field] if field in _HARMLESS else not value
+
+
+def scale_of(config: Mapping[str, Any], layer: str, rank: int) -> float:
+    """Return what the product of the two matrices of a layer is multiplied with: alpha / r, or alpha / sqrt(r).
+
+    The second is rank-stabilised LoRA, Kalajdzievski 2023 (https://arxiv.org/abs/2312.03732).
+
+    Raises:
+        CheckpointError: if the header speaks of another rank than the tensors have.
+    """
+    r = _of_layer(config, "rank_pattern", layer, config.get("r", rank))
+    if r != rank:
+        raise CheckpointError(f"{layer} has rank {rank}, but the file's header says r = {r!r}")
+    alpha = _of_layer(config, "alpha_pattern", layer, config.get("lora_alpha", rank))
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha):
+        raise CheckpointError(f"the file's header says lora_alpha = {alpha!r} for {layer}; expected a number")
+    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def _of_layer(config: Mapping[str, Any], field: str, layer: str, default: Any) -> Any:
+    for pattern, value in (config.get(field) or {}).items():
+        if re.fullmatch(rf"(.*\.)?({pattern})", layer):
+            return value
+    return default

@@ -1,0 +1,168 @@
+"""The names of LoRA tensors: from the spellings of four programs to the layers of our networks, by the name table.
+
+===================  =================================================================================================
+written by           the matrix A of the first query of a UNet, and of its text encoder
+===================  =================================================================================================
+PEFT                 unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q.lora_A.weight
+                     text_encoder.text_model.encoder.layers.0.self_attn.q_proj.lora_A.weight
+diffusers            unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q.lora.down.weight
+                     text_encoder.text_model.encoder.layers.0.self_attn.q_proj.lora_linear_layer.down.weight
+diffusers, 2023      unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.processor.to_q_lora.down.weight
+                     text_encoder.text_model.encoder.layers.0.self_attn.to_q_lora.down.weight
+kohya                lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q.lora_down.weight
+                     lora_te_text_model_encoder_layers_0_self_attn_q_proj.lora_down.weight
+kohya, SDXL          lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q.lora_down.weight
+                     lora_te1_text_model_encoder_layers_0_self_attn_q_proj.lora_down.weight
+===================  =================================================================================================
+
+A dotted name is a name of the Hub's column. Kohya writes "_" for ".", which cannot be undone by looking at the name
+("to_q" has one of its own), so all names of the table are written that way once and looked up.
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Literal, NamedTuple
+
+from torch import Tensor, nn
+
+from minidiff.checkpoints.model import Model
+from minidiff.checkpoints.names import UNET_PREFIX
+
+Part = Literal["down", "up", "alpha"]
+
+_ENDINGS: dict[str, Part] = {
+    ".lora_A.weight": "down",
+    ".lora_B.weight": "up",
+    ".lora.down.weight": "down",
+    ".lora.up.weight": "up",
+    ".lora_linear_layer.down.weight": "down",
+    ".lora_linear_layer.up.weight": "up",
+    "_lora.down.weight": "down",
+    "_lora.up.weight": "up",
+    ".lora_down.weight": "down",
+    ".lora_up.weight": "up",
+    ".alpha": "alpha",
+}
+_KOHYA = {  # beginning of a name -> component
+    "lora_unet_": "unet",
+    "lora_te_": "text_encoder",
+    "lora_te1_": "text_encoder",
+    "lora_te2_": "text_encoder_2",
+}
+_DOTTED = {f"{name}.": name for name in ("unet", "text_encoder", "text_encoder_2")}
+_OLD_UNET = {"to_out": "to_out.0"}  # "to_out_lora" adapts "to_out.0"
+_OLD_TEXT = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
+
+NOT_IMPLEMENTED = {  # pattern of a name -> the kind of adapter that it gives away
+    r"dora_scale|lora_magnitude_vector": "DoRA (magnitudes)",
+    r"\.hada_": "LoHa (Hadamard products)",
+    r"\.lokr_": "LoKr (Kronecker products)",
+    r"\.lora_mid\b": "LoCon with a Tucker decomposition",
+    r"\.oft_": "OFT (rotations)",
+    r"\.bias$|\.diff_b$": "a change of a bias",
+    r"\.diff$": "a change of a whole weight",
+}
+
+
+class LayerName(NamedTuple):
+    """One layer of a pipeline's networks."""
+
+    component: str
+    ours: str
+    hub: str
+
+
+class Names:
+    """The layers that LoRA can adapt, linear and convolutional ones, by every name that a file may call them."""
+
+    def __init__(self, networks: Mapping[str, Model]) -> None:
+        self.networks = networks
+        self.dotted: dict[str, dict[str, LayerName]] = {}  # component -> name -> layer
+        self.flat: dict[str, dict[str, LayerName]] = {}  # the same with "_" for "."
+        for component, network in networks.items():
+            self.dotted[component] = {}
+            self.flat[component] = {}
+            for layer, original in _layers(component, network):
+                self.dotted[component][layer.hub] = layer
+                for name in {layer.hub, original} - {None}:
+                    other = self.flat[component].setdefault(name.replace(".", "_"), layer)
+                    assert other is layer, f"{name} is two layers with '_' for '.': {layer} and {other}"
+
+    def find(self, key: str) -> tuple[LayerName, Part] | str:
+        """Return the layer that a tensor belongs to and its part in it, or the reason why there is none."""
+        for pattern, kind in NOT_IMPLEMENTED.items():
+            if re.search(pattern, key):
+                return f"{kind}, which minidiff does not implement"
+        for ending, part in _ENDINGS.items():
+            if key.endswith(ending):
+                found = self._layer(key.removesuffix(ending), old=ending.startswith("_"))
+                return found if isinstance(found, str) else (found, part)
+        return "no part of a LoRA layer in any spelling that minidiff knows"
+
+    def _layer(self, name: str, old: bool) -> LayerName | str:
+        for prefix, component in _KOHYA.items():
+            if name.startswith(prefix):
+                return self._look_up(self.flat, component, name.removeprefix(prefix))
+        for prefix, component in _DOTTED.items():
+            if name.startswith(prefix):
+                return self._look_up(self.dotted, component, self._modern(component, name.removeprefix(prefix), old))
+        # Files that hold a UNet's layers alone, saved by the UNet itself, name no component.
+        return self._look_up(self.dotted, "unet", self._modern("unet", name, old))
+
+    def _modern(self, component: str, name: str, old: bool) -> str:
+        """Return a dotted name in the Hub's modern spelling."""
+        name = name.replace(".processor.", ".")
+        if old:
+            stem, dot, last = name.rpartition(".")
+            name = stem + dot + (_OLD_UNET if component == "unet" else _OLD_TEXT).get(last, last)
+        network = self.networks.get(component)
+        modern = network.canonical_hub_name(f"{name}.weight") if network is not None else None
+        return name if modern is None else modern.removesuffix(".weight")
+
+    def _look_up(self, names: Mapping[str, Mapping[str, LayerName]], component: str, name: str) -> LayerName | str:
+        if component not in names:
+            return f"for {component}, which this pipeline does not have"
+        return names[component].get(name) or f"for a layer {name!r}, which {component} does not have"
+
+
+def _layers(component: str, network: Model) -> Iterator[tuple[LayerName, str | None]]:
+    """Yield each linear or convolutional layer, with its name in the UNet of an original single file."""
+    modules = dict(network.named_modules())
+    for row in network.rows():
+        for k, (ours, hub) in enumerate(zip(row.ours, row.hub, strict=True)):
+            layer = ours.removesuffix(".weight")
+            if layer != ours and isinstance(modules[layer], nn.Linear | nn.Conv2d):
+                original = row.ldm[k] if component == "unet" else None
+                flat = original and original.removeprefix(UNET_PREFIX).removesuffix(".weight")
+                yield LayerName(component, layer, hub.removesuffix(".weight")), flat
+
+
+class Found(NamedTuple):
+    """The tensors of one adapted layer, under the names that the file has for them."""
+
+    down: tuple[str, Tensor]
+    up: tuple[str, Tensor]
+    alpha: tuple[str, Tensor] | None
+
+
+def sort_tensors(tensors: Mapping[str, Tensor], names: Names) -> tuple[dict[LayerName, Found], list[str]]:
+    """Group the tensors of a file by layer; also return a line for each tensor that belongs to no whole layer."""
+    parts: dict[LayerName, dict[Part, tuple[str, Tensor]]] = {}
+    problems = []
+    for key, tensor in tensors.items():
+        found = names.find(key)
+        if isinstance(found, str):
+            problems.append(f"{key}: {found}")
+            continue
+        layer, part = found
+        first, _ = parts.setdefault(layer, {}).setdefault(part, (key, tensor))
+        if first != key:
+            problems.append(f"{key}: the same tensor as {first}")
+    layers = {}
+    for layer, given in parts.items():
+        if "down" in given and "up" in given:
+            layers[layer] = Found(given["down"], given["up"], given.get("alpha"))
+        else:
+            missing = " and ".join(part for part in ("down (A)", "up (B)") if part.split()[0] not in given)
+            problems += [f"{key}: its layer lacks the matrix {missing}" for key, _ in given.values()]
+    return layers, problems

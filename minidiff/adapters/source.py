@@ -1,0 +1,97 @@
+"""Where an adapter comes from: a mapping of tensors, a safetensors file, a folder or a repository on the Hub."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from safetensors import safe_open
+from torch import Tensor
+
+from minidiff.checkpoints.hub import PICKLES, WHY_NO_PICKLES, MissingFileError, NotCachedError, Repo
+from minidiff.checkpoints.load import STORED_DTYPES, read_header
+from minidiff.errors import CheckpointError, CheckpointNotFoundError
+
+
+class AdapterFile(NamedTuple):
+    """What was found."""
+
+    label: str  # the path, for error messages
+    tensors: dict[str, Tensor]
+    metadata: dict[str, str]  # of the file's header
+
+
+def read_adapter(
+    source: str | Path | Mapping[str, Tensor],
+    default_name: str,
+    weight_name: str | None = None,
+    *,
+    subfolder: str | None = None,
+    revision: str | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool | None = None,
+    token: str | bool | None = None,
+    force_download: bool = False,
+) -> AdapterFile:
+    """Read the tensors of an adapter; those of a file are memory-mapped.
+
+    Args:
+        source: tensors by name, the path of a file or folder, or a Hub id.
+        default_name: what the reference calls such a file.
+        weight_name: the file in the folder or repository. By default ``default_name``, or else the only safetensors
+            file that there is.
+
+    Raises:
+        CheckpointNotFoundError: if there is no such file, or if several could be meant.
+        CheckpointError: if it is a pickle or damaged, or if a tensor is not floating.
+    """
+    if isinstance(source, Mapping):
+        found = AdapterFile("the given state dict", dict(source), {})
+    else:
+        path = Path(source)
+        if not path.is_file():
+            repo = Repo(source, subfolder, revision, cache_dir, bool(local_files_only), token, force_download)
+            path = _choose(repo, default_name, weight_name)
+        found = _read(path)
+    if not found.tensors:
+        raise CheckpointError(f"{found.label} holds no tensors")
+    dtypes = set(STORED_DTYPES.values())
+    if wrong := [f"{key} is {_kind(value)}" for key, value in found.tensors.items() if _kind(value) not in dtypes]:
+        accepted = ", ".join(map(str, dtypes))
+        raise CheckpointError(f"{found.label}: {'; '.join(wrong)}; expected tensors of {accepted}")
+    return found
+
+
+def _kind(value: object) -> object:
+    return value.dtype if isinstance(value, Tensor) else type(value).__name__
+
+
+def _choose(repo: Repo, default_name: str, weight_name: str | None) -> Path:
+    """Return the path of the file that is meant."""
+    if weight_name is not None:
+        if weight_name.endswith(PICKLES):
+            raise CheckpointError(f"weight_name={weight_name!r} is a pickle: {WHY_NO_PICKLES}")
+        return repo.file(weight_name)
+    try:
+        return repo.file(default_name)
+    except NotCachedError:
+        raise
+    except MissingFileError as error:
+        names = repo.names()
+        files = [name for name in names if name.endswith(".safetensors")]
+        if len(files) == 1:
+            return repo.file(files[0])
+        if files:
+            raise CheckpointNotFoundError(
+                f"{repo} has several safetensors files ({', '.join(files)}): pass weight_name= to say which"
+            ) from error
+        pickles = [name for name in names if name.endswith(PICKLES)]
+        why = f"only {', '.join(pickles)}: {WHY_NO_PICKLES}" if pickles else f"only {', '.join(names) or 'nothing'}"
+        raise CheckpointNotFoundError(f"{repo} has no {default_name} and no other safetensors file, {why}") from error
+
+
+def _read(path: Path) -> AdapterFile:
+    if path.name.endswith(PICKLES):
+        raise CheckpointError(f"{path} is a pickle: {WHY_NO_PICKLES}")
+    stored = read_header(path.name, path)  # says what is wrong with a file that is not safetensors
+    with safe_open(path, framework="pt") as file:
+        return AdapterFile(str(path), {one.name: file.get_tensor(one.name) for one in stored}, file.metadata() or {})
