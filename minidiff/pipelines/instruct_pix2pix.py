@@ -19,10 +19,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from minidiff.pipelines.callbacks import Callbacks
 from minidiff.pipelines.common import Run, rescaled
+from minidiff.pipelines.latent import LatentPipeline, dealt
 from minidiff.pipelines.request import check_number
-from minidiff.vae import AutoencoderKL
 
 
 def guide_twice(text: Tensor, image: Tensor, nothing: Tensor, text_scale: float, image_scale: float) -> Tensor:
@@ -89,10 +88,16 @@ class EditRun(Run):
         return rescaled(guided, text, self.guidance_rescale)
 
 
-class EditCallbacks(Callbacks):
-    """Adds the second guidance scale to what a callback may look at and set."""
+def three_fold(both: Tensor) -> Tensor:
+    """Put conditions (negative, positive) of two passes in the order of three: positive, negative, negative."""
+    negative, positive = both.chunk(2)
+    return torch.cat([positive, negative, negative])
 
-    _callback_tensor_inputs: ClassVar[tuple[str, ...]] = ("latents", "prompt_embeds", "image_latents")
+
+class EditingPipeline(LatentPipeline):
+    """Adds to a pipeline what editing needs."""
+
+    unet_inputs: ClassVar[tuple[str, ...]] = ("image",)
 
     @property
     def image_guidance_scale(self) -> float:
@@ -107,31 +112,22 @@ class EditCallbacks(Callbacks):
     def _image_guidance_scale(self, value: float) -> None:
         self._run().image_guidance_scale = value
 
+    def _network(self, x: Tensor, t: Tensor, run: EditRun) -> Tensor:
+        return super()._network(torch.cat([x, run.image_latents], dim=1), t, run)
 
-def three_fold(both: Tensor) -> Tensor:
-    """Put conditions (negative, positive) of two passes in the order of three: positive, negative, negative."""
-    negative, positive = both.chunk(2)
-    return torch.cat([positive, negative, negative])
+    def _image_latents(
+        self, request: Editing, like: Tensor, height: int | None = None, width: int | None = None
+    ) -> Tensor:
+        """Return what the UNet reads of the images: (B, C, h, w), or (3 B, C, h, w) under guidance, the last zeros.
 
-
-def image_latents(x: Tensor, count: int, guided: bool, vae: AutoencoderKL | None, like: Tensor) -> Tensor:
-    """Return what the UNet reads of the images: (count, C, h, w), or (3 * count, C, h, w) under guidance.
-
-    Args:
-        x: pixels (B, 3, H, W) in [-1, 1], of which the autoencoder's mean is taken, or its latents (B, C, h, w).
-        count: the number of pictures to make; the images are dealt out to them in turn.
-        guided: whether the last third is to be zeros.
-        vae: the autoencoder, in the dtype that it is to encode in.
-        like: a tensor of the dtype and device of the result.
-
-    Raises:
-        ValueError: if the images cannot be dealt out evenly, or there is no autoencoder for pixels.
-    """
-    if len(x) > count or count % len(x):
-        raise ValueError(f"{len(x)} images cannot be dealt out to {count} pictures evenly")
-    if x.shape[1] == 3:
-        if vae is None:
-            raise ValueError("this pipeline has no vae: pass latents as image")
-        x = vae.encode(x.to(like.device, vae.dtype)).latent_dist.mode()
-    x = x.to(like).repeat(count // len(x), 1, 1, 1)
-    return torch.cat([x, x, torch.zeros_like(x)]) if guided else x
+        Of pixels it is the mean of the autoencoder's Gaussian, not scaled; nothing is drawn. ``height`` and ``width``
+        are the size in pixels to bring the images to.
+        """
+        x = self._read_image(request.image, height, width)
+        if x.shape[1] != self._latent_channels:
+            if self.vae is None:
+                raise ValueError("this pipeline has no vae: pass latents as image")
+            vae = self._encoder()
+            x = vae.encode(x.to(like.device, vae.dtype)).latent_dist.mode()
+        x = dealt(x.to(like), request.count)
+        return torch.cat([x, x, torch.zeros_like(x)]) if request.guided else x

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from minidiff.pipelines.callbacks import Callback
 from minidiff.pipelines.common import Step, initial_latents, make_generators, make_plan
-from minidiff.pipelines.instruct_pix2pix import EditCallbacks, Editing, EditRun, image_latents, three_fold
+from minidiff.pipelines.instruct_pix2pix import Editing, EditingPipeline, EditRun, three_fold
 from minidiff.pipelines.latent import Handling
 from minidiff.pipelines.request import Generators, Prompt, Request
 from minidiff.pipelines.stable_diffusion import SDPipeline, StableDiffusionPipelineOutput
@@ -34,14 +34,14 @@ class EditRequest(Editing, Request):
             raise TypeError("an edit takes no height and width: the result has the size of the image")
 
 
-class StableDiffusionInstructPix2PixPipeline(EditCallbacks, SDPipeline):
+class StableDiffusionInstructPix2PixPipeline(EditingPipeline, SDPipeline):
     """Edit pictures by instruction, with a UNet of 8 channels such as timbrooks/instruct-pix2pix.
 
     Args and errors: as of ``StableDiffusionPipeline``.
     """
 
-    unet_inputs: ClassVar[tuple[str, ...]] = ("image",)
     scheduler_corrections: ClassVar[Mapping[str, Any]] = {}  # the reference leaves outdated configs as they are here
+    _callback_tensor_inputs: ClassVar[tuple[str, ...]] = ("latents", "prompt_embeds", "image_latents")
 
     @torch.no_grad()
     def __call__(
@@ -65,6 +65,8 @@ class StableDiffusionInstructPix2PixPipeline(EditCallbacks, SDPipeline):
         *,
         seed: int | None = None,
         seeds: Sequence[int] | None = None,
+        long_prompt: str = "cut",
+        cross_attention_kwargs: Mapping[str, Any] | None = None,
         **not_implemented: Any,
     ) -> StableDiffusionPipelineOutput | tuple[Any, None]:
         """Edit pictures.
@@ -92,39 +94,35 @@ class StableDiffusionInstructPix2PixPipeline(EditCallbacks, SDPipeline):
             negative_prompt_embeds=negative_prompt_embeds,
             seed=seed,
             seeds=seeds,
+            long_prompt=long_prompt,
+            cross_attention_kwargs=cross_attention_kwargs,
         )
-        images, seeds = self._generate(request, handling)
-        return StableDiffusionPipelineOutput(images, None, seeds) if return_dict else (images, None)
+        return self._respond(request, handling, return_dict)
 
     def steps(self, prompt: Prompt = None, **arguments: Any) -> Iterator[Step]:
         """Edit step by step; the arguments are the fields of ``EditRequest``, the steps those of a call."""
-        return self._yield_steps(self._start(EditRequest(prompt, **arguments)))
+        return self._yield_steps(self._begin(EditRequest(prompt, **arguments)))
 
     @torch.no_grad()
     def _start(self, request: EditRequest) -> EditRun:
-        from minidiff.pipelines.image_inputs import to_tensor  # brings PIL
-
         generator, seeds = make_generators(request)
         device = self.device
         plan = make_plan(self.scheduler, request, device)
-        ctx = self._encode_texts(request, device)["prompt_embeds"]
-        C, count, guided = self.unet.config.out_channels, request.count, request.guided
-        x = to_tensor(request.image, self.vae_scale_factor, C)
-        shown = image_latents(x, count, guided, self.vae, ctx)
-        shape = (count, C, *shown.shape[-2:])
+        texts = self._encode_texts(request, device)
+        if request.guided:
+            texts["prompt_embeds"] = three_fold(texts["prompt_embeds"])
+        ctx = texts["prompt_embeds"]
+        shown = self._image_latents(request, ctx)
+        shape = (request.count, *shown.shape[1:])
         noise = initial_latents(shape, request.latents, generator, device, ctx.dtype)
         return EditRun(
             plan=plan,
             latents=noise * plan.init_noise_sigma,
-            prompt_embeds=three_fold(ctx) if guided else ctx,
-            negative_prompt_embeds=None,
             guidance_scale=request.guidance_scale,
             guidance_rescale=request.guidance_rescale,
             generator=generator,
             seeds=seeds,
             image_latents=shown,
             image_guidance_scale=request.image_guidance_scale,
+            **texts,
         )
-
-    def _network(self, x: Tensor, t: Tensor, run: EditRun) -> Tensor:
-        return self.unet(torch.cat([x, run.image_latents], dim=1), t, run.prompt_embeds).sample

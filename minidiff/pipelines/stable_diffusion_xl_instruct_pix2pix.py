@@ -4,7 +4,7 @@ The formula is in ``instruct_pix2pix``. Checked against ``diffusers.StableDiffus
 seed.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -15,7 +15,7 @@ from minidiff.clip import CLIPTextModel, CLIPTextModelWithProjection
 from minidiff.errors import ConfigError
 from minidiff.pipelines.callbacks import Callback
 from minidiff.pipelines.common import Step, initial_latents, make_generators, make_plan
-from minidiff.pipelines.instruct_pix2pix import EditCallbacks, Editing, EditRun, image_latents, three_fold
+from minidiff.pipelines.instruct_pix2pix import Editing, EditingPipeline, EditRun, three_fold
 from minidiff.pipelines.latent import Handling
 from minidiff.pipelines.request import Generators, Prompt
 from minidiff.pipelines.request_xl import Size, XLRequest
@@ -47,7 +47,7 @@ class XLEditRun(EditRun, XLRun):
     """The state of one edit with the conditions that SDXL adds, all in the order text, image, nothing."""
 
 
-class StableDiffusionXLInstructPix2PixPipeline(EditCallbacks, XLPipeline):
+class StableDiffusionXLInstructPix2PixPipeline(EditingPipeline, XLPipeline):
     """Edit pictures by instruction, with an SDXL UNet of 8 channels such as diffusers/sdxl-instructpix2pix-768.
 
     Args: as of ``StableDiffusionXLPipeline``, and
@@ -59,7 +59,6 @@ class StableDiffusionXLInstructPix2PixPipeline(EditCallbacks, XLPipeline):
     """
 
     optional_components: ClassVar[tuple[str, ...]] = ()
-    unet_inputs: ClassVar[tuple[str, ...]] = ("image",)
     _callback_tensor_inputs: ClassVar[tuple[str, ...]] = (*XLPipeline._callback_tensor_inputs, "image_latents")
 
     def __init__(
@@ -126,6 +125,8 @@ class StableDiffusionXLInstructPix2PixPipeline(EditCallbacks, XLPipeline):
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         seed: int | None = None,
         seeds: Sequence[int] | None = None,
+        long_prompt: str = "cut",
+        cross_attention_kwargs: Mapping[str, Any] | None = None,
         **not_implemented: Any,
     ) -> StableDiffusionXLPipelineOutput | tuple[Any]:
         """Edit pictures.
@@ -165,13 +166,14 @@ class StableDiffusionXLInstructPix2PixPipeline(EditCallbacks, XLPipeline):
             target_size=target_size,
             seed=seed,
             seeds=seeds,
+            long_prompt=long_prompt,
+            cross_attention_kwargs=cross_attention_kwargs,
         )
-        images, seeds = self._generate(request, handling)
-        return StableDiffusionXLPipelineOutput(images, seeds) if return_dict else (images,)
+        return self._respond(request, handling, return_dict)
 
     def steps(self, prompt: Prompt = None, **arguments: Any) -> Iterator[Step]:
         """Edit step by step; the arguments are the fields of ``XLEditRequest``, the steps those of a call."""
-        return self._yield_steps(self._start(XLEditRequest(prompt, **arguments)))
+        return self._yield_steps(self._begin(XLEditRequest(prompt, **arguments)))
 
     @torch.no_grad()
     def _start(self, request: XLEditRequest) -> XLEditRun:
@@ -183,9 +185,9 @@ class StableDiffusionXLInstructPix2PixPipeline(EditCallbacks, XLPipeline):
         if request.guided:
             conditions |= {name: three_fold(conditions[name]) for name in ("prompt_embeds", "add_text_embeds")}
         ctx = conditions["prompt_embeds"]
-        C, f, count = self.unet.config.out_channels, self.vae_scale_factor, request.count
-        noise = initial_latents((count, C, H, W), request.latents, generator, device, ctx.dtype)
-        size = (H * f, W * f)
+        shape = (request.count, self._latent_channels, H, W)
+        noise = initial_latents(shape, request.latents, generator, device, ctx.dtype)
+        size = (H * self.vae_scale_factor, W * self.vae_scale_factor)
         sizes = [*(request.original_size or size), *request.crops_coords_top_left, *(request.target_size or size)]
         return XLEditRun(
             plan=plan,
@@ -197,23 +199,16 @@ class StableDiffusionXLInstructPix2PixPipeline(EditCallbacks, XLPipeline):
             seeds=seeds,
             stop=steps_until(self.scheduler, plan, request.denoising_end),
             add_time_ids=torch.tensor([sizes] * len(ctx), dtype=ctx.dtype, device=device),
-            image_latents=self._read_image(request, size, ctx),
+            image_latents=self._sized_latents(request, size, ctx),
             image_guidance_scale=request.image_guidance_scale,
             **conditions,
         )
 
-    def _read_image(self, request: XLEditRequest, size: tuple[int, int], like: Tensor) -> Tensor:
+    def _sized_latents(self, request: XLEditRequest, size: tuple[int, int], like: Tensor) -> Tensor:
         """Return what the UNet reads of the images, brought to the size in pixels."""
-        from minidiff.pipelines.image_inputs import to_tensor  # brings PIL
-
-        C, f = self.unet.config.out_channels, self.vae_scale_factor
-        x = to_tensor(request.image, f, C, height=size[0], width=size[1])
-        vae = None if self.vae is None else self._in_float32(torch.float16)
-        shown = image_latents(x, request.count, request.guided, vae, like)
-        h, w = size[0] // f, size[1] // f
+        shown = self._image_latents(request, like, *size)
+        h, w = (side // self.vae_scale_factor for side in size)
         if shown.shape[-2:] != (h, w):
-            raise ValueError(f"latents as image should be (B, {C}, {h}, {w}) for {size} pixels, found {tuple(x.shape)}")
+            found = tuple(shown.shape[-2:])
+            raise ValueError(f"latents as image should be {(h, w)} high and wide for {size} pixels, found {found}")
         return self.vae.config.scaling_factor * shown if self._settings["is_cosxl_edit"] else shown
-
-    def _network(self, x: Tensor, t: Tensor, run: XLEditRun) -> Tensor:
-        return super()._network(torch.cat([x, run.image_latents], dim=1), t, run)
