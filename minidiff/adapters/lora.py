@@ -25,9 +25,12 @@ _call_scale: ContextVar[float] = ContextVar("lora_scale", default=1.0)
 
 
 @contextmanager
-def lora_scale(scale: float) -> Iterator[None]:
-    """Multiply all adapters that are not fused with ``scale``, in this thread and as long as the context lasts."""
-    before = _call_scale.set(scale)
+def lora_scaled(scale: float | None) -> Iterator[None]:
+    """Multiply all adapters that are not fused with ``scale``, in this thread and as long as the context lasts.
+
+    None leaves everything as it is.
+    """
+    before = _call_scale.set(_call_scale.get() if scale is None else scale)
     try:
         yield
     finally:

@@ -278,6 +278,13 @@ class LoraLoader:
             )
         return name
 
+    def _say_what_is_scaled(self, scale: float) -> None:
+        """Warn if a call asks for another scale and there is nothing to scale, which the reference leaves unsaid."""
+        adapters = self._all_adapters().values()
+        if scale != 1 and all(one.fused for one in adapters):
+            why = f"{', '.join(sorted(self.fused_loras))} is fused" if adapters else "no LoRA is loaded"
+            logger.warning("cross_attention_kwargs={'scale': %g} has no effect: %s", scale, why)
+
     def _refuse_fused(self, what: str) -> None:
         if self.fused_loras:
             raise ValueError(

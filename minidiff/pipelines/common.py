@@ -45,6 +45,7 @@ class Run:
     interrupt: bool = False
     stop: int | None = None  # the step before which the run ends; None = it takes all
     dropped: dict[str, list[str]] | None = None  # argument -> what was cut off each of its texts
+    lora_scale: float = 1.0
 
     @property
     def indices(self) -> range:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from minidiff.adapters.lora import lora_scale
+from minidiff.adapters.lora import lora_scaled
 from minidiff.adapters.lora_loader import LoraLoader
 from minidiff.adapters.textual_inversion import TextualInversionLoader
 from minidiff.errors import ConfigError
@@ -137,6 +137,18 @@ class LatentPipeline(Callbacks, LoraLoader, TextualInversionLoader, DiffusionPip
         """Predict from what the scheduler shows the network."""
         raise NotImplementedError
 
+    def _begin(self, request: Request) -> Run:
+        """Start a run with LoRA adapters at the request's scale; ``_predict`` keeps them there."""
+        self._say_what_is_scaled(request.lora_scale)
+        with lora_scaled(request.lora_scale):
+            run = self._start(request)
+        run.lora_scale = request.lora_scale
+        return run
+
+    def _predict(self, x: Tensor, t: Tensor, run: Run) -> Tensor:
+        with lora_scaled(run.lora_scale):
+            return self._network(x, t, run)
+
     def _check_handling(self, handling: Handling, not_implemented: Mapping[str, Any]) -> None:
         """Raise on wrong choices and on arguments that are unknown or not implemented; None asks for nothing."""
         if asked := [name for name, value in not_implemented.items() if value is not None]:
@@ -148,7 +160,7 @@ class LatentPipeline(Callbacks, LoraLoader, TextualInversionLoader, DiffusionPip
     @torch.no_grad()
     def _respond(self, request: Request, handling: Handling, return_dict: bool) -> "Output | tuple[Any, ...]":
         """Do what a call does once its arguments are checked: run all steps; return the record or the tuple."""
-        run = self._start(request)
+        run = self._begin(request)
         images = self._finish(run, handling)
         out = self.output_class(images=images, seeds=run.seeds, dropped=run.dropped)
         return out if return_dict else tuple(getattr(out, name) for name in self.output_class.reference_fields)
@@ -157,7 +169,7 @@ class LatentPipeline(Callbacks, LoraLoader, TextualInversionLoader, DiffusionPip
         """Take all steps of a run, with progress bar and callback, and decode."""
         counted = self._counted(run)
         with self.progress_bar(total=len(counted)) as bar:
-            for i, _, _ in denoise(self._network, self.scheduler, run):
+            for i, _, _ in denoise(self._predict, self.scheduler, run):
                 if handling.callback is not None:
                     self._call_back(handling.callback, run, i, handling.callback_tensors)
                 if i in counted:
@@ -173,7 +185,7 @@ class LatentPipeline(Callbacks, LoraLoader, TextualInversionLoader, DiffusionPip
 
     @torch.no_grad()
     def _yield_steps(self, run: Run) -> Iterator[Step]:
-        for i, x, out in denoise(self._network, self.scheduler, run):
+        for i, x, out in denoise(self._predict, self.scheduler, run):
             x0 = self.scheduler.denoised(run.plan, i, x, out)
             yield Step(i - run.plan.start, run.plan.timesteps[i], run.latents, x0)
 

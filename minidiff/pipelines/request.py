@@ -1,11 +1,13 @@
 """What a caller asks of a text-to-image pipeline, checked before anything is computed."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Generator, Tensor
+
+from minidiff.adapters.lora import scale_argument
 
 Generators = Generator | Sequence[Generator] | None
 Prompt = str | list[str] | None
@@ -34,6 +36,7 @@ class Request:
         seed, seeds: one CPU generator per picture: ``seeds`` lists them, ``seed=s`` means s, s + 1...
         long_prompt: what to do with a text of more than 77 tokens: "cut" it and return what was dropped, or "chunk":
             encode it in windows, see ``minidiff.pipelines.texts``.
+        cross_attention_kwargs: ``{"scale": s}`` multiplies all LoRA adapters that are not fused with s in this call.
 
     Raises:
         TypeError, ValueError: naming the argument, what was found and what was expected.
@@ -58,6 +61,7 @@ class Request:
     seed: int | None = None
     seeds: Sequence[int] | None = None
     long_prompt: str = "cut"
+    cross_attention_kwargs: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         check_count("num_images_per_prompt", self.num_images_per_prompt)
@@ -65,6 +69,7 @@ class Request:
         check_number("guidance_rescale", self.guidance_rescale, 0, 1)
         check_number("eta", self.eta, 0, 1)
         check_choice("long_prompt", self.long_prompt, LONG_PROMPT)
+        scale_argument(self.cross_attention_kwargs)
         if self.timesteps is not None and self.sigmas is not None:
             raise ValueError("give timesteps= or sigmas=, not both")
         self._check_one_each()
@@ -82,6 +87,11 @@ class Request:
     def count(self) -> int:
         """The number of pictures, B * N."""
         return self.batch * self.num_images_per_prompt
+
+    @property
+    def lora_scale(self) -> float:
+        """What LoRA adapters are multiplied with."""
+        return scale_argument(self.cross_attention_kwargs)
 
     @property
     def guided(self) -> bool:

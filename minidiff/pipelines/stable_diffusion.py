@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
+from minidiff.adapters.lora import lora_scaled
 from minidiff.clip import CLIPTextModel
 from minidiff.errors import ConfigError
 from minidiff.outputs import Output
@@ -108,13 +109,15 @@ class SDPipeline(LatentPipeline):
         negative_prompt: Prompt = None,
         prompt_embeds: Tensor | None = None,
         negative_prompt_embeds: Tensor | None = None,
+        lora_scale: float | None = None,
         clip_skip: int | None = None,
         *,
         long_prompt: str = "cut",
     ) -> tuple[Tensor, Tensor | None]:
         """Encode prompts and, under guidance, negative prompts: two (B * N, L, D), each text repeated N times.
 
-        ``long_prompt`` is "cut" or "chunk", see ``minidiff.pipelines.texts``.
+        ``long_prompt`` is "cut" or "chunk", see ``minidiff.pipelines.texts``; ``lora_scale`` is what LoRA adapters are
+        multiplied with.
         """
         texts = Texts(
             prompt=prompt,
@@ -126,7 +129,8 @@ class SDPipeline(LatentPipeline):
             clip_skip=clip_skip,
             long_prompt=long_prompt,
         )
-        found = self._embed(texts, device)
+        with lora_scaled(lora_scale):
+            found = self._embed(texts, device)
         return found.prompt_embeds, found.negative_prompt_embeds
 
     def _embed(self, texts: Texts, device: torch.device | str) -> Embedded:
@@ -212,6 +216,7 @@ class StableDiffusionPipeline(SDPipeline):
         seed: int | None = None,
         seeds: Sequence[int] | None = None,
         long_prompt: str = "cut",
+        cross_attention_kwargs: Mapping[str, Any] | None = None,
         **not_implemented: Any,
     ) -> StableDiffusionPipelineOutput | tuple[Any, None]:
         """Generate pictures.
@@ -249,6 +254,7 @@ class StableDiffusionPipeline(SDPipeline):
             seed,
             seeds,
             long_prompt,
+            cross_attention_kwargs,
         )
         return self._respond(request, handling, return_dict)
 
@@ -261,7 +267,7 @@ class StableDiffusionPipeline(SDPipeline):
             for step in pipe.steps("red apple", num_inference_steps=20, seed=7):
                 preview = pipe.decode(step.denoised)
         """
-        return self._yield_steps(self._start(Request(*args, **kwargs)))  # wrong arguments are said now, not at next()
+        return self._yield_steps(self._begin(Request(*args, **kwargs)))  # wrong arguments are said now, not at next()
 
     @torch.no_grad()
     def _start(self, request: Request) -> Run:

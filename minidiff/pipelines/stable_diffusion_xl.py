@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
+from minidiff.adapters.lora import lora_scaled
 from minidiff.clip import CLIPTextModel, CLIPTextModelWithProjection
 from minidiff.errors import ConfigError
 from minidiff.outputs import Output
@@ -110,24 +111,23 @@ class XLPipeline(LatentPipeline):
         negative_prompt_embeds: Tensor | None = None,
         pooled_prompt_embeds: Tensor | None = None,
         negative_pooled_prompt_embeds: Tensor | None = None,
-        lora_scale: None = None,
+        lora_scale: float | None = None,
         clip_skip: int | None = None,
         *,
         long_prompt: str = "cut",
     ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
         """Encode prompts and, under guidance, negative prompts, each repeated N = ``num_images_per_prompt`` times.
 
-        ``long_prompt`` is "cut" or "chunk", see ``minidiff.pipelines.texts``.
+        ``long_prompt`` is "cut" or "chunk", see ``minidiff.pipelines.texts``; ``lora_scale`` is what LoRA adapters are
+        multiplied with.
 
         Returns:
             embeddings (B * N, L, D), negative ones, pooled embeddings (B * N, P), negative ones. Without a negative
             prompt the negative ones are zeros if the checkpoint says ``force_zeros_for_empty_prompt``.
 
         Raises:
-            ValueError: if there is no text encoder for a text, or ``lora_scale`` is given, which is not implemented.
+            ValueError: if there is no text encoder for a text.
         """
-        if lora_scale is not None:
-            raise ValueError(f"lora_scale is not implemented, found {lora_scale!r}")
         texts = Texts(
             prompt=prompt,
             prompt_2=prompt_2,
@@ -142,7 +142,8 @@ class XLPipeline(LatentPipeline):
             clip_skip=clip_skip,
             long_prompt=long_prompt,
         )
-        found = self._embed(texts, self.device if device is None else device)
+        with lora_scaled(lora_scale):
+            found = self._embed(texts, self.device if device is None else device)
         return (
             found.prompt_embeds,
             found.negative_prompt_embeds,
@@ -336,6 +337,7 @@ class StableDiffusionXLPipeline(XLPipeline):
         seed: int | None = None,
         seeds: Sequence[int] | None = None,
         long_prompt: str = "cut",
+        cross_attention_kwargs: Mapping[str, Any] | None = None,
         **not_implemented: Any,
     ) -> StableDiffusionXLPipelineOutput | tuple[Any]:
         """Generate pictures.
@@ -385,6 +387,7 @@ class StableDiffusionXLPipeline(XLPipeline):
             seed=seed,
             seeds=seeds,
             long_prompt=long_prompt,
+            cross_attention_kwargs=cross_attention_kwargs,
         )
         return self._respond(request, handling, return_dict)
 
@@ -394,7 +397,7 @@ class StableDiffusionXLPipeline(XLPipeline):
         The arguments are those of a call that concern the generation: the fields of ``XLRequest``. Leaving the loop
         early stops the generation.
         """
-        return self._yield_steps(self._start(XLRequest(prompt, **arguments)))  # wrong arguments are said now
+        return self._yield_steps(self._begin(XLRequest(prompt, **arguments)))  # wrong arguments are said now
 
     @torch.no_grad()
     def _start(self, request: XLRequest) -> XLRun:

@@ -27,6 +27,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from minidiff.adapters.textual_inversion import expand
 from minidiff.pipelines.request import Prompt, Request
 from minidiff.tokenizer import CLIPTokenizer
 
@@ -160,6 +161,7 @@ def embed(
 
 def split(tokenizer: CLIPTokenizer, texts: list[str], L: int, how: Texts) -> list[Windows]:
     """Return the windows of each text, ``L`` ids in each, start, end and padding included."""
+    texts = [expand(text, tokenizer) for text in texts]
     if how.long_prompt == "cut":
         tokens = tokenizer(texts, padding="max_length", max_length=L, truncation=True)
         return [Windows([ids], [[1.0] * L], cut) for ids, cut in zip(tokens.input_ids, tokens.dropped, strict=True)]

@@ -204,11 +204,6 @@ def test_components_that_are_absent(pipe: StableDiffusionXLPipeline) -> None:
         other(**embeds, image=torch.zeros(1, 3, 64, 64))
 
 
-def test_lora_scale_is_refused(pipe: StableDiffusionXLPipeline) -> None:
-    with pytest.raises(ValueError, match="lora_scale"):
-        pipe.encode_prompt(PROMPT, lora_scale=0.5)
-
-
 def test_a_picture_that_is_not_finite(pipe: StableDiffusionXLPipeline) -> None:
     with pytest.raises(ValueError, match="NaN or infinity"):
         pipe.decode(torch.full((1, 4, 8, 8), float("nan")))
