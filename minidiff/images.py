@@ -2,14 +2,17 @@
 
     pixel = round(255 · clamp(x / 2 + 1/2, 0, 1)),  halves to the even number
 
-Checked bit for bit against ``diffusers.image_processor.VaeImageProcessor`` and ``diffusers.utils.make_image_grid``.
+Checked bit for bit against ``diffusers.image_processor.VaeImageProcessor`` and, from ``diffusers.utils``,
+``make_image_grid`` and ``load_image``.
 """
 
-from collections.abc import Mapping, Sequence
+import io
+import os
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
@@ -52,6 +55,45 @@ def as_pictures(array: np.ndarray) -> list[Image.Image]:
     """Turn pixels (B, H, W, C) in [0, 1] into B pictures."""
     pixels = (array * 255).round().astype(np.uint8)
     return [Image.fromarray(picture.squeeze(-1) if picture.shape[-1] == 1 else picture) for picture in pixels]
+
+
+def load_image(
+    image: str | Path | Image.Image, convert_method: Callable[[Image.Image], Image.Image] | None = None
+) -> Image.Image:
+    """Return a picture from a file or an http(s) address, or a copy of a PIL picture, upright and in RGB.
+
+    Cameras write pictures as the sensor lies, with a note which side is up; that note is followed. ``convert_method``
+    replaces the conversion to RGB.
+
+    Raises:
+        ValueError: if there is no such file, or it is no picture.
+        OSError: if the address does not answer.
+    """
+    if isinstance(image, Image.Image):
+        picture = ImageOps.exif_transpose(image)
+    elif not isinstance(image, (str, Path)):
+        raise ValueError(f"load_image takes a path, an http(s) address or a PIL picture, found {type(image).__name__}")
+    else:
+        source = io.BytesIO(_download(image)) if str(image).startswith(("http://", "https://")) else image
+        if source is image and not os.path.isfile(image):
+            raise ValueError(f"{image} is not a file, nor an address that begins with http:// or https://")
+        try:
+            with Image.open(source) as opened:
+                picture = ImageOps.exif_transpose(opened)
+        except OSError as error:
+            raise ValueError(f"{image} is not a picture that PIL can read: {error}") from error
+    return picture.convert("RGB") if convert_method is None else convert_method(picture)
+
+
+def _download(url: str) -> bytes:
+    import urllib.request  # brings ssl
+
+    request = urllib.request.Request(url, headers={"User-Agent": "minidiff"})  # some servers refuse urllib's own name
+    try:
+        with urllib.request.urlopen(request, timeout=60) as response:
+            return response.read()
+    except OSError as error:
+        raise OSError(f"could not load {url}: {error}") from error
 
 
 def make_image_grid(images: Sequence[Image.Image], rows: int, cols: int, resize: int | None = None) -> Image.Image:
