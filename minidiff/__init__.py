@@ -36,6 +36,7 @@ _HOME = {  # public name -> module that defines it
     "StableDiffusionInstructPix2PixPipeline": "minidiff.pipelines.stable_diffusion_instruct_pix2pix",
     "StableDiffusionPipeline": "minidiff.pipelines.stable_diffusion",
     "StableDiffusionXLImg2ImgPipeline": "minidiff.pipelines.stable_diffusion_xl_img2img",
+    "StableDiffusionXLInpaintPipeline": "minidiff.pipelines.stable_diffusion_xl_inpaint",
     "StableDiffusionXLInstructPix2PixPipeline": "minidiff.pipelines.stable_diffusion_xl_instruct_pix2pix",
     "StableDiffusionXLPipeline": "minidiff.pipelines.stable_diffusion_xl",
     "TCDScheduler": "minidiff.schedulers.tcd",

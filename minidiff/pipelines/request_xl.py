@@ -2,11 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
 from minidiff.pipelines.request import Prompt, Request, check_number
+from minidiff.pipelines.request_image import Inpainting
 
 Size = Sequence[int]  # (height, width) in pixels; of crops (top, left)
 
@@ -86,19 +87,19 @@ class XLRequest(Request):
 class XLImageRequest(XLRequest):
     """The arguments of one image-to-image generation with SDXL.
 
-    Besides the fields of ``XLRequest``:
+    Besides the fields of ``XLRequest``, of which those in ``absent`` have no meaning here:
 
     Attributes:
-        image: what to begin with: a PIL picture, a tensor (B, 3, H, W) in [0, 1] or [-1, 1], latents (B, 4, h, w), or a
-            list of these. Several are dealt out to the pictures in turn.
-        strength: 0 to 1, how much of it is redrawn: the run takes ``int(num_inference_steps * strength)`` steps, the
-            last ones, and begins by adding the noise of the first of them.
+        image: what to begin with, as of ``ImageRequest``.
+        strength: 0 to 1, how much of it is redrawn; see ``minidiff.pipelines.strength`` for the number of steps.
         denoising_start: take over where a run with this ``denoising_end`` stopped; no noise is added, and ``strength``
             plays no part.
         latents: the noisy latents to begin with, in place of ``image``.
         aesthetic_score, negative_aesthetic_score: how pleasing the picture is to be, 1 to 10, for UNets that are
             conditioned on it in place of the target size (the refiner).
     """
+
+    absent: ClassVar[tuple[str, ...]] = ("height", "width")
 
     image: Any = None
     strength: float = 0.3
@@ -108,6 +109,9 @@ class XLImageRequest(XLRequest):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        for name in self.absent:
+            if getattr(self, name) is not None:
+                raise TypeError(f"this task takes no {name}: the picture gets the size of the image")
         if self.image is None and self.latents is None:
             raise ValueError("image-to-image needs an image (or latents)")
         check_number("strength", self.strength, 0, 1)
@@ -117,6 +121,34 @@ class XLImageRequest(XLRequest):
         start, end = self.denoising_start, self.denoising_end
         if start is not None and (start == 1 or (end is not None and start >= end)):
             raise ValueError(f"denoising_start should be below denoising_end, found {start} and {end}")
+
+
+@dataclass(frozen=True)
+class XLInpaintRequest(Inpainting, XLImageRequest):
+    """The arguments of one inpainting with SDXL, with the reference's names and defaults.
+
+    Those of ``XLImageRequest`` and of ``Inpainting``, with
+
+    Attributes:
+        height, width: the size to work at, in pixels, which image and mask are brought to; default: what the UNet was
+            trained on.
+        latents: standard normal noise (B * N, C, height / f, width / f) instead of drawing it; the run begins with it
+            alone, whatever the strength.
+        strength: as of ``XLImageRequest``; only exactly 1 begins with pure noise, 0.9999 is all steps from the image
+            under the most noise.
+    """
+
+    absent: ClassVar[tuple[str, ...]] = ()
+
+    guidance_scale: float = 7.5
+    strength: float = 0.9999
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.image is None:
+            raise ValueError("inpainting needs an image")
+        if self.denoising_start is not None and self.latents is not None:
+            raise ValueError("give denoising_start, which begins with the image as it is, or latents, not both")
 
 
 def check_pair(name: str, value: Any, may_be_none: bool = True) -> None:

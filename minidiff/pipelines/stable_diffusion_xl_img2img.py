@@ -11,7 +11,7 @@ https://arxiv.org/abs/2307.01952), section 2.5. Checked against ``diffusers.Stab
 seed.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -39,8 +39,8 @@ from minidiff.unet import UNet2DConditionModel
 from minidiff.vae import AutoencoderKL
 
 
-class StableDiffusionXLImg2ImgPipeline(XLPipeline):
-    """Image to image with Stable Diffusion XL: redraw a picture, or refine the latents of another run.
+class XLImagePipeline(XLPipeline):
+    """What the tasks that begin with an image share.
 
     Args: as of ``StableDiffusionXLPipeline``, and
         requires_aesthetics_score: whether the UNet is conditioned on an aesthetic score in place of the target size, as
@@ -83,6 +83,35 @@ class StableDiffusionXLImg2ImgPipeline(XLPipeline):
         }
         super().__init__(components, settings, time_ids=5 if requires_aesthetics_score else 6)
 
+    def _plan_part(self, request: XLImageRequest, device: torch.device, minimum: int = 0) -> Plan:
+        """Plan the part of a run that is asked for: by its strength, at least ``minimum`` steps, or the rest of one."""
+        plan = make_plan(self.scheduler, request, device)
+        if request.denoising_start is None:
+            return begin(self.scheduler, plan, request, minimum)
+        return take_over(self.scheduler, plan, request.denoising_start)
+
+    def _sizes(self, request: XLImageRequest, size: tuple[int, int]) -> tuple[list[float], list[float]]:
+        """Return the numbers that the prompt and the negative prompt are conditioned on."""
+        original, target = request.original_size or size, request.target_size or size
+        negative_original = request.negative_original_size or original
+        crop, negative_crop = request.crops_coords_top_left, request.negative_crops_coords_top_left
+        if self._settings["requires_aesthetics_score"]:
+            return [*original, *crop, request.aesthetic_score], [
+                *negative_original,
+                *negative_crop,
+                request.negative_aesthetic_score,
+            ]
+        if tuple(negative_crop) not in ((0, 0), tuple(crop)):  # the reference reads the prompt's crop here
+            raise ValueError("negative_crops_coords_top_left counts only where requires_aesthetics_score is true")
+        return [*original, *crop, *target], [*negative_original, *crop, *(request.negative_target_size or target)]
+
+
+class StableDiffusionXLImg2ImgPipeline(XLImagePipeline):
+    """Image to image with Stable Diffusion XL: redraw a picture, or refine the latents of another run.
+
+    Args and errors: as of ``XLImagePipeline``.
+    """
+
     @torch.no_grad()
     def __call__(
         self,
@@ -124,6 +153,7 @@ class StableDiffusionXLImg2ImgPipeline(XLPipeline):
         seed: int | None = None,
         seeds: Sequence[int] | None = None,
         long_prompt: str = "cut",
+        cross_attention_kwargs: Mapping[str, Any] | None = None,
         **not_implemented: Any,
     ) -> StableDiffusionXLPipelineOutput | tuple[Any]:
         """Generate pictures from pictures.
@@ -169,22 +199,19 @@ class StableDiffusionXLImg2ImgPipeline(XLPipeline):
             seed=seed,
             seeds=seeds,
             long_prompt=long_prompt,
+            cross_attention_kwargs=cross_attention_kwargs,
         )
         return self._respond(request, handling, return_dict)
 
     def steps(self, prompt: Prompt = None, **arguments: Any) -> Iterator[Step]:
         """Generate step by step; the arguments are the fields of ``XLImageRequest``, the steps those of a call."""
-        return self._yield_steps(self._start(XLImageRequest(prompt, **arguments)))
+        return self._yield_steps(self._begin(XLImageRequest(prompt, **arguments)))
 
     @torch.no_grad()
     def _start(self, request: XLImageRequest) -> XLRun:
         generator, seeds = make_generators(request)
         device = self.device
-        plan = make_plan(self.scheduler, request, device)
-        if request.denoising_start is None:
-            plan = begin(self.scheduler, plan, request)
-        else:
-            plan = take_over(self.scheduler, plan, request.denoising_start)
+        plan = self._plan_part(request, device)
         conditions = self._conditions(request, device)
         ctx = conditions["prompt_embeds"]
         latents = self._first_latents(request, plan, generator, ctx)
@@ -213,21 +240,6 @@ class StableDiffusionXLImg2ImgPipeline(XLPipeline):
         if request.denoising_start is not None:
             return x0
         return self.scheduler.noised(plan, x0, randn(x0.shape, generator, like.device, like.dtype))
-
-    def _sizes(self, request: XLImageRequest, size: tuple[int, int]) -> tuple[list[float], list[float]]:
-        """Return the numbers that the prompt and the negative prompt are conditioned on."""
-        original, target = request.original_size or size, request.target_size or size
-        negative_original = request.negative_original_size or original
-        crop, negative_crop = request.crops_coords_top_left, request.negative_crops_coords_top_left
-        if self._settings["requires_aesthetics_score"]:
-            return [*original, *crop, request.aesthetic_score], [
-                *negative_original,
-                *negative_crop,
-                request.negative_aesthetic_score,
-            ]
-        if tuple(negative_crop) not in ((0, 0), tuple(crop)):  # the reference reads the prompt's crop here
-            raise ValueError("negative_crops_coords_top_left counts only where requires_aesthetics_score is true")
-        return [*original, *crop, *target], [*negative_original, *crop, *(request.negative_target_size or target)]
 
 
 def take_over(scheduler: Scheduler, plan: Plan, denoising_start: float) -> Plan:
