@@ -38,6 +38,7 @@ class Stored(NamedTuple):
     dtype: str
     shape: tuple[int, ...]
     start: int  # position of the first byte in the file
+    size: int  # in bytes
 
 
 _FACTORIES = frozenset((torch.empty, torch.zeros, torch.ones, torch.full, torch.rand, torch.randn, torch.arange))
@@ -116,10 +117,11 @@ def read_header(name: str, path: Path) -> list[Stored]:
         length = int.from_bytes(file.read(8), "little")
         header: dict[str, Any] = json.loads(file.read(length))
     header.pop("__metadata__", None)
-    return [
-        Stored(key, name, path, entry["dtype"], tuple(entry["shape"]), 8 + length + entry["data_offsets"][0])
-        for key, entry in header.items()
-    ]
+    result = []
+    for key, entry in header.items():
+        start, end = entry["data_offsets"]  # counted from the end of the header
+        result.append(Stored(key, name, path, entry["dtype"], tuple(entry["shape"]), 8 + length + start, end - start))
+    return result
 
 
 def _what_is(path: Path, error: SafetensorError) -> str:

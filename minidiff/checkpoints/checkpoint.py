@@ -1,0 +1,195 @@
+"""A checkpoint of either layout as the sum of its networks, from headers and configurations: no weight is read."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import minidiff
+from minidiff.checkpoints.contents import NETWORKS, Contents, Part
+from minidiff.checkpoints.families import AUTOENCODER, FAMILIES, Configs, Family, Folder, told_prediction
+from minidiff.checkpoints.hub import MissingFileError, Repo
+from minidiff.checkpoints.load import OnMeta, Stored, expected_shapes, listed, match, paused_collector, read_header
+from minidiff.checkpoints.model import Model
+from minidiff.checkpoints.single_file import describe, say_ema
+from minidiff.errors import CheckpointError, CheckpointNotFoundError, ConfigError
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a file or folder holds.
+
+    ``index`` is the content of ``model_index.json``, empty for a network on its own. ``prediction`` is what the UNet
+    predicts, None if there is no UNet or nobody says. ``wrong`` has lines of text by what is wrong with the tensors
+    that they name, ``dropped`` the tensors that are left out on purpose, each with the reason.
+    """
+
+    path: Path
+    layout: str  # "single-file" or "hub"
+    title: str
+    prediction: str | None
+    parts: list[Part]
+    configs: Configs
+    index: Mapping[str, Any] = field(default_factory=dict)
+    wrong: Mapping[str, list[str]] = field(default_factory=dict)
+    dropped: list[tuple[Stored, str]] = field(default_factory=list)
+
+    def check(self) -> "Checkpoint":
+        """Return the checkpoint itself. Raises ``CheckpointError`` with everything that is wrong."""
+        if self.wrong:
+            raise CheckpointError(f"{self.path} does not fit {self.configs}\n" + "\n".join(listed(self.wrong)))
+        return self
+
+
+def open_checkpoint(
+    path: Path,
+    *,
+    config: str | Path | None = None,
+    prediction_type: str | None = None,
+    variant: str | None = None,
+    use_ema: bool = False,
+    ask: bool = True,
+) -> Checkpoint:
+    """Read the headers of a single file in the original spelling, or of a folder in Hub layout.
+
+    Args:
+        path: the file, or the folder of a pipeline or of one network.
+        config: for a file, a folder or Hub id that describes it, instead of its family's configuration.
+        prediction_type: for a file, what its UNet predicts, where neither it nor its family says so.
+        variant: for a folder, which weights, such as ``"fp16"``.
+        use_ema: for a file, whether to take the moving average of the UNet's weights.
+        ask: whether an unknown prediction is an error; otherwise it stays None.
+
+    Raises:
+        CheckpointError: if it is of no kind that minidiff knows. Tensors that do not fit are reported in ``wrong``.
+    """
+    if path.is_dir():
+        return _open_folder(path, variant)
+    beside = path.with_name("config.json")
+    if path.is_file() and path.suffix == ".safetensors" and beside.is_file() and config is None:
+        return _open_folder(path.parent, variant)
+    contents = Contents.of(path)
+    if use_ema:
+        say_ema(contents, use_ema)
+    asked = prediction_type
+    silent = not ask and asked is None and told_prediction(contents.names, contents.metadata) is None
+    family, configs, prediction = describe(contents, config, asked, {}, unet="unet" in contents.prefixes and not silent)
+    with paused_collector(), OnMeta():
+        networks = dict(_networks_of_file(contents, configs))
+    parts, wrong = contents.match(networks, use_ema=use_ema)
+    index = _index(configs)
+    if len(parts) == 1 and index:  # one network is written without the rest of a pipeline
+        (only,) = parts
+        parts, index = [Part("", only.model, only.rows, only.spelling, only.found)], {}
+    unsaid = (silent and family is not None and len(family.configs) > 1) or "unet" not in contents.prefixes
+    if family is None and prediction is None and index:
+        prediction = _scheduler_prediction(configs)
+    title = family.title if family else _title(networks.values())
+    return Checkpoint(
+        path,
+        "single-file",
+        title,
+        None if unsaid else prediction,
+        parts,
+        configs,
+        index,
+        wrong,
+        list(contents.dropped()),
+    )
+
+
+def _networks_of_file(contents: Contents, configs: Configs) -> Iterator[tuple[str, Model]]:
+    """Build the networks that a file has tensors of and its configuration describes."""
+    index = _index(configs)
+    for name in NETWORKS:
+        if name not in contents.prefixes:
+            continue
+        if index and index.get(name) in (None, [None, None]):
+            raise ConfigError(f"{contents.path} holds a {name}, which {configs} does not describe")
+        fields = configs.read(f"{name}/config.json") if index else configs.read("config.json")
+        yield name, _model_class(index[name][1] if index else fields.get("_class_name"), configs).from_config(fields)
+
+
+def _open_folder(path: Path, variant: str | None) -> Checkpoint:
+    """Read the headers and configurations of a folder in Hub layout."""
+    configs = Folder(Repo(path))
+    index = _index(configs)
+    if index:
+        kinds = {name: entry[1] for name, entry in index.items() if isinstance(entry, list) and _is_ours(entry[1])}
+        where = {name: configs.repo.at(name) if (path / name).is_dir() else configs.repo for name in kinds}
+    elif (path / "config.json").is_file():
+        fields = configs.read("config.json")
+        kinds, where = {"": fields.get("_class_name") or (fields.get("architectures") or [None])[0]}, {"": configs.repo}
+    else:
+        raise CheckpointNotFoundError(
+            f"{path} has neither model_index.json (a pipeline) nor config.json (a network); it holds "
+            f"{', '.join(configs.repo.names()) or 'nothing'}"
+        )
+    parts: list[Part] = []
+    wrong: dict[str, list[str]] = {}
+    dropped: list[tuple[Stored, str]] = []
+    for name, kind in kinds.items():
+        fields = Folder(where[name]).read("config.json")
+        with paused_collector(), OnMeta():
+            model = _model_class(kind, where[name]).from_config(fields)
+        weights = where[name].weights(model.weights_stem, variant)
+        stored = [tensor for file, at in weights.files.items() for tensor in read_header(file, at)]
+        rows = model.rows()
+        found, problems = match(expected_shapes(model, rows), stored, model.canonical_hub_name)
+        for problem, lines in problems.items():
+            wrong.setdefault(problem, []).extend(f"{name + ': ' if name else ''}{line}" for line in lines)
+        dropped += [
+            (tensor, "not a weight of this network")
+            for tensor in stored
+            if model.canonical_hub_name(tensor.name) is None
+        ]
+        parts.append(Part(name, model, rows, "hub", found))
+    prediction = _scheduler_prediction(configs) if "unet" in kinds and "scheduler" in index else None
+    title = _title(part.model for part in parts)
+    return Checkpoint(path, "hub", title, prediction, parts, configs, index, wrong, dropped)
+
+
+def _index(configs: Configs) -> dict[str, Any]:
+    try:
+        return configs.read("model_index.json")
+    except MissingFileError:
+        return {}
+
+
+def scheduler_fields(configs: Configs, name: str = "scheduler") -> dict[str, Any]:
+    """Return the configuration of the scheduler; in the oldest repositories it lies beside the index."""
+    try:
+        return configs.read(f"{name}/scheduler_config.json")
+    except MissingFileError:
+        return configs.read("scheduler_config.json")
+
+
+def _scheduler_prediction(configs: Configs) -> str:
+    return scheduler_fields(configs).get("prediction_type", "epsilon")
+
+
+def _is_ours(name: object) -> bool:
+    if not isinstance(name, str) or name not in minidiff._HOME:
+        return False
+    kind = getattr(minidiff, name)
+    return isinstance(kind, type) and issubclass(kind, Model)
+
+
+def _model_class(name: object, where: object) -> type[Model]:
+    if not _is_ours(name):
+        raise ConfigError(f"{where} describes a {name}, which is no network that minidiff implements")
+    return getattr(minidiff, str(name))
+
+
+def _title(models: Any) -> str:
+    """Name the family of a checkpoint that is described by configurations, by its UNet."""
+    models = list(models)
+    for model in models:
+        D, C = model.config.get("cross_attention_dim"), model.config.get("in_channels")
+        family: Family | None = next((f for f in FAMILIES if (f.ctx, f.channels) == (D, C)), None)
+        if family is not None and type(model).__name__ == "UNet2DConditionModel":
+            return family.title
+    kinds = {type(model).__name__ for model in models}
+    if kinds == {"AutoencoderKL"}:
+        return AUTOENCODER.title
+    return "of its own configuration" if kinds else "no network"

@@ -1,0 +1,157 @@
+"""Convert a checkpoint to the other layout, or to another dtype, one tensor at a time: ``minidiff convert IN OUT``.
+
+The header of the output is known from the headers of the input, so it is written first, and no more than one row of the
+name table (a tensor, or the three of a stacked q, k, v) is in memory. What is incomplete has a temporary name.
+"""
+
+import os
+import shutil
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from uuid import uuid4
+
+import torch
+
+from minidiff.checkpoints.checkpoint import Checkpoint, open_checkpoint, scheduler_fields
+from minidiff.checkpoints.contents import NETWORKS
+from minidiff.checkpoints.model import REFERENCE_VERSION
+from minidiff.checkpoints.original import groups_of_part, original_metadata, original_tables
+from minidiff.checkpoints.save import save_json
+from minidiff.checkpoints.stream import Group, write_stream
+from minidiff.errors import CheckpointNotFoundError
+
+LAYOUTS = ("hub", "single-file")
+Progress = Callable[[int, int], None]  # bytes written now, bytes in all
+_CLASSES = {"CLIPTokenizerFast": "CLIPTokenizer"}  # written by transformers 4
+
+
+def convert(
+    source: str | Path,
+    target: str | Path,
+    *,
+    to: str | None = None,
+    dtype: torch.dtype | None = None,
+    config: str | Path | None = None,
+    prediction_type: str | None = None,
+    variant: str | None = None,
+    use_ema: bool = False,
+    force: bool = False,
+    progress: Progress = lambda now, total: None,
+) -> Checkpoint:
+    """Write the checkpoint ``source`` as ``target`` and return what was read.
+
+    Args:
+        source: a single file in the original spelling, or a folder in Hub layout (a pipeline or one network).
+        target: a file that ends in .safetensors, or a folder.
+        to: "hub" or "single-file"; by default what the name of ``target`` says.
+        dtype: of the weights, by default what is stored.
+        config, prediction_type, variant, use_ema: as in ``open_checkpoint``.
+        force: whether to replace ``target`` if it exists; a folder only if it is a checkpoint.
+        progress: called with the bytes written after each tensor, and the bytes that there will be.
+
+    Raises:
+        FileExistsError: if ``target`` exists and ``force`` is not given.
+        CheckpointError: if tensors are missing, unknown or misshapen, or the original spelling has no names for them.
+    """
+    source, target = Path(source), Path(target)
+    to = _layout(target, to)
+    _check_target(source, target, force)
+    checkpoint = open_checkpoint(
+        source, config=config, prediction_type=prediction_type, variant=variant, use_ema=use_ema
+    ).check()
+    if to == "single-file":
+        _write_single_file(checkpoint, target, dtype, progress)
+    else:
+        _write_folder(checkpoint, target, dtype, progress)
+    return checkpoint
+
+
+def _layout(target: Path, to: str | None) -> str:
+    said = "single-file" if target.suffix == ".safetensors" else "hub"
+    if to not in (None, *LAYOUTS):
+        raise ValueError(f"to={to!r} is not one of {', '.join(LAYOUTS)}")
+    if to not in (None, said):
+        raise ValueError(
+            f"{target} is the name of a {'file' if said == 'single-file' else 'folder'}: a single file ends in "
+            ".safetensors, a folder in Hub layout does not"
+        )
+    return said
+
+
+def _check_target(source: Path, target: Path, force: bool) -> None:
+    if not target.parent.is_dir():
+        raise CheckpointNotFoundError(f"the folder {target.parent} of the output {target.name} does not exist")
+    if not target.exists():
+        return
+    if source.exists() and (target.samefile(source) or target.resolve() in source.resolve().parents):
+        raise FileExistsError(f"{target} is the input, or holds it; write to another place")
+    if not force:
+        raise FileExistsError(f"{target} exists; --force replaces it")
+    if target.is_dir() and not any((target / name).is_file() for name in ("model_index.json", "config.json")):
+        raise FileExistsError(f"{target} is a folder, but no checkpoint: it is not replaced; name another")
+
+
+def _write_single_file(checkpoint: Checkpoint, target: Path, dtype: torch.dtype | None, progress: Progress) -> None:
+    parts = {part.name: part for part in checkpoint.parts if part.name in ("", *NETWORKS)}
+    tables = original_tables({name: part.model for name, part in parts.items()})
+    groups = [group for name, rows in tables.items() for group in groups_of_part(parts[name], rows, "ldm", dtype)]
+    total = sum(group.size for group in groups)
+    write_stream(target, groups, original_metadata(checkpoint.prediction), lambda size: progress(size, total))
+
+
+def _write_folder(checkpoint: Checkpoint, target: Path, dtype: torch.dtype | None, progress: Progress) -> None:
+    work = [(part, list(groups_of_part(part, part.rows, "hub", dtype))) for part in checkpoint.parts]
+    total = sum(group.size for _, groups in work for group in groups)
+    temporary = target.with_name(f".{target.name}.{uuid4().hex}.tmp")
+    try:
+        temporary.mkdir()
+        for part, groups in work:
+            folder = temporary / part.name
+            folder.mkdir(exist_ok=True)
+            part.model.to(_usual_dtype(groups))  # on the meta device: a text encoder's config.json names its dtype
+            part.model.save_config(folder)
+            path = folder / f"{part.model.weights_stem}.safetensors"
+            write_stream(path, groups, {"format": "pt"}, lambda size: progress(size, total))
+        _write_small_files(checkpoint, temporary)
+        _replace(temporary, target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _write_small_files(checkpoint: Checkpoint, folder: Path) -> None:
+    """Write what a pipeline has besides networks: index, scheduler and tokenizers."""
+    if not checkpoint.index:
+        return
+    index = {name: value for name, value in checkpoint.index.items() if not name.startswith("_")}
+    for name, entry in index.items():
+        if not isinstance(entry, list) or entry == [None, None] or any(part.name == name for part in checkpoint.parts):
+            continue
+        kind = _CLASSES.get(str(entry[1]), str(entry[1]))
+        if kind == "CLIPTokenizer":
+            checkpoint.configs.tokenizer(name).save_pretrained(folder / name)
+        elif kind.endswith("Scheduler"):
+            fields = scheduler_fields(checkpoint.configs, name)
+            if checkpoint.prediction is not None:
+                fields["prediction_type"] = checkpoint.prediction
+            (folder / name).mkdir()
+            save_json(fields, folder / name / "scheduler_config.json")
+        else:  # such as a safety checker, whose weights were not read
+            index[name] = [None, None]
+    head = {"_class_name": checkpoint.index.get("_class_name"), "_diffusers_version": REFERENCE_VERSION}
+    save_json(head | index, folder / "model_index.json")
+
+
+def _usual_dtype(groups: list[Group]) -> torch.dtype:
+    return Counter(dtype for group in groups for _, dtype, _ in group.specs).most_common(1)[0][0]
+
+
+def _replace(temporary: Path, target: Path) -> None:
+    """Give a complete folder its name; the one that it replaces goes last."""
+    if not target.exists():
+        os.replace(temporary, target)
+        return
+    old = target.with_name(f".{target.name}.{uuid4().hex}.old")
+    os.replace(target, old)
+    os.replace(temporary, target)
+    shutil.rmtree(old) if old.is_dir() else old.unlink()

@@ -1,0 +1,50 @@
+"""``minidiff convert IN OUT``: a checkpoint in the other layout, or in another dtype, without loading it."""
+
+import argparse
+from pathlib import Path
+
+from minidiff.errors import CheckpointNotFoundError
+
+
+def add_convert(parser: argparse.ArgumentParser) -> None:
+    """Describe the arguments of ``minidiff convert``."""
+    add = parser.add_argument
+    add("source", metavar="IN", type=Path, help="a .safetensors file in the original spelling, or a folder")
+    add("target", metavar="OUT", type=Path, help="a file that ends in .safetensors, or a folder")
+    add("--to", choices=["hub", "single-file"], help="layout of OUT (default: what its name says)")
+    add("--dtype", choices=["float32", "bfloat16", "float16"], help="(default: what is stored)")
+    add("--config", metavar="FOLDER|ID", help="what describes IN, if not the published model")
+    add("--prediction-type", choices=["epsilon", "v_prediction"], help="of a Stable Diffusion 2.x file")
+    add("--variant", metavar="NAME", help="which weights of a folder, such as fp16")
+    add("--ema", action="store_true", help="take the moving average of the UNet's weights")
+    add("--force", action="store_true", help="replace OUT if it exists")
+    parser.set_defaults(run=_convert)
+
+
+def _convert(args: argparse.Namespace) -> None:
+    if not args.source.exists():  # said before torch is imported
+        raise CheckpointNotFoundError(f"there is no file or folder {str(args.source)!r} (looked from {Path.cwd()})")
+    import torch
+    from tqdm.auto import tqdm
+
+    from minidiff.checkpoints.convert import convert
+
+    with tqdm(unit="B", unit_scale=True, desc=args.target.name) as bar:
+
+        def progress(now: int, total: int) -> None:
+            bar.total = total
+            bar.update(now)
+
+        convert(
+            args.source,
+            args.target,
+            to=args.to,
+            dtype=getattr(torch, args.dtype) if args.dtype else None,
+            config=args.config,
+            prediction_type=args.prediction_type,
+            variant=args.variant,
+            use_ema=args.ema,
+            force=args.force,
+            progress=progress,
+        )
+    print(args.target)

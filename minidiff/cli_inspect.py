@@ -1,0 +1,21 @@
+"""``minidiff inspect FILE_OR_FOLDER``: what a checkpoint holds, from its headers."""
+
+import argparse
+from pathlib import Path
+
+
+def add_inspect(parser: argparse.ArgumentParser) -> None:
+    """Describe the arguments of ``minidiff inspect``."""
+    parser.add_argument("checkpoint", type=Path, help="a .safetensors file, or a folder in Hub layout")
+    parser.add_argument("--keys", action="store_true", help="list every tensor's name: ours, Hub, original")
+    parser.add_argument("--config", metavar="FOLDER|ID", help="what describes the file, if not the published model")
+    parser.add_argument("--variant", metavar="NAME", help="which weights of a folder, such as fp16")
+    parser.set_defaults(run=_inspect)
+
+
+def _inspect(args: argparse.Namespace) -> None:
+    from minidiff.checkpoints.checkpoint import open_checkpoint
+    from minidiff.checkpoints.inspect import keys, report
+
+    checkpoint = open_checkpoint(args.checkpoint, config=args.config, variant=args.variant, ask=False)
+    print(keys(checkpoint) if args.keys else report(checkpoint))
