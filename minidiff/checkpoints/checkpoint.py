@@ -107,7 +107,7 @@ def _networks_of_file(contents: Contents, configs: Configs) -> Iterator[tuple[st
         if index and index.get(name) in (None, [None, None]):
             raise ConfigError(f"{contents.path} holds a {name}, which {configs} does not describe")
         fields = configs.read(f"{name}/config.json") if index else configs.read("config.json")
-        yield name, _model_class(index[name][1] if index else fields.get("_class_name"), configs).from_config(fields)
+        yield name, model_class(index[name][1] if index else fields.get("_class_name"), configs).from_config(fields)
 
 
 def _open_folder(path: Path, variant: str | None) -> Checkpoint:
@@ -131,7 +131,7 @@ def _open_folder(path: Path, variant: str | None) -> Checkpoint:
     for name, kind in kinds.items():
         fields = Folder(where[name]).read("config.json")
         with paused_collector(), OnMeta():
-            model = _model_class(kind, where[name]).from_config(fields)
+            model = model_class(kind, where[name]).from_config(fields)
         weights = where[name].weights(model.weights_stem, variant)
         stored = [tensor for file, at in weights.files.items() for tensor in read_header(file, at)]
         rows = model.rows()
@@ -175,7 +175,8 @@ def _is_ours(name: object) -> bool:
     return isinstance(kind, type) and issubclass(kind, Model)
 
 
-def _model_class(name: object, where: object) -> type[Model]:
+def model_class(name: object, where: object) -> type[Model]:
+    """Return the class of networks of this name. Raises ``ConfigError``, naming ``where``, if there is none."""
     if not _is_ours(name):
         raise ConfigError(f"{where} describes a {name}, which is no network that minidiff implements")
     return getattr(minidiff, str(name))
