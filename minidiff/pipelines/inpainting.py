@@ -135,7 +135,10 @@ class InpaintingPipeline(LatentPipeline):
         masked = request.masked_image_latents
         if masked is None and is_latent and self._reads_mask:
             raise ValueError("an image of latents cannot be masked for this UNet: pass masked_image_latents too")
+        m = dealt(F.interpolate(mask, size=size).to(like), count, "masks")
         if masked is None and not is_latent:
+            if len(image) != len(mask) and 1 not in (len(image), len(mask)):
+                raise ValueError(f"{len(image)} images and {len(mask)} masks do not go together: give as many, or one")
             masked = image * (mask < 0.5)
 
         x0 = None
@@ -155,7 +158,7 @@ class InpaintingPipeline(LatentPipeline):
                 raise ValueError(f"masked_image_latents should become {shape}, found {tuple(masked.shape)}")
         return {
             "latents": latents,
-            "mask": twice(dealt(F.interpolate(mask, size=size).to(like), count, "masks")),
+            "mask": twice(m),
             "masked_image_latents": None if masked is None else twice(masked),
             "kept": None if self._reads_mask else Kept(x0, noise, levels_after(self.scheduler, plan)),
             "view": view,

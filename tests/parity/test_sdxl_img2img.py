@@ -13,7 +13,6 @@ from tiny_xl import save_base, save_refiner
 import minidiff
 from minidiff import StableDiffusionXLImg2ImgPipeline
 from minidiff.pipelines.image_inputs import to_tensor
-from minidiff.pipelines.request_xl import XLImageRequest
 
 SCHEDULERS = [name for name in minidiff.__all__ if name.endswith("Scheduler")]
 PROMPT = "a red heart over two cats"
@@ -89,6 +88,52 @@ def test_base_and_refiner_together(bases: tuple[Any, Any], refiners: tuple[Any, 
     assert_same(*pictures)
 
 
+@pytest.mark.parametrize("cut", [0.21, 0.46, 0.8])
+@pytest.mark.parametrize("name", ["EulerDiscreteScheduler", "HeunDiscreteScheduler", "KDPM2DiscreteScheduler"])
+def test_the_cut_anywhere(bases: tuple[Any, Any], refiners: tuple[Any, Any], name: str, cut: float) -> None:
+    """Within steps of two evaluations and between them; tests/laws/test_hand_over.py has the numbers of all cuts."""
+    pictures = []
+    for base, refiner, library in zip(bases, refiners, (minidiff, diffusers), strict=True):
+        options = {"prompt": PROMPT, "num_inference_steps": 5, "guidance_scale": 1.0}
+        first = options | {"denoising_end": cut, "output_type": "latent", "generator": seeded()}
+        latents = with_scheduler(base, library, name, lambda pipe, a=first: pipe(**a).images)
+        second = options | {"denoising_start": cut, "image": latents, "output_type": "np"}
+        pictures.append(with_scheduler(refiner, library, name, lambda pipe, a=second: pipe(**a).images))
+    assert_same(*pictures)
+
+
+@pytest.mark.parametrize("strength", [0.3, 0.75, 1.0])
+@pytest.mark.parametrize(
+    "name", ["DDIMScheduler", "DPMSolverMultistepScheduler", "HeunDiscreteScheduler", "PNDMScheduler"]
+)
+def test_strengths(refiners: tuple[Any, Any], name: str, strength: float) -> None:
+    """Every scheduler takes half of a run below; here those that evaluate once, twice, and once more than asked."""
+    options = {"prompt": PROMPT, "image": PICTURE, "strength": strength, "num_inference_steps": 4, "output_type": "np"}
+    results = [
+        with_scheduler(pipe, library, name, lambda pipe: pipe(**options, generator=seeded()).images)
+        for pipe, library in zip(refiners, (minidiff, diffusers), strict=True)
+    ]
+    assert_same(*results)
+
+
+@pytest.mark.parametrize("strength", [0.0, 0.001, 0.24])
+def test_a_strength_that_leaves_no_step(refiners: tuple[Any, Any], strength: float) -> None:
+    """Of four steps 1/4 is the least; the reference breaks inside torch. PNDM evaluates once even so."""
+    ours, theirs = refiners
+    options = {"prompt": PROMPT, "image": PICTURE, "strength": strength, "num_inference_steps": 4}
+    with pytest.raises(ValueError, match=f"strength={strength} of 4 steps leaves no step.*at least 0.25"):
+        ours(**options)
+    with pytest.raises((RuntimeError, IndexError, ValueError)):
+        theirs(**options)
+    results = [
+        with_scheduler(
+            pipe, library, "PNDMScheduler", lambda pipe: pipe(**options, output_type="np", generator=seeded()).images
+        )
+        for pipe, library in zip(refiners, (minidiff, diffusers), strict=True)
+    ]
+    assert_same(*results)
+
+
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_every_scheduler(refiners: tuple[Any, Any], name: str) -> None:
     options = {"prompt": PROMPT, "image": PICTURE, "strength": 0.5, "num_inference_steps": 6, "output_type": "np"}
@@ -126,10 +171,14 @@ CALLS: dict[str, dict[str, Any]] = {
     "list of PIL": {"image": [Image.fromarray(PIXELS), Image.fromarray(255 - PIXELS)], "num_images_per_prompt": 2},
     "tensor of an odd size": {"image": torch.rand(3, 35, 38, generator=seeded(9), dtype=torch.float64)},
     "tensor from -1 to 1": {"image": PICTURE * 2 - 1},
+    "array": {"image": (PIXELS / 255).astype(np.float32)},
+    "batch of arrays": {"image": (PIXELS[None, :32, :32] / 127.5 - 1).astype(np.float32)},
+    "list of arrays": {"image": [(PIXELS / 255).astype(np.float32)] * 2, "num_images_per_prompt": 2},
     "list of tensors": {"image": [PICTURE[0], 1 - PICTURE[0]], "num_images_per_prompt": 2},
 }
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # of pixels from -1 to 1, by both
 @pytest.mark.parametrize("name", CALLS)
 def test_every_argument(refiners: tuple[Any, Any], name: str) -> None:
     arguments = {"prompt": PROMPT, "image": PICTURE, "strength": 0.6, "num_inference_steps": 5, "output_type": "np"}
@@ -205,9 +254,8 @@ def test_encoding_in_float32_where_the_config_asks_for_it(tmp_path: Path) -> Non
     latents = {}
     for dtype in (torch.float32, torch.bfloat16):
         ours.to(dtype)
-        options = {"strength": 1.0, "num_inference_steps": 1, "denoising_start": 0.5, "seed": 3}
-        request = XLImageRequest(PROMPT, image=PICTURE, **options)
-        latents[dtype] = ours._encode_image(request, seeded(3), torch.zeros(1, dtype=dtype))
+        image = ours._read_image(PICTURE)
+        latents[dtype] = ours._encode_image(image, 1, seeded(3), torch.zeros(1, dtype=dtype))
         assert latents[dtype].dtype == ours.vae.dtype == dtype
     # What is left is the rounding of weights and latents to bfloat16: measured 4e-3.
     assert relative_error(latents[torch.bfloat16], latents[torch.float32]) < 1e-2
