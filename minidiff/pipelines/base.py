@@ -20,6 +20,7 @@ from minidiff.checkpoints.model import REFERENCE_VERSION, Model, refuse_pickles,
 from minidiff.checkpoints.save import save_json
 from minidiff.config import Config, read_json
 from minidiff.errors import CheckpointError, ConfigError
+from minidiff.pipelines.memory import MemorySavers
 from minidiff.pipelines.single_file import SingleFilePipeline
 from minidiff.schedulers.configured import CONFIG_NAME, Configured
 
@@ -34,7 +35,7 @@ TRANSFORMERS = ("minidiff.clip", "minidiff.tokenizer")  # our modules whose clas
 _said: set[str] = set()  # what this process has already been told
 
 
-class DiffusionPipeline(SingleFilePipeline):
+class DiffusionPipeline(SingleFilePipeline, MemorySavers):
     """Base of every pipeline.
 
     A subclass has a constructor with the reference's keyword arguments: first the components, those that a checkpoint
@@ -127,14 +128,45 @@ class DiffusionPipeline(SingleFilePipeline):
         save_json(index, folder / INDEX)
 
     @classmethod
+    def from_pipe(
+        cls,
+        pipeline: "DiffusionPipeline",
+        *,
+        torch_dtype: torch.dtype | str | None = None,
+        dtype: torch.dtype | str | None = None,
+        **overrides: Any,
+    ) -> "DiffusionPipeline":
+        """Make a pipeline of this class from the components of another; both share them, so it costs no memory.
+
+        Components and settings that this class has no place for are left out. A ``torch_dtype`` is given to the shared
+        networks, that is, to both pipelines; without one they stay as they are, where the reference makes them float32.
+
+        Raises:
+            ConfigError: if the components do not fit this class.
+            TypeError: if an argument is unknown.
+            ValueError: if a component is missing.
+        """
+        if cls is DiffusionPipeline:
+            raise TypeError("call from_pipe on the class that the new pipeline is to have, not on DiffusionPipeline")
+        given = cls._check_overrides(overrides)
+        components, settings = cls._signature()
+        parts = {**pipeline.components, **pipeline._settings, **given}
+        if missing := [name for name in components if name not in parts and name not in cls.optional_components]:
+            raise ValueError(
+                f"{type(pipeline).__name__} has no {', '.join(missing)}, which {cls.__name__} needs; pass "
+                f"{missing[0]}=..."
+            )
+        made = cls(**{name: parts[name] for name in [*components, *settings] if name in parts})
+        return made if torch_dtype is None and dtype is None else made.to(as_dtype(torch_dtype, dtype))
+
+    @classmethod
     def _class_for(cls, index: Mapping[str, Any], path: Path) -> type["DiffusionPipeline"]:
         if cls is not DiffusionPipeline:
             return cls
         name = index.get("_class_name")
         found = _public(name)
         if found is None or not issubclass(found, DiffusionPipeline) or found is DiffusionPipeline:
-            known = [other for other, home in minidiff._HOME.items() if home.startswith("minidiff.pipelines.")]
-            known.remove("DiffusionPipeline")
+            known = [other for other in minidiff._HOME if other.endswith("Pipeline") and other != "DiffusionPipeline"]
             raise ConfigError(f"{path} asks for {name}, which minidiff does not implement; it has {', '.join(known)}")
         return found
 
@@ -152,7 +184,7 @@ class DiffusionPipeline(SingleFilePipeline):
         components, settings = cls._signature()
         if unknown := [name for name in overrides if name not in [*components, *settings]]:
             raise TypeError(
-                f"{cls.__name__}.from_pretrained got unknown arguments {', '.join(unknown)}; besides those that choose "
+                f"{cls.__name__} got unknown arguments {', '.join(unknown)}; besides those that choose "
                 f"files it takes the components {', '.join(components)} and the settings {', '.join(settings)}"
             )
         return overrides
@@ -192,12 +224,6 @@ class DiffusionPipeline(SingleFilePipeline):
         return [part for _, part in sorted(self.components.items()) if isinstance(part, nn.Module)]
 
     @property
-    def device(self) -> torch.device:
-        """The device of the networks; the accelerator if some are on the CPU and some are not."""
-        devices = [network.device for network in self._networks()]
-        return next((d for d in devices if d.type != "cpu"), devices[0] if devices else torch.device("cpu"))
-
-    @property
     def dtype(self) -> torch.dtype:
         """The dtype of the networks; if they differ, of the first by name."""
         return next((network.dtype for network in self._networks()), torch.float32)
@@ -212,7 +238,8 @@ class DiffusionPipeline(SingleFilePipeline):
         """Move all networks to a device, a dtype or both, and return the pipeline itself.
 
         Call it as ``to(device)``, ``to(dtype)``, ``to(device, dtype)`` or with keywords. ``silence_dtype_warnings`` is
-        part of the reference's signature; there are no such warnings here.
+        part of the reference's signature; there are no such warnings here. Offloaded networks take a dtype only: they
+        go to their device by themselves.
         """
         if len(args) > 2:
             raise ValueError(f"to() takes a device and a dtype, found {len(args)} arguments")
@@ -228,8 +255,28 @@ class DiffusionPipeline(SingleFilePipeline):
                 device = arg if arg is not None else device
         if dtype is not None and not isinstance(dtype, torch.dtype):
             raise ValueError(f"to() needs a torch.dtype, found {dtype!r}")
+        for network, place in zip(self._networks(), self._destinations(device), strict=True):
+            network.to(device=place, dtype=dtype)
+        return self
+
+    def optimize(self) -> "DiffusionPipeline":
+        """Make the UNet and the autoencoder faster in inference and return the pipeline itself.
+
+        Weights, names and, beyond rounding, results stay the same; see ``minidiff.fast`` for what is done. On the CPU
+        it takes memory for a second copy of the UNet's weights. Another pipeline with the same networks is faster too.
+        """
+        from minidiff.fast import optimize
+
         for network in self._networks():
-            network.to(device=device, dtype=dtype)
+            optimize(network)
+        return self
+
+    def unoptimize(self) -> "DiffusionPipeline":
+        """Undo ``optimize`` and return the pipeline itself."""
+        from minidiff.fast import restore
+
+        for network in self._networks():
+            restore(network)
         return self
 
     # --- progress ----------------------------------------------------------------------------------------------------
