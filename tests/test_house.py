@@ -15,7 +15,7 @@ PACKAGE = ROOT / "minidiff"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 RUNTIME = {"einops", "huggingface_hub", "minidiff", "numpy", "PIL", "safetensors", "tokenizers", "torch", "tqdm"}
-REFERENCE = {"diffusers", "transformers", "accelerate", "torchvision", "matplotlib", "scipy"}
+REFERENCE = {"diffusers", "transformers", "peft", "accelerate", "torchvision", "matplotlib", "scipy"}
 LATE = {"huggingface_hub", "tokenizers", "PIL", "tqdm", "safetensors"}  # imported by the call that needs them
 
 

@@ -2,8 +2,9 @@
 
     {"unet": {"down": 0.5, "mid": 1.0, "up": {"block_0": 0.3, "block_1": [1.0, 0.8, 0.6]}}, "text_encoder": 0.9}
 
-A block is one with cross-attention; a list has one weight for each of its transformers. The weights of blocks concern
-the layers of the transformers and no others, as in the reference.
+A block is one with cross-attention; a list has one weight for each of its transformers, with the residual block before
+it. A change of resolution goes by the first of them. In the middle the weight is that of the transformer alone, and
+layers outside all blocks keep 1. All this is as in ``diffusers.loaders.unet_loader_utils``.
 """
 
 import math
@@ -35,7 +36,7 @@ def component_weights(entry: Any, networks: Mapping[str, Model]) -> dict[str, We
 
 
 def _unet_weights(blocks: Mapping[str, Any], unet: Model) -> Iterator[tuple[str, float]]:
-    """Yield (beginning of the Hub names of a transformer, weight)."""
+    """Yield (beginning of the Hub names of some layers, weight)."""
     if unknown := set(blocks) - {"down", "mid", "up"}:
         raise ValueError(f"adapter_weights['unet'] has {', '.join(sorted(unknown))}; expected down, mid and up")
     for side in ("down", "up"):
@@ -46,7 +47,8 @@ def _unet_weights(blocks: Mapping[str, Any], unet: Model) -> Iterator[tuple[str,
         for i, count in there.items():
             weight = given.get(f"block_{i}") if isinstance(given, Mapping) else given
             for j, one in enumerate(_spread(f"adapter_weights['unet'][{side!r}]['block_{i}']", weight, count)):
-                yield f"{side}_blocks.{i}.attentions.{j}", one
+                for part in ("resnets", "attentions", f"{side}samplers"):
+                    yield f"{side}_blocks.{i}.{part}.{j}", one
     (mid,) = _spread("adapter_weights['unet']['mid']", blocks.get("mid"), 1)
     yield "mid_block.attentions.0", mid
 
