@@ -88,6 +88,7 @@ class UnconditionalPipeline(DiffusionPipeline):
             for _ in self._denoise(run):
                 bar.update()
         images = self.decode(run.x, output_type)
+        self.maybe_free_model_hooks()
         return ImagePipelineOutput(images, run.seeds) if return_dict else (images,)
 
     @torch.no_grad()
