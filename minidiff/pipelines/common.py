@@ -9,7 +9,7 @@ scheduler's pure core: the pipeline object itself is never written to, so any nu
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 from torch import Generator, Tensor
@@ -17,6 +17,9 @@ from torch import Generator, Tensor
 from minidiff.pipelines.request import Generators, Request
 from minidiff.random import randn
 from minidiff.schedulers.base import Plan, Scheduler
+
+if TYPE_CHECKING:
+    from minidiff.fast.memo import Memo
 
 Network = Callable[[Tensor, Tensor, "Run"], Tensor]  # (x, t, run) -> out, with the conditions that the run holds
 
@@ -46,6 +49,8 @@ class Run:
     stop: int | None = None  # the step before which the run ends; None = it takes all
     dropped: dict[str, list[str]] | None = None  # argument -> what was cut off each of its texts
     lora_scale: float = 1.0
+    step: int = 0  # of the plan, the one being taken
+    memo: "Memo | None" = None  # what an optimized UNet remembers from step to step
 
     @property
     def indices(self) -> range:
@@ -77,7 +82,7 @@ def denoise(network: Network, scheduler: Scheduler, run: Run) -> Iterator[tuple[
     for i in run.indices:
         if run.interrupt:
             return
-        x = run.latents
+        run.step, x = i, run.latents
         x_in = torch.cat([x] * run.passes) if run.passes > 1 else x
         out = run.combine(network(scheduler.scale_input(plan, i, x_in), plan.timesteps[i], run))
         noise = scheduler.draw_noise(plan, i, x, run.generator)

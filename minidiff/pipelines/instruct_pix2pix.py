@@ -112,6 +112,9 @@ class EditingPipeline(LatentPipeline):
     def _image_guidance_scale(self, value: float) -> None:
         self._run().image_guidance_scale = value
 
+    def _once(self, x: Tensor, run: EditRun) -> Tensor:
+        return x  # one of the three passes is not shown the image
+
     def _network(self, x: Tensor, t: Tensor, run: EditRun) -> Tensor:
         return super()._network(torch.cat([x, run.image_latents], dim=1), t, run)
 

@@ -147,7 +147,21 @@ class LatentPipeline(Callbacks, LoraLoader, TextualInversionLoader, DiffusionPip
 
     def _predict(self, x: Tensor, t: Tensor, run: Run) -> Tensor:
         with lora_scaled(run.lora_scale):
-            return self._network(x, t, run)
+            if not self._optimized:
+                return self._network(x, t, run)
+            from minidiff.fast.memo import Memo
+
+            run.memo = run.memo or Memo(run.plan.timesteps)
+            with run.memo.at(run.step):
+                return self._network(x, t, run)
+
+    @property
+    def _optimized(self) -> bool:
+        return "_time_condition" in vars(self.unet)  # put there by ``minidiff.fast.optimize``
+
+    def _once(self, x: Tensor, run: Run) -> Tensor:
+        """Return one of the equal copies that ``x`` is made of, if the UNet is to be optimized; see ``repeated``."""
+        return x[: len(x) // run.passes] if self._optimized else x
 
     def _check_handling(self, handling: Handling, not_implemented: Mapping[str, Any]) -> None:
         """Raise on wrong choices and on arguments that are unknown or not implemented; None asks for nothing."""
@@ -174,7 +188,9 @@ class LatentPipeline(Callbacks, LoraLoader, TextualInversionLoader, DiffusionPip
                     self._call_back(handling.callback, run, i, handling.callback_tensors)
                 if i in counted:
                     bar.update()
-        return self.decode(run.latents, handling.output_type)
+        images = self.decode(run.latents, handling.output_type)
+        self.maybe_free_model_hooks()
+        return images
 
     def _counted(self, run: Run) -> list[int]:
         """Return the evaluations that end a step for the progress bar: solvers may take several, or some to warm up."""

@@ -1,0 +1,64 @@
+"""Faster forwards for the same networks. Nothing here changes weights, names or results beyond rounding.
+
+``optimize`` replaces the ``forward`` of single modules: of every module object, not of its class. Their parameters stay
+where they are, so saving, adapters and hooks work as before; ``restore`` takes the replacements out again.
+
+    part                    what is saved                                                          where
+    packed.py               laying out weights at every call                                       CPU
+    attention.py            time outside the matrix products                                       CPU
+    layers.py               memory traffic of the feed-forward layers, 5/9 of the upsampling       CPU
+    strips.py               memory traffic of the autoencoder's large maps                         CPU
+    memo.py                 keys and values of the text, time embeddings, at every step            everywhere
+    memory format           shuffling pixels and channels around every convolution                 GPU (packing implies it)
+
+Under guidance, the two halves of the batch are the same until the first look at the text: see ``repeated`` in
+``minidiff/layers.py``.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from minidiff.checkpoints.model import Model
+from minidiff.clip import CLIPTextModel
+from minidiff.fast.attention import FastAttention
+from minidiff.fast.layers import FastGEGLU, FastUpsample
+from minidiff.fast.memo import FastTime, FastTold
+from minidiff.fast.packed import FastConv, FastLinear
+from minidiff.fast.strips import FastLevel
+from minidiff.layers import GEGLU, Attention, ResBlock, Upsample
+from minidiff.unet import UNet2DConditionModel
+from minidiff.vae import AutoencoderKL, Level
+
+_FORWARDS: dict[type[nn.Module], Callable] = {
+    nn.Linear: FastLinear,
+    nn.Conv2d: FastConv,
+    Attention: FastAttention,
+    GEGLU: FastGEGLU,
+    Upsample: FastUpsample,
+    Level: FastLevel,
+}
+
+
+def optimize(network: Model) -> None:
+    """Make a network of minidiff faster in inference; in training it computes as before."""
+    if isinstance(network, CLIPTextModel):
+        return  # is asked once; packing its weights would take as long
+    keep = not isinstance(network, AutoencoderKL)
+    for module in network.modules():
+        if type(module) in _FORWARDS:
+            module.forward = _FORWARDS[type(module)](module, keep)
+        if isinstance(module, ResBlock) and isinstance(network, UNet2DConditionModel):
+            module._time = FastTold(module)
+    if isinstance(network, UNet2DConditionModel):
+        network._time_condition = FastTime(network)
+    if next(network.parameters()).device.type != "cpu":
+        network.to(memory_format=torch.channels_last)
+
+
+def restore(network: Model) -> None:
+    """Take out what ``optimize`` put in."""
+    for module in network.modules():
+        for name in ("forward", "_time", "_time_condition"):
+            vars(module).pop(name, None)

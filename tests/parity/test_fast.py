@@ -1,0 +1,288 @@
+"""``pipe.optimize()`` against the same networks as they are, and against the reference.
+
+The packed products exist in float32 and bfloat16 only. Where a formula is at stake they are replaced by torch's own in
+float64, so that a wrong index cannot hide in rounding.
+"""
+
+import copy
+import pickle
+import threading
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from theirs import diffusers
+from tiny import save_tiny
+from tiny_xl import save_base
+
+import minidiff
+from minidiff.fast import attention, layers, optimize, packed, restore, strips
+from minidiff.fast.layers import four_kernels
+from minidiff.layers import GEGLU, Attention, Upsample
+
+VAE = {
+    "block_out_channels": [8, 16, 16],
+    "down_block_types": ["DownEncoderBlock2D"] * 3,
+    "up_block_types": ["UpDecoderBlock2D"] * 3,
+    "norm_num_groups": 4,
+}
+UNET = {
+    "block_out_channels": [16, 32],
+    "layers_per_block": 1,
+    "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
+    "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"],
+    "cross_attention_dim": 24,
+    "attention_head_dim": 4,
+    "norm_num_groups": 8,
+}
+TOPOLOGIES = {
+    "SD 1": UNET,
+    "SD 2": UNET | {"use_linear_projection": True, "attention_head_dim": [2, 4]},
+    "text late": UNET | {"down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"]},
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return save_tiny(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="module")
+def folder_xl(tmp_path_factory):
+    return save_base(tmp_path_factory.mktemp("tiny_xl"))
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    """Take the fast ways on tiny maps too, in blocks and strips that do not divide them."""
+    monkeypatch.setattr(attention, "LEAST", 1)
+    monkeypatch.setattr(attention, "ROWS", 30)
+    monkeypatch.setattr(layers, "ROWS", 50)
+    monkeypatch.setattr(strips, "LARGE", 0)
+    monkeypatch.setattr(strips, "STRIP", 9000)
+    monkeypatch.setattr(layers, "STRIP", 9000)
+
+
+@pytest.fixture
+def in_float64(monkeypatch, small_blocks):
+    """Let torch's plain operators stand in for the packed ones, in any dtype."""
+
+    def convolve(x, W, bias, stride, padding):
+        return F.conv2d(x, W, bias, stride, padding).contiguous(memory_format=torch.channels_last)
+
+    for module in (packed, layers, strips, attention):
+        for name, stand_in in {
+            "can_pack": lambda x: not torch.is_grad_enabled(),
+            "pack_matrix": lambda W, rows: W.clone(),
+            "product": lambda x, W, bias=None: F.linear(x, W, bias),
+            "pack_kernel": lambda W, stride, padding, like: W.clone(),
+            "convolve": convolve,
+        }.items():
+            if hasattr(module, name):
+                monkeypatch.setattr(module, name, stand_in)
+
+
+def random(network, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in network.parameters():
+            p.copy_(torch.randn(p.shape, generator=g, dtype=p.dtype) * 0.2)
+    return network
+
+
+def error(found, expected):
+    return ((found - expected).abs().max() / expected.abs().max()).item()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", TOPOLOGIES)
+@pytest.mark.parametrize("size", [(8, 8), (7, 10)])
+def test_unet_in_float64(name, size, in_float64):
+    unet = random(minidiff.UNet2DConditionModel(**TOPOLOGIES[name]).double())
+    x, ctx, t = torch.randn(2, 4, *size).double(), torch.randn(4, 5, 24).double(), torch.tensor(400)
+    expected = unet(torch.cat([x, x]), t, ctx).sample
+    assert error(unet(x, t, ctx).sample, expected) <= 1e-12  # measured 1e-15: one sample, two texts
+    optimize(unet)
+    assert error(unet(torch.cat([x, x]), t, ctx).sample, expected) <= 1e-12  # 1e-15
+    assert error(unet(x, t, ctx).sample, expected) <= 1e-12  # 1e-15
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("size", [(16, 16), (20, 12)])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_vae_in_float64(size, batch, in_float64):
+    vae = random(minidiff.AutoencoderKL(**VAE).double())
+    x, z = torch.randn(batch, 3, *size).double(), torch.randn(batch, 4, *size).double()
+    moments, pixels = vae.encode(x).latent_dist.parameters, vae.decode(z).sample
+    optimize(vae)
+    kept = x.clone(), z.clone()
+    assert error(vae.encode(x).latent_dist.parameters, moments) <= 1e-12  # measured 2e-15
+    assert error(vae.decode(z).sample, pixels) <= 1e-12  # 2e-15
+    assert torch.equal(x, kept[0]) and torch.equal(z, kept[1])  # only what was made on the way is written over
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("size", [(8, 8), (9, 5)])
+def test_unconditional_unet_in_float64(size, in_float64):
+    unet = minidiff.UNet2DModel(
+        block_out_channels=[8, 16],
+        layers_per_block=1,
+        down_block_types=["DownBlock2D", "AttnDownBlock2D"],
+        up_block_types=["AttnUpBlock2D", "UpBlock2D"],
+        norm_num_groups=4,
+        attention_head_dim=4,
+    )
+    unet = random(unet.double())
+    x, t = torch.randn(2, 3, *size).double(), torch.tensor([3, 700])
+    expected = unet(x, t).sample
+    optimize(unet)
+    assert error(unet(x, t).sample, expected) <= 1e-12  # measured 1e-15
+
+
+@torch.no_grad()
+def test_the_four_kernels_see_what_the_one_saw():
+    W, x = torch.randn(3, 2, 3, 3).double(), torch.randn(1, 2, 5, 4).double()
+    expected = F.conv2d(F.interpolate(x, scale_factor=2), W, padding=1)
+    for phase, kernel in enumerate(four_kernels(W)):
+        i, j = divmod(phase, 2)
+        found = F.conv2d(F.pad(x, (1, 1, 1, 1)), kernel)[:, :, i : i + 5, j : j + 4]
+        assert error(found, expected[:, :, i::2, j::2]) <= 1e-13  # measured 3e-16
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 2e-6), (torch.bfloat16, 0.04)])
+@pytest.mark.parametrize("make", [lambda: Attention(24, 24, heads=3), lambda: GEGLU(24), lambda: Upsample(24)])
+def test_packed_layers(make, dtype, bound, small_blocks):
+    """measured: float32 at most 6e-7; bfloat16 0.016, the layers as they are 0.012."""
+    network = torch.nn.ModuleList([random(make())])
+    shape = (2, 24, 6, 5) if isinstance(network[0], Upsample) else (2, 30, 24)
+    x = torch.randn(shape)
+    precise = copy.deepcopy(network).double()[0](x.to(dtype).double())
+    network = network.to(dtype)
+    optimize(network)
+    assert any("forward" in vars(module) for module in network.modules())
+    assert error(network[0](x.to(dtype)).double(), precise) <= bound
+
+
+# --- pipelines -----------------------------------------------------------------------------------------------------------
+
+CALL = {"num_inference_steps": 3, "output_type": "np", "guidance_scale": 5.0}
+
+
+def pipeline(folder, **options):
+    pipe = minidiff.DiffusionPipeline.from_pretrained(folder, **options)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.mark.parametrize("xl", [False, True])
+def test_pictures_are_the_reference_s(xl, folder, folder_xl, small_blocks):
+    place = folder_xl if xl else folder
+    theirs = diffusers.DiffusionPipeline.from_pretrained(place)
+    theirs.set_progress_bar_config(disable=True)
+    ours = pipeline(place).optimize()
+    prompts = ["a smiling face", "two cats"]
+    expected = theirs(prompts, generator=torch.manual_seed(3), **CALL).images
+    found = ours(prompts, generator=torch.manual_seed(3), **CALL).images
+    assert np.abs(found - expected).max() * 255 <= 0.05  # measured 0.004 levels
+    without = {**CALL, "guidance_scale": 1.0}
+    expected = theirs(prompts, generator=torch.manual_seed(3), **without).images
+    found = ours(prompts, generator=torch.manual_seed(3), **without).images
+    assert np.abs(found - expected).max() * 255 <= 0.05  # 0.004
+
+
+@pytest.mark.parametrize("xl", [False, True])
+def test_what_is_remembered_is_right_in_float64(xl, folder, folder_xl):
+    place = folder_xl if xl else folder
+    pipe = pipeline(place, torch_dtype=torch.float64)
+
+    def change(pipe, i, t, tensors):  # another text from the second step on; none at all in the third
+        if i == 0:
+            changed = {name: tensor * 1.5 for name, tensor in tensors.items()}
+        if i == 1:
+            pipe._guidance_scale = 0.0
+            changed = {name: tensor.chunk(2)[-1] for name, tensor in tensors.items()}
+        return changed if i in (0, 1) else {}
+
+    names = ["prompt_embeds", "add_text_embeds", "add_time_ids"] if xl else ["prompt_embeds"]
+    call = {**CALL, "callback_on_step_end": change, "callback_on_step_end_tensor_inputs": names}
+    expected = pipe("red heart", seed=1, **call).images
+    found = pipe.optimize()("red heart", seed=1, **call).images
+    assert np.abs(found - expected).max() <= 1e-10  # measured 1e-15
+    assert not np.array_equal(found, pipe("red heart", seed=1, **CALL).images)  # the callback made a difference
+
+
+def test_steps_and_threads(folder, small_blocks):
+    pipe = pipeline(folder).optimize()
+    prompts = ["a smiling face", "red heart"]
+    alone = [pipe(prompt, seed=5, **CALL).images for prompt in prompts]
+    together = [None] * 2
+
+    def draw(k):
+        together[k] = pipe(prompts[k], seed=5, **CALL).images
+
+    threads = [threading.Thread(target=draw, args=(k,)) for k in range(2)]
+    [thread.start() for thread in threads]
+    [thread.join() for thread in threads]
+    assert all(np.array_equal(a, b) for a, b in zip(alone, together, strict=True))
+    runs = [pipe.steps(prompt, num_inference_steps=3, guidance_scale=5.0, seed=5) for prompt in prompts]
+    last = [step for step in zip(*runs, strict=True)][-1]  # two runs, step by step in turn
+    for step, image in zip(last, alone, strict=True):
+        assert np.array_equal(pipe.decode(step.latents, "np"), image)
+
+
+# --- what must not change --------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_new_weights_are_seen(small_blocks):
+    unet = random(minidiff.UNet2DConditionModel(**UNET))
+    optimize(unet)
+    x, ctx, t = torch.randn(1, 4, 8, 8), torch.randn(1, 5, 24), torch.tensor(9)
+
+    def check():
+        plain = copy.deepcopy(unet)
+        restore(plain)
+        assert error(unet(x, t, ctx).sample, plain(x, t, ctx).sample) <= 1e-5  # measured 8e-7
+
+    check()
+    before = unet(x, t, ctx).sample
+    random(unet, seed=1)  # in place
+    check()
+    unet.load_state_dict({name: tensor + 0.01 for name, tensor in unet.state_dict().items()}, assign=True)
+    check()
+    assert error(unet(x, t, ctx).sample, before) > 0.01
+    unet.to(torch.bfloat16)
+    assert unet(x.bfloat16(), t, ctx.bfloat16()).sample.dtype == torch.bfloat16
+    unet.to(torch.float32)
+    check()
+
+
+def test_training_goes_on(small_blocks):
+    vae = random(minidiff.AutoencoderKL(**VAE))
+    x = torch.randn(1, 3, 16, 16)
+    vae(x).sample.square().mean().backward()
+    expected = [p.grad.clone() for p in vae.parameters()]
+    vae.zero_grad()
+    optimize(vae)
+    vae(x).sample.square().mean().backward()
+    assert all(torch.equal(p.grad, g) for p, g in zip(vae.parameters(), expected, strict=True))
+
+
+@torch.no_grad()
+def test_saving_copying_and_undoing(folder, tmp_path, small_blocks):
+    pipe = pipeline(folder)
+    names = list(pipe.unet.state_dict())
+    expected = pipe("red heart", seed=1, **CALL).images
+    fast = pipe.optimize()("red heart", seed=1, **CALL).images
+    assert not np.array_equal(fast, expected)  # other rounding: the fast way was taken
+    assert list(pipe.unet.state_dict()) == names
+    pipe.save_pretrained(tmp_path / "saved")
+    assert np.array_equal(pipeline(tmp_path / "saved")("red heart", seed=1, **CALL).images, expected)
+    for copied in (copy.deepcopy(pipe.unet), pickle.loads(pickle.dumps(pipe.unet))):
+        ours = minidiff.StableDiffusionPipeline(**{**pipe.components, "unet": copied})
+        ours.set_progress_bar_config(disable=True)
+        assert np.array_equal(ours("red heart", seed=1, **CALL).images, fast)
+    restored = pipeline(folder).optimize().unoptimize()
+    assert np.array_equal(restored("red heart", seed=1, **CALL).images, expected)
