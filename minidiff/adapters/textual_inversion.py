@@ -248,7 +248,8 @@ def _check(words: Sequence[Word], tokenizer: CLIPTokenizer, encoder: CLIPTextMod
                 f"{word.label}: the vectors of {word.token!r} are {tuple(word.vectors.shape)}, expected (n, {D}) for "
                 "this text encoder; others belong to another model family"
             )
-        known = [token for token in (*word.tokens, f"{word.token}_1") if token in vocabulary or token in seen]
+        needed = dict.fromkeys([*word.tokens, f"{word.token}_1"])
+        known = [token for token in needed if token in vocabulary or token in seen]
         if known:
             raise ValueError(
                 f"the tokenizer knows {', '.join(map(repr, known))} already: pass another token=, or forget it with "

@@ -1,0 +1,457 @@
+"""Wrong LoRA and embedding files end in an error that names what is wrong, and change nothing."""
+
+import copy
+import json
+import logging
+import random
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from tiny import save_tiny
+from tiny_xl import save_base
+from torch import Tensor
+
+from minidiff import (
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from minidiff.adapters.lora_names import Names
+from minidiff.checkpoints.load import OnMeta
+from minidiff.config import read_json
+from minidiff.errors import CheckpointError, CheckpointNotFoundError
+
+Tensors = dict[str, Tensor]
+CONFIGS = Path(__file__).parents[1] / "data" / "hub_configs"
+PROMPT = "a red heart"
+CALL: dict[str, Any] = {"num_inference_steps": 2, "output_type": "latent", "seed": 0}
+Q = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
+CONV = "down_blocks.0.resnets.0.conv1"
+TEXT = "text_model.encoder.layers.1.self_attn.v_proj"
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> StableDiffusionPipeline:
+    pipe = StableDiffusionPipeline.from_pretrained(save_tiny(tmp_path_factory.mktemp("sd")))
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture(scope="module")
+def xl(tmp_path_factory: pytest.TempPathFactory) -> StableDiffusionXLPipeline:
+    return StableDiffusionXLPipeline.from_pretrained(save_base(tmp_path_factory.mktemp("xl")))
+
+
+@pytest.fixture
+def pipe(plain: StableDiffusionPipeline) -> Iterator[StableDiffusionPipeline]:
+    """A pipeline that must come out as it went in."""
+    parts = [plain.unet, plain.text_encoder]
+    before = [dict(part.named_parameters()) for part in parts]
+    yield plain
+    if plain.fused_loras:
+        plain.unfuse_lora()
+    plain.unload_lora_weights()
+    plain.unload_textual_inversion()
+    for part, parameters in zip(parts, before, strict=True):
+        assert dict(part.named_parameters()).keys() == parameters.keys()
+        assert all(now is parameters[name] for name, now in part.named_parameters())
+        assert not any(module._forward_hooks or module._buffers for module in part.modules())
+
+
+def draw(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) / 4
+
+
+def lora(rank: int = 2, seed: int = 0) -> Tensors:
+    """Return a small LoRA in PEFT's spelling: a linear layer, a convolution and a text encoder's layer."""
+    shapes = {f"unet.{Q}": (16, 16), f"unet.{CONV}": (16, 16, 3, 3), f"text_encoder.{TEXT}": (24, 24)}
+    found = {}
+    for k, (name, (rows, columns, *kernel)) in enumerate(shapes.items()):
+        found[f"{name}.lora_A.weight"] = draw(rank, columns, *kernel, seed=seed + k)
+        found[f"{name}.lora_B.weight"] = draw(rows, rank, *(1 for _ in kernel), seed=seed + k + 10)
+    return found
+
+
+def kohya() -> Tensors:
+    """Return the same in kohya's spelling, with alphas."""
+    found = {}
+    for key, tensor in lora().items():
+        name, _, part = key.removesuffix(".weight").rpartition(".lora_")
+        component, _, layer = name.partition(".")
+        flat = {"unet": "lora_unet_", "text_encoder": "lora_te_"}[component] + layer.replace(".", "_")
+        found[f"{flat}.lora_{'down' if part == 'A' else 'up'}.weight"] = tensor
+        found[f"{flat}.alpha"] = torch.tensor(1.0)
+    return found
+
+
+# --- names -----------------------------------------------------------------------------------------------------------
+
+
+def on_meta(cls: Any, path: str) -> Any:
+    with OnMeta():
+        return cls.from_config(read_json(CONFIGS / path))
+
+
+def test_layers_of_published_models_are_as_many_as_kohya_counts() -> None:
+    """What its trainer prints for SD 1.5: 192 layers of the UNet's transformers, 72 of the text encoder; SDXL: 722, 72
+    and 192. And each is found under all its names: one that two layers share would fail an assertion."""
+    sd, xl = "runwayml--stable-diffusion-v1-5", "stabilityai--stable-diffusion-xl-base-1.0"
+    networks = {
+        "unet": on_meta(UNet2DConditionModel, f"{sd}/unet/config.json"),
+        "text_encoder": on_meta(CLIPTextModel, f"{sd}/text_encoder/config.json"),
+    }
+    networks_xl = {
+        "unet": on_meta(UNet2DConditionModel, f"{xl}/unet/config.json"),
+        "text_encoder": on_meta(CLIPTextModel, f"{xl}/text_encoder/config.json"),
+        "text_encoder_2": on_meta(CLIPTextModelWithProjection, f"{xl}/text_encoder_2/config.json"),
+    }
+    for given, counts in ((networks, (192, 72)), (networks_xl, (722, 72, 192))):
+        names = Names(given)
+        for (component, found), count in zip(names.dotted.items(), counts, strict=True):
+            inside = "attentions" if component == "unet" else "encoder.layers"
+            assert sum(inside in name for name in found) == count
+            assert {layer.ours for layer in names.flat[component].values()} == {layer.ours for layer in found.values()}
+    key = "lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q.lora_down.weight"
+    assert names.find(key)[0].hub == "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
+
+
+# --- fuzzing ---------------------------------------------------------------------------------------------------------
+
+
+def drop(tensors: Tensors, key: str, rng: random.Random) -> str:
+    """Remove a matrix: the one that is left over is named."""
+    del tensors[key]
+    swaps = (("lora_A", "lora_B"), ("lora_B", "lora_A"), ("lora_down", "lora_up"), ("lora_up", "lora_down"))
+    return next(key.replace(a, b) for a, b in swaps if a in key)
+
+
+def rename(tensors: Tensors, key: str, rng: random.Random) -> str:
+    at = rng.randrange(len(key))
+    new = key[:at] + rng.choice("x_.7") + key[at:]
+    tensors[new] = tensors.pop(key)
+    return new
+
+
+def reshape(tensors: Tensors, key: str, rng: random.Random) -> str:
+    old = tensors[key]
+    tensors[key] = rng.choice([old[..., None], old.flatten(), old[:, :-1], old[:-1], torch.cat([old, old], 1), old[:0]])
+    return key.rpartition(".lora_")[0]  # of two matrices whose ranks differ, either may be the wrong one
+
+
+@pytest.mark.parametrize("damage", [drop, rename, reshape])
+@pytest.mark.parametrize("make", [lora, kohya])
+def test_damaged_loras(pipe: StableDiffusionPipeline, make: Callable[[], Tensors], damage: Callable[..., str]) -> None:
+    rng, good = random.Random(0), make()
+    for _ in range(40):
+        tensors = dict(good)
+        key = rng.choice([key for key in tensors if ".lora_" in key])
+        named = damage(tensors, key, rng)
+        items = list(tensors.items())
+        rng.shuffle(items)
+        with pytest.raises(CheckpointError) as error:
+            pipe.load_lora_weights(dict(items))
+        assert named in str(error.value), (key, named, str(error.value))
+        assert pipe.get_list_adapters() == {}
+    assert pipe.load_lora_weights(good).layers["unet"] == {Q: 2, CONV: 2}
+
+
+# --- LoRA files ------------------------------------------------------------------------------------------------------
+
+HEADER = "lora_adapter_metadata"
+FILES = {
+    "DoRA of kohya": ({"lora_unet_a.dora_scale": draw(16, 1)}, "lora_unet_a.dora_scale: DoRA"),
+    "DoRA of peft": ({f"unet.{Q}.lora_magnitude_vector": draw(16)}, "lora_magnitude_vector: DoRA"),
+    "LoHa": ({"lora_unet_a.hada_w1_a": draw(16, 2)}, "hada_w1_a: LoHa"),
+    "LoKr": ({"lora_unet_a.lokr_w1": draw(4, 4)}, "lokr_w1: LoKr"),
+    "Tucker": ({"lora_unet_a.lora_mid.weight": draw(2, 2, 3, 3)}, "lora_mid.weight: LoCon with a Tucker"),
+    "OFT": ({"lora_unet_a.oft_blocks": draw(2, 2)}, "oft_blocks: OFT"),
+    "bias": ({f"unet.{Q}.lora_B.bias": draw(16)}, "lora_B.bias: a change of a bias"),
+    "whole weight": ({"lora_unet_a.diff": draw(16, 16)}, "a.diff: a change of a whole weight"),
+    "unknown part": ({"unet.alphas": draw(1)}, "unet.alphas: no part of a LoRA layer in any spelling"),
+    "unknown layer": ({"unet.x.lora_A.weight": draw(2, 2)}, "unet.x.lora_A.weight: for a layer 'x', which unet"),
+    "second encoder": (
+        {"lora_te2_text_projection.lora_up.weight": draw(2, 2)},
+        "lora_te2_.*for text_encoder_2, which this pipeline does not have",
+    ),
+    "twice": (
+        {f"lora_unet_{Q.replace('.', '_')}.lora_down.weight": draw(2, 16)},
+        f"lora_unet_.*: the same tensor as unet.{Q}",
+    ),
+    "alpha of no layer": (
+        {"lora_unet_mid_block_resnets_0_conv1.alpha": draw(1)},
+        "conv1.alpha: its layer lacks the matrix down .A. and up",
+    ),
+    "alpha of several numbers": ({f"unet.{Q}.alpha": draw(3)}, "to_q.alpha should be one finite number"),
+    "alpha that is none": ({f"unet.{Q}.alpha": torch.tensor(float("nan"))}, "to_q.alpha should be one finite.*nan"),
+    "integers": ({f"unet.{Q}.lora_A.weight": torch.ones(2, 16, dtype=torch.int8)}, "lora_A.weight is torch.int8"),
+    "no tensor": ({"unet.b": [1.0]}, "unet.b is list"),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_lora_that_does_not_fit(pipe: StableDiffusionPipeline, name: str) -> None:
+    tensors, message = FILES[name]
+    with pytest.raises(CheckpointError, match=message):
+        pipe.load_lora_weights(lora() | tensors)
+    assert pipe.get_list_adapters() == {}
+
+
+def test_all_that_is_wrong_is_said_at_once(pipe: StableDiffusionPipeline) -> None:
+    tensors = lora()
+    tensors["unet.first"] = tensors.pop(f"unet.{Q}.lora_A.weight")
+    tensors[f"unet.{CONV}.lora_B.weight"] = draw(16, 5, 1, 1)
+    with pytest.raises(CheckpointError) as error:
+        pipe.load_lora_weights(tensors)
+    message = str(error.value)
+    assert "unet.first" in message and f"unet.{Q}.lora_B.weight: its layer lacks the matrix down (A)" in message
+    assert f"unet.{CONV}.lora_B.weight is (16, 5, 1, 1), expected (16, r, 1, 1) with the rank r = 2 of" in message
+
+
+HEADERS = {
+    "not JSON": ("{", "is not JSON"),
+    "not an object": ("[1]", "should be an object, found list"),
+    "of another pipeline": ({"transformer.r": 2}, "has 'transformer.r', but this pipeline has only unet, text_encoder"),
+    "another rank": ({"unet.r": 3}, f"{Q} has rank 2, but the file's header says r = 3"),
+    "no number": ({"unet.lora_alpha": "x"}, "lora_alpha = 'x'"),
+    "DoRA": ({"unet.use_dora": True}, "asks for unet.use_dora = True"),
+    "bias": ({"unet.bias": "all"}, "asks for unet.bias = 'all'"),
+    "other weights": ({"unet.init_lora_weights": "pissa"}, "asks for unet.init_lora_weights = 'pissa'"),
+    "whole layers": ({"unet.modules_to_save": ["conv_in"]}, "asks for unet.modules_to_save"),
+    "from the future": ({"unet.use_xyz": 1}, "asks for unet.use_xyz = 1"),
+}
+
+
+@pytest.mark.parametrize("name", HEADERS)
+def test_header_that_asks_for_what_is_not_there(pipe: StableDiffusionPipeline, tmp_path: Path, name: str) -> None:
+    header, message = HEADERS[name]
+    text = header if isinstance(header, str) else json.dumps(header)
+    save_file(lora(), tmp_path / "lora.safetensors", {HEADER: text})
+    with pytest.raises(CheckpointError, match=message):
+        pipe.load_lora_weights(tmp_path / "lora.safetensors")
+    assert pipe.get_list_adapters() == {}
+
+
+def test_alpha_in_the_header_and_in_a_tensor(pipe: StableDiffusionPipeline, tmp_path: Path) -> None:
+    tensors = lora() | {f"unet.{Q}.alpha": torch.tensor(1.0)}
+    save_file(tensors, tmp_path / "lora.safetensors", {HEADER: json.dumps({"unet.r": 2, "unet.lora_alpha": 2})})
+    with pytest.raises(CheckpointError, match="to_q.alpha: the file's header gives an alpha too"):
+        pipe.load_lora_weights(tmp_path / "lora.safetensors")
+
+
+def test_where_files_are_looked_for(pipe: StableDiffusionPipeline, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointNotFoundError, match="there is no folder"):
+        pipe.load_lora_weights(tmp_path / "nothing.safetensors")
+    with pytest.raises(CheckpointNotFoundError, match="no pytorch_lora_weights.safetensors and no other.*nothing"):
+        pipe.load_lora_weights(tmp_path)
+    (tmp_path / "lora.bin").write_bytes(b"\x80\x02")
+    for arguments in ({}, {"weight_name": "lora.bin"}):
+        with pytest.raises(CheckpointError, match=r"lora.bin.*minidiff reads only safetensors"):
+            pipe.load_lora_weights(tmp_path, **arguments)
+    with pytest.raises(CheckpointError, match=r"lora.bin is a pickle.*only safetensors"):
+        pipe.load_lora_weights(tmp_path / "lora.bin")
+    save_file(lora(), tmp_path / "a.safetensors")
+    pipe.load_lora_weights(tmp_path, adapter_name="the only one")
+    save_file(lora(seed=5), tmp_path / "b.safetensors")
+    with pytest.raises(CheckpointNotFoundError, match="several safetensors files .a.safetensors, b.safetensors.: pass"):
+        pipe.load_lora_weights(tmp_path)
+    pipe.load_lora_weights(tmp_path, weight_name="b.safetensors")
+    assert pipe.get_list_adapters()["unet"] == ["the only one", "default_0"]
+    (tmp_path / "empty.safetensors").write_bytes(b"")
+    with pytest.raises(CheckpointError, match="empty.safetensors is not a complete safetensors file: it is empty"):
+        pipe.load_lora_weights(tmp_path, weight_name="empty.safetensors")
+    with pytest.raises(CheckpointError, match="the given state dict holds no tensors"):
+        pipe.load_lora_weights({})
+
+
+# --- LoRA methods ----------------------------------------------------------------------------------------------------
+
+WRONG: dict[str, tuple[str, tuple[Any, ...], type[Exception], str]] = {
+    "name taken": ("load_lora_weights", (lora(), "one"), ValueError, "adapter 'one' already"),
+    "name with a dot": ("load_lora_weights", (lora(), "a.b"), ValueError, "without '.', found 'a.b'"),
+    "hotswap": ("load_lora_weights", (lora(), "two", True), TypeError, "hotswap=True is not implemented"),
+    "unknown adapter": ("set_adapters", (["one", "x"],), ValueError, r"adapters \['one'\]; found \['one', 'x'\]"),
+    "adapter twice": ("set_adapters", (["one", "one"],), ValueError, r"found \['one', 'one'\]"),
+    "weights too many": ("set_adapters", ("one", [1, 2]), ValueError, "2 entries for 1 adapters"),
+    "weight no number": ("set_adapters", ("one", "x"), ValueError, "adapter_weights should be a finite number.*'x'"),
+    "weight not finite": ("set_adapters", ("one", float("nan")), ValueError, "finite number, found nan"),
+    "unknown component": ("set_adapters", ("one", {"vae": 1}), ValueError, "has unet, text_encoder, no vae"),
+    "unknown side": ("set_adapters", ("one", {"unet": {"left": 1}}), ValueError, "left; expected down, mid and up"),
+    "unknown block": (
+        "set_adapters",
+        ("one", {"unet": {"down": {"block_1": 1}}}),
+        ValueError,
+        "block_1; expected block_0",
+    ),
+    "weights of a block": (
+        "set_adapters",
+        ("one", {"unet": {"up": {"block_1": [1] * 3}}}),
+        ValueError,
+        "3 weights for 2",
+    ),
+    "deleted unknown": ("delete_adapters", ("x",), ValueError, r"found \['x'\]"),
+    "unfused": ("unfuse_lora", (), ValueError, "no adapter is fused"),
+    "fused elsewhere": ("fuse_lora", (["vae"],), ValueError, r"some of unet, text_encoder; found \['vae'\]"),
+    "fused nowhere": ("fuse_lora", ([],), ValueError, "components should be a list"),
+    "fused by a text": ("fuse_lora", (None, "x"), ValueError, "lora_scale should be a finite number, found 'x'"),
+    "fused unknown": ("fuse_lora", (None, 1.0, False, ["x"]), ValueError, r"found \['x'\]"),
+    "fused to infinity": ("fuse_lora", (None, 1e39, True), ValueError, "not finite, in .*; nothing was changed"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_arguments(pipe: StableDiffusionPipeline, name: str) -> None:
+    method, arguments, kind, message = WRONG[name]
+    pipe.load_lora_weights(lora(), "one")
+    with pytest.raises(kind, match=message):
+        getattr(pipe, method)(*arguments)
+    assert pipe.get_active_adapters() == ["one"] and not pipe.fused_loras
+
+
+def test_what_fused_adapters_refuse(pipe: StableDiffusionPipeline) -> None:
+    pipe.load_lora_weights(lora(), "one")
+    pipe.load_lora_weights(lora(seed=5), "two")
+    with pytest.raises(ValueError, match=r"adapter_names=\['one'\], but \['two'\] are active"):
+        pipe.fuse_lora(adapter_names=["one"])
+    pipe.fuse_lora(adapter_names=["two"])
+    for call in (
+        lambda: pipe.load_lora_weights(lora(), "three"),
+        lambda: pipe.set_adapters("one"),
+        lambda: pipe.delete_adapters("one"),
+    ):
+        with pytest.raises(ValueError, match="while two is fused: call unfuse_lora"):
+            call()
+    with pytest.raises(ValueError, match="unet, text_encoder are fused already"):
+        pipe.fuse_lora()
+    pipe.unfuse_lora()
+    with pytest.raises(ValueError, match="no active adapter to fuse"):
+        pipe.disable_lora()
+        pipe.fuse_lora()
+    with pytest.raises(TypeError, match="unknown arguments speed"):
+        pipe.load_lora_weights(lora(), speed=1)
+
+
+def test_scale_of_a_call(pipe: StableDiffusionPipeline, caplog: pytest.LogCaptureFixture) -> None:
+    for value, kind, message in (
+        ({"scale": 1, "gligen": {}}, TypeError, "gligen is not implemented, only scale"),
+        ({"scale": "x"}, ValueError, "'scale'.* should be a finite number, found 'x'"),
+        (0.5, TypeError, "should be a dict such as"),
+    ):
+        with pytest.raises(kind, match=message):
+            pipe(PROMPT, cross_attention_kwargs=value, **CALL)
+    pipe(PROMPT, cross_attention_kwargs={"scale": 1.0}, **CALL)
+    assert not caplog.records
+    pipe(PROMPT, cross_attention_kwargs={"scale": 0.5}, **CALL)
+    assert "has no effect: no LoRA is loaded" in caplog.text
+    pipe.load_lora_weights(lora(), "one")
+    pipe.fuse_lora()
+    pipe(PROMPT, cross_attention_kwargs={"scale": 0.5}, **CALL)
+    assert "has no effect: one is fused" in caplog.text
+
+
+def test_what_was_patched_is_said(pipe: StableDiffusionPipeline, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, logger="minidiff"):
+        loaded = pipe.load_lora_weights(lora(), "one")
+    assert str(loaded) == "LoRA 'one' adapts 2 layers of unet (rank 2), 1 layers of text_encoder (rank 2)"
+    assert loaded.layers == {"unet": {Q: 2, CONV: 2}, "text_encoder": {TEXT: 2}}
+    assert caplog.messages == [str(loaded)]
+
+
+def test_threads_with_scales_of_their_own(pipe: StableDiffusionPipeline) -> None:
+    pipe.load_lora_weights(lora())
+    scales = [0.0, 0.4, 0.8, 1.0, -1.0]
+
+    def run(scale: float) -> Tensor:
+        return pipe(PROMPT, cross_attention_kwargs={"scale": scale}, **CALL).images
+
+    alone = [run(scale) for scale in scales]
+    together: dict[int, Tensor] = {}
+    threads = [Thread(target=lambda k=k: together.update({k: run(scales[k])})) for k in range(len(scales))]
+    stepped = pipe.steps(PROMPT, num_inference_steps=2, seed=0, cross_attention_kwargs={"scale": 0.4})
+    first = next(stepped)
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(torch.equal(together[k], alone[k]) for k in range(len(scales)))
+    assert all((alone[k] - alone[0]).abs().max() > 1e-3 for k in range(1, len(scales)))
+    *_, last = stepped  # nor does it matter to a run that rests between two steps
+    assert first.index == 0 and torch.equal(last.latents, alone[1])
+
+
+def test_adapters_follow_the_network(plain: StableDiffusionPipeline) -> None:
+    """To another dtype, fused or not, and into a copy."""
+    call = {"num_inference_steps": 2, "output_type": "latent", "latents": draw(1, 4, 8, 8)}
+    pipe = StableDiffusionPipeline(**{name: copy.deepcopy(part) for name, part in plain.components.items()})
+    pipe.set_progress_bar_config(disable=True)
+    pipe.load_lora_weights(lora())
+    single = pipe(PROMPT, **call).images
+    copied = StableDiffusionPipeline(**{name: copy.deepcopy(part) for name, part in pipe.components.items()})
+    copied.set_progress_bar_config(disable=True)
+    copied.unload_lora_weights()
+    assert torch.equal(copied(PROMPT, **call).images, plain(PROMPT, **call).images)
+    assert torch.equal(pipe(PROMPT, **call).images, single)
+    pipe.to(torch.float64)
+    double = pipe(PROMPT, **call).images
+    assert double.dtype == torch.float64 and (double - single).abs().max() < 1e-3
+    pipe.to(torch.float32)
+    pipe.fuse_lora()
+    pipe.to(torch.float64)
+    pipe.unfuse_lora()
+    assert pipe.unet.dtype == torch.float64 and torch.equal(pipe(PROMPT, **call).images, double)
+
+
+# --- textual inversion -----------------------------------------------------------------------------------------------
+
+WORDS: dict[str, tuple[tuple[Any, ...], str]] = {
+    "another width": (({"<cat>": draw(2, 32)},), r"'<cat>' are \(2, 32\), expected \(n, 24\)"),
+    "three axes": (({"<cat>": draw(1, 2, 24)},), r"<cat> is \(1, 2, 24\), expected vectors"),
+    "no vectors": (({"<cat>": draw(0, 24)},), r"<cat> is \(0, 24\)"),
+    "a word of the vocabulary": (({"!": draw(24)},), "knows '!' already"),
+    "no name": (({"emb_params": draw(24)},), "emb_params is no name.*pass token="),
+    "no name for a tensor": ((draw(24),), "pass token="),
+    "an empty name": ((draw(24), " "), "a token should be a text that is not empty, found ' '"),
+    "twice": (([draw(24), draw(24)], ["<a>", "<a>"]), "knows '<a>' already"),
+    "in the way of another": (([draw(24), draw(2, 24)], ["<a>_1", "<a>"]), "knows '<a>_1' already"),
+    "names too few": (([draw(24)] * 3, ["<a>", "<b>"]), "2 names for 3 sources"),
+    "names too many": ((draw(3, 24), ["<a>", "<b>"]), "3 vectors for the 2 names"),
+    "two tensors": (({"<a>": draw(24), "<b>": draw(24)},), "holds <a>, <b>; expected one tensor"),
+    "pickle": (({"string_to_param": {"*": draw(24)}, "name": "x"},), "layout of A1111's pickles"),
+    "two encoders": (({"clip_l": draw(24), "clip_g": draw(16)}, "<a>"), "clip_g is for text_encoder_2, which this"),
+}
+
+
+@pytest.mark.parametrize("name", WORDS)
+def test_words_that_do_not_fit(pipe: StableDiffusionPipeline, name: str) -> None:
+    arguments, message = WORDS[name]
+    with pytest.raises(ValueError, match=message):
+        pipe.load_textual_inversion(*arguments)
+    assert len(pipe.tokenizer) == pipe.text_encoder.config.vocab_size == 540
+
+
+def test_words_and_their_places(pipe: StableDiffusionPipeline, xl: StableDiffusionXLPipeline, tmp_path: Path) -> None:
+    pipe.load_textual_inversion({"<cat>": draw(2, 24)})
+    with pytest.raises(ValueError, match="knows '<cat>', '<cat>_1' already"):
+        pipe.load_textual_inversion({"<cat>": draw(2, 24)})
+    with pytest.raises(ValueError, match="no added token '<dog>'"):
+        pipe.unload_textual_inversion("<dog>")
+    with pytest.raises(ValueError, match="give tokenizer= and text_encoder= together"):
+        pipe.load_textual_inversion({"<dog>": draw(24)}, tokenizer=pipe.tokenizer)
+    with pytest.raises(ValueError, match="'</w>'|not added, or special"):
+        pipe.tokenizer.remove_tokens(["<|endoftext|>"])
+    (tmp_path / "cat.pt").write_bytes(b"\x80\x02")
+    with pytest.raises(CheckpointError, match=r"cat.pt is a pickle.*only safetensors"):
+        pipe.load_textual_inversion(tmp_path / "cat.pt", token="<pt>")
+    both = {"clip_l": draw(24), "clip_g": draw(16)}
+    xl.load_textual_inversion(both, "<a>", tokenizer=xl.tokenizer_2, text_encoder=xl.text_encoder_2)
+    assert (len(xl.tokenizer), len(xl.tokenizer_2)) == (540, 541)
+    wrong = both | {"clip_g": draw(24)}
+    with pytest.raises(ValueError, match=r"expected \(n, 16\)"):
+        xl.load_textual_inversion(wrong, "<b>")
+    assert (len(xl.tokenizer), len(xl.tokenizer_2)) == (540, 541)
