@@ -9,7 +9,7 @@ where they are, so saving, adapters and hooks work as before; ``restore`` takes 
     layers.py               memory traffic of the feed-forward layers, 5/9 of the upsampling       CPU
     strips.py               memory traffic of the autoencoder's large maps                         CPU
     memo.py                 keys and values of the text, time embeddings, at every step            everywhere
-    memory format           shuffling pixels and channels around every convolution                 GPU (packing implies it)
+    memory format           shuffling pixels and channels around every convolution                 GPU
 
 Under guidance, the two halves of the batch are the same until the first look at the text: see ``repeated`` in
 ``minidiff/layers.py``.

@@ -4,8 +4,8 @@
 
 torch's fused CPU kernel spends most of its time outside the matrix products where heads are narrow (K = 40 over 4,096
 pixels in Stable Diffusion 1.x). Two packed products and a softmax per block take 0.5 (bfloat16) to 0.7 (float32) of its
-time. In bfloat16 the scores are rounded to bfloat16 before the softmax, which the fused kernel does not do; the error that
-this adds to a whole picture is measured in ``benchmarks``.
+time. In bfloat16 the scores are rounded to bfloat16 before the softmax, which the fused kernel does not do; the error
+that this adds is measured in ``benchmarks``.
 """
 
 import math

@@ -45,7 +45,8 @@ class FastUpsample:
         """Double height and width of x (B, C, H, W); any other ``size`` is computed in the usual way."""
         B, C, H, W = x.shape
         conv = self.module.conv
-        if not can_pack(x) or conv.weight.dtype != x.dtype or (size is not None and tuple(size) != (2 * H, 2 * W)):
+        doubled = size is None or tuple(size) == (2 * H, 2 * W)
+        if not can_pack(x) or conv.weight.dtype != x.dtype or not doubled or conv._forward_hooks:  # LoRA hooks
             return Upsample.forward(self.module, x, size)
         packed = self._packed.get(
             lambda: [pack_kernel(k, 1, (0, 0), x) for k in four_kernels(conv.weight)], conv.weight

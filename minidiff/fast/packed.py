@@ -53,23 +53,25 @@ class Kept:
 
     def __init__(self, keep: bool) -> None:
         self.keep = keep
-        self._entry: tuple[Any, Any] = (None, None)  # one object, so that threads see old or new and never half
+        # One object, so that threads see old or new and never half. The sources are in it because their addresses,
+        # which are part of the key, could be those of other tensors once they are gone.
+        self._entry: tuple[Any, Any, Any] = (None, None, ())
 
     def get(self, make: Callable[[], Any], *sources: Tensor) -> Any:
         """Return the value, made anew if a source is another tensor or was written to."""
         if not self.keep:
             return make()
         key = [(s.data_ptr(), s.dtype, s.device, None if s.is_inference() else s._version) for s in sources]
-        kept, value = self._entry
+        kept, value, _ = self._entry
         if kept != key:
             value = make()
-            self._entry = (key, value)
+            self._entry = (key, value, sources)
         return value
 
     def __getstate__(self) -> dict[str, Any]:
         return {
             "keep": self.keep,
-            "_entry": (None, None),
+            "_entry": (None, None, ()),
         }  # packed weights can be neither copied nor pickled, and need not be
 
 
