@@ -1,14 +1,16 @@
-"""The training code of the embedded checkpoint: what must hold of its parts, without training anything."""
+"""The training code of the embedded checkpoints: what must hold of its parts, without training anything."""
 
 import importlib
+import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
-from minidiff import AutoencoderKL
+from minidiff import AutoencoderKL, DDPMPipeline
 
 WEIGHTS = Path(__file__).resolve().parent.parent / "weights"
 
@@ -146,3 +148,70 @@ def test_pictures_are_put_on_white(training, tmp_path):
     (pixels,) = data.read_pictures(tmp_path, [data.Emoji("x.png", "x", ())])
     assert pixels[:, 5, 3].tolist() == [10, 20, 30]
     assert pixels[:, 0, 0].tolist() == [255, 255, 255]
+
+
+def test_spread_timesteps_are_one_from_each_part_and_uniform(training):
+    spread, rng = training("train_emoji32").spread_timesteps, torch.Generator().manual_seed(0)
+    draws = torch.stack([spread(8, 1000, rng) for _ in range(4000)])
+    assert (draws // 125 == torch.arange(8)).all()
+    counts = (draws % 125).flatten().bincount(minlength=125)  # 256 expected, deviation 45: 8 from the same number
+    assert counts.min() > 80 and counts.max() < 430
+
+
+def test_shrink_averages_squares_of_four_pixels(training):
+    pictures = torch.zeros(1, 3, 64, 64, dtype=torch.uint8)
+    pictures[:, :, 2, 4:6] = 255
+    x = training("train_emoji32").shrink(pictures)
+    assert x.shape == (1, 3, 32, 32)
+    assert (x[:, :, 1, 2] == 0).all() and (x == -1).sum() == 3 * (32 * 32 - 1)
+
+
+def test_the_loss_is_the_squared_error_of_v(training, rng):
+    code = training("train_emoji32")
+    scheduler = code.DDPMScheduler(**code.SCHEDULE)
+    x0, noise = torch.randn(2, 4, 3, 8, 8, generator=rng)
+    t, shown = torch.tensor([0, 400, 700, 999]), {}
+
+    def unet(x: torch.Tensor, t: torch.Tensor):
+        shown.update(x=x, t=t)
+        return SimpleNamespace(sample=torch.full_like(x, 0.5))
+
+    losses = code.prediction_loss(unet, scheduler, x0, noise, t)
+    alpha_bar = scheduler.alphas_cumprod[t].reshape(-1, 1, 1, 1)
+    alpha, sigma = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
+    torch.testing.assert_close(shown["x"], alpha * x0 + sigma * noise)
+    torch.testing.assert_close(losses, (0.5 - (alpha * noise - sigma * x0)).square().mean(dim=(1, 2, 3)))
+    assert shown["t"] is t and losses.shape == (4,)
+
+
+def test_export_writes_the_average_and_a_card_of_what_was_done(training, tmp_path, monkeypatch):
+    code, state = training("train_emoji32"), training("run_state")
+    small = {"block_out_channels": [8, 8, 8, 8], "norm_num_groups": 4, "attention_head_dim": 4}
+    monkeypatch.setattr(code, "UNET", code.UNET | small)
+    live, average = code.UNet2DModel(**code.UNET), code.UNet2DModel(**code.UNET)
+    state.Run(tmp_path / "run", {"live": live, "average": average}, {}).save(120)
+    log = state.Log(tmp_path / "run", every=1)
+    settings = {"seed": 0, "steps": 120, "batch": 50, "lr": 1.0, "muon_lr": 2.0, "workers": 3}
+    log.write({"settings": settings, "pictures": 2000})
+    log.add(0, loss=[0.25, 0.75])
+
+    code.export(SimpleNamespace(run=tmp_path / "run", to=tmp_path / "to"))
+    ours = DDPMPipeline.from_pretrained(tmp_path / "to")
+    assert ours.scheduler.config.prediction_type == "v_prediction"
+    for a, b in zip(ours.unet.parameters(), average.parameters(), strict=True):
+        assert torch.equal(a, b.half().float())
+    card = (tmp_path / "to" / "README.md").read_text(encoding="utf-8")
+    assert "120 steps, about 3 epochs. Settings: seed 0, steps 120, batch 50" in card
+    assert "| 1 | 0.5000 |" in card and "not measured yet" in card
+
+
+def test_the_quality_in_the_card_is_a_table(training, tmp_path):
+    file = tmp_path / "quality.json"
+    runs = [{"pipeline": "DDIMPipeline", "steps": 50, "copies": 0.25, "distance": 0.1234, "met": 7}]
+    file.write_text(json.dumps({"pictures": 8, "distance_in_data": 0.2, "runs": runs}))
+    assert training("train_emoji32")._quality(file).splitlines() == [
+        "| sampler | copies | median distance | training pictures met by 8 |",
+        "| --- | ---: | ---: | ---: |",
+        "| DDIMPipeline, 50 steps | 25.0% | 0.123 | 7 |",
+        "| the training pictures themselves |  | 0.200 |  |",
+    ]

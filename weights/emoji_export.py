@@ -6,12 +6,11 @@ The card's settings, losses and quality are read from the logs of the run, so th
 import argparse
 import json
 from pathlib import Path
-from typing import Any
 
 import torch
 from emoji_data import PACKAGE, read_emoji
 from emoji_denoiser import EMA, EMPTY_TEXT, NAME, SCHEDULE, TEXT, TEXT_ONLY, UNET, tokenizer_for
-from run_state import read_log
+from run_state import loss_table, read_log, settings_line
 from safetensors import safe_open
 from torch import nn
 
@@ -71,34 +70,18 @@ def card(pipe: StableDiffusionPipeline, run: Path, pictures: int, steps: int) ->
         sizes=", ".join(f"{name} {count / 1e6:.2f} M" for name, count in sizes.items()),
         total=f"{sum(sizes.values()) / 1e6:.1f} M parameters, {2 * sum(sizes.values()) / 1e6:.1f} MB in float16",
         psnr=f"{next(r['psnr_of_all_pictures'] for r in reversed(logs['vae']) if 'psnr_of_all_pictures' in r):.1f}",
-        vae_settings=_settings(logs["vae"]),
-        denoiser_settings=_settings(logs["denoiser"]),
+        vae_settings=settings_line(logs["vae"]),
+        denoiser_settings=settings_line(logs["denoiser"]),
         denoiser_steps=steps,
         name=f"{NAME:.0%}",
         empty=f"{EMPTY_TEXT:.0%}",
         ema=EMA,
         text_only=TEXT_ONLY,
         torch=torch.__version__,
-        vae_losses=_losses(logs["vae"], ("loss", "mse"), rows=8),
-        denoiser_losses=_losses(logs["denoiser"], ("loss", "loss_text_only"), rows=16),
+        vae_losses=loss_table(logs["vae"], ("loss", "mse"), rows=8),
+        denoiser_losses=loss_table(logs["denoiser"], ("loss", "loss_text_only"), rows=16),
         quality=_quality(run / "quality.json"),
     )
-
-
-def _settings(log: list[dict[str, Any]]) -> str:
-    """Return the settings of the last start of a run, as a list."""
-    settings = next(record["settings"] for record in reversed(log) if "settings" in record)
-    shown = ("seed", "steps", "batch", "lr", "muon_lr", "workers")
-    return ", ".join(f"{name} {settings[name]}" for name in shown if name in settings)
-
-
-def _losses(log: list[dict[str, Any]], columns: tuple[str, ...], rows: int) -> str:
-    """Return about ``rows`` lines of the log as a table; of steps done twice, the later."""
-    records = [*{record["step"]: record for record in log if columns[0] in record}.values()]
-    every = max(1, round(len(records) / rows))
-    table = [("step", *columns), ("---:",) * (len(columns) + 1)]
-    table += [(r["step"], *(f"{r[name]:.4f}" for name in columns)) for r in records[every - 1 :: every]]
-    return "\n".join(f"| {' | '.join(map(str, row))} |" for row in table)
 
 
 def _quality(path: Path) -> str:

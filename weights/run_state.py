@@ -145,3 +145,19 @@ class Log:
 def read_log(folder: Path) -> list[dict[str, Any]]:
     """Return the records of a run's log."""
     return [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def settings_line(log: list[dict[str, Any]]) -> str:
+    """Return the settings of the last start of a run, as a list."""
+    settings = next(record["settings"] for record in reversed(log) if "settings" in record)
+    shown = ("seed", "steps", "batch", "lr", "muon_lr", "workers")
+    return ", ".join(f"{name} {settings[name]}" for name in shown if name in settings)
+
+
+def loss_table(log: list[dict[str, Any]], columns: tuple[str, ...], rows: int) -> str:
+    """Return about ``rows`` lines of the log as a table; of steps done twice, the later."""
+    records = [*{record["step"]: record for record in log if columns[0] in record}.values()]
+    every = max(1, round(len(records) / rows))
+    table = [("step", *columns), ("---:",) * (len(columns) + 1)]
+    table += [(r["step"], *(f"{r[name]:.4f}" for name in columns)) for r in records[every - 1 :: every]]
+    return "\n".join(f"| {' | '.join(map(str, row))} |" for row in table)

@@ -12,16 +12,19 @@ because linear ones waste their last steps on pictures as small as these. A run 
     npm pack emoji-datasource-google@16.0.0 && tar xzf emoji-datasource-google-16.0.0.tgz     # gives package/
     torchrun --nproc-per-node 2 weights/train_emoji32.py train --data package
     python weights/train_emoji32.py export --to runs/emoji32/export
+    python -m benchmarks.emoji32_quality --model runs/emoji32/export --json runs/emoji32/quality.json
+    python weights/train_emoji32.py export --to weights/emoji32-ddpm                           # card with the quality
 """
 
 import argparse
 import copy
+import json
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 import workers
-from emoji_data import read_emoji, read_pictures, to_float
+from emoji_data import PACKAGE, read_emoji, read_pictures, to_float
 from muon import optimisers_for
 from run_state import (
     Log,
@@ -29,6 +32,9 @@ from run_state import (
     batch_of,
     descend,
     learning_rate,
+    loss_table,
+    read_log,
+    settings_line,
     step_generator,
     update_average,
     zero_last_layers,
@@ -51,6 +57,7 @@ UNET = {
 }
 SCHEDULE = {"beta_schedule": "squaredcos_cap_v2", "prediction_type": "v_prediction"}
 EMA = 0.998
+CARD = Path(__file__).with_name("emoji32_card.md")
 
 
 def shrink(pictures: Tensor) -> Tensor:
@@ -96,7 +103,7 @@ def train(args: argparse.Namespace) -> None:
     torch.set_flush_denormal(True)  # dying activations otherwise slow a CPU down many times
     torch.manual_seed(args.seed)
     pictures = shrink(read_pictures(args.data, read_emoji(args.data)))
-    scheduler, T = DDPMScheduler(**SCHEDULE), DDPMScheduler(**SCHEDULE).config.num_train_timesteps
+    scheduler = DDPMScheduler(**SCHEDULE)
     unet = UNet2DModel(**UNET)
     zero_last_layers(unet, ("conv2", "attn.out", "conv_out"))
     unet.to(memory_format=torch.channels_last)
@@ -104,12 +111,12 @@ def train(args: argparse.Namespace) -> None:
     parameters = list(unet.parameters())
     optimisers, peaks = optimisers_for(unet, args.lr, args.muon_lr), {"adamw": args.lr, "muon": args.muon_lr}
     run, log = Run(args.run, {"live": unet, "average": average}, optimisers), Log(args.run)
-    log.write({"settings": vars(args) | {"workers": workers.WORKERS}})
+    log.write({"settings": vars(args) | {"workers": workers.WORKERS}, "pictures": len(pictures)})
 
     for step in range(run.resume(), args.steps):
         rng, share = step_generator(args.seed, step), slice(workers.RANK, None, workers.WORKERS)
         chosen = batch_of(step, args.batch, len(pictures), args.seed)[share]
-        t = spread_timesteps(args.batch, T, rng)[share]
+        t = spread_timesteps(args.batch, scheduler.config.num_train_timesteps, rng)[share]
         noise = torch.randn((args.batch, *pictures.shape[1:]), generator=rng)[share]
         losses = prediction_loss(unet, scheduler, pictures[chosen], noise, t)
         unet.zero_grad()
@@ -126,12 +133,50 @@ def train(args: argparse.Namespace) -> None:
 
 
 def export(args: argparse.Namespace) -> None:
-    """Write the pipeline with the averaged weights in float16."""
+    """Write the pipeline with the averaged weights in float16, and its card.
+
+    The card's settings, losses and quality are read from the run's files, so they cannot differ from what was done.
+    """
     unet, prefix = UNet2DModel(**UNET), "network/average."
     with safe_open(args.run / "state.safetensors", "pt") as opened:
         names = [name for name in opened.keys() if name.startswith(prefix)]  # noqa: SIM118 (it is not a dict)
         unet.load_state_dict({name.removeprefix(prefix): opened.get_tensor(name) for name in names})
+        steps = int(opened.metadata()["step"])
     DDPMPipeline(unet.eval(), DDPMScheduler(**SCHEDULE)).to(torch.float16).save_pretrained(args.to)
+    (args.to / "README.md").write_text(card(unet, args.run, steps), encoding="utf-8")
+
+
+def card(unet: UNet2DModel, run: Path, steps: int) -> str:
+    """Fill in the card: what is in the braces of ``emoji32_card.md``."""
+    log, count = read_log(run), sum(p.numel() for p in unet.parameters())
+    settings = next(record["settings"] for record in reversed(log) if "settings" in record)
+    pictures = next(record["pictures"] for record in reversed(log) if "pictures" in record)
+    return CARD.read_text(encoding="utf-8").format(
+        package=PACKAGE,
+        pictures=f"{pictures:,}",
+        size=f"{count / 1e6:.2f} M parameters, {2 * count / 1e6:.1f} MB in float16",
+        settings=settings_line(log),
+        steps=f"{steps:,}",
+        epochs=round(steps * settings["batch"] / pictures),
+        ema=EMA,
+        torch=torch.__version__,
+        losses=loss_table(log, ("loss",), rows=16),
+        quality=_quality(run / "quality.json"),
+    )
+
+
+def _quality(path: Path) -> str:
+    """Return a table of what ``benchmarks/emoji32_quality.py`` measured."""
+    if not path.exists():
+        return "not measured yet"
+    found = json.loads(path.read_text(encoding="utf-8"))
+    table = [("sampler", "copies", "median distance", f"training pictures met by {found['pictures']}")]
+    table += [("---", "---:", "---:", "---:")]
+    for run in found["runs"]:
+        row = f"{run['pipeline']}, {run['steps']} steps", f"{run['copies']:.1%}", f"{run['distance']:.3f}", run["met"]
+        table.append(row)
+    table.append(("the training pictures themselves", "", f"{found['distance_in_data']:.3f}", ""))
+    return "\n".join(f"| {' | '.join(map(str, row))} |" for row in table)
 
 
 def main() -> None:
