@@ -140,8 +140,8 @@ class ResBlock(nn.Module):
 def repeated(x: Tensor, B: int) -> Tensor:
     """Repeat a batch as a whole until it has ``B`` entries, a multiple of what it has.
 
-    Under guidance each sample meets two texts. Until the first of them is looked at, both halves of the batch are the same
-    and one is enough; where a larger batch joins in, the smaller is repeated.
+    Under guidance each sample meets two texts. Until the first of them is looked at, both halves of the batch are the
+    same and one is enough; where a larger batch joins in, the smaller is repeated.
     """
     return x if len(x) == B else x.repeat(B // len(x), *[1] * (x.ndim - 1))
 

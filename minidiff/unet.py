@@ -350,8 +350,8 @@ class UNet2DConditionModel(SingleFileModel, UNet):
         D = self.spec.levels[-1].D_ctx
         if ctx.ndim != 3 or ctx.shape[-1] != D or len(ctx) == 0 or len(ctx) % len(sample):
             raise ValueError(
-                f"encoder_hidden_states should be ({len(sample)}, L, {D}) or n times as many, found {tuple(ctx.shape)}; "
-                f"a width other than {D} comes from the text encoder of another model family"
+                f"encoder_hidden_states should be ({len(sample)}, L, {D}) or n times as many, found {tuple(ctx.shape)}"
+                f"; a width other than {D} comes from the text encoder of another model family"
             )
 
     def rows(self) -> list[Row]:

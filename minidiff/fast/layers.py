@@ -1,4 +1,4 @@
-"""Two layers with less work: a feed-forward layer that stays in the cache, and an upsampling that multiplies no pixel twice."""
+"""Two layers with less work: a feed-forward layer that stays in the cache, an upsampling that sees no pixel twice."""
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +12,7 @@ ROWS = 1024  # of the feed-forward layer at a time: 10 MB of hidden units in flo
 
 
 class FastGEGLU:
-    """The forward of ``GEGLU`` over blocks of rows: the hidden units, eight times as wide as x, never leave the cache."""
+    """The forward of ``GEGLU`` over blocks of rows: the hidden units, 8 times as wide as x, never leave the cache."""
 
     def __init__(self, module: GEGLU, keep: bool) -> None:
         self.module = module
@@ -33,9 +33,9 @@ class FastGEGLU:
 class FastUpsample:
     """The forward of ``Upsample``: four 2x2 convolutions of the small map instead of one 3x3 of the large.
 
-    A pixel of the large map sees 3x3 pixels of it, which are copies of only 2x2 pixels of the small map: which ones depends
-    on whether its row and its column are even or odd. Adding up the weights that meet the same pixel gives one 2x2 kernel
-    for each of the four cases, and 4/9 of the work. The kernels are 16/9 the size of the original.
+    A pixel of the large map sees 3x3 pixels of it, which are copies of only 2x2 pixels of the small map: which ones
+    depends on whether its row and its column are even or odd. Adding up the weights that meet the same pixel gives one
+    2x2 kernel for each of the four cases, and 4/9 of the work. The kernels are 16/9 the size of the original.
     """
 
     def __init__(self, module: Upsample, keep: bool) -> None:
@@ -68,8 +68,8 @@ class FastUpsample:
 def four_kernels(W: Tensor) -> list[Tensor]:
     """Add up the weights (C_out, C_in, 3, 3) that meet the same small pixel: four of (C_out, C_in, 2, 2).
 
-    In one dimension: an even pixel 2i sees 2i-1, 2i, 2i+1, which are copies of i-1, i, i: weights w0 and w1 + w2. An odd
-    one sees 2i, 2i+1, 2i+2, copies of i, i, i+1: weights w0 + w1 and w2.
+    In one dimension: an even pixel 2i sees 2i-1, 2i, 2i+1, which are copies of i-1, i, i: weights w0 and w1 + w2. An
+    odd one sees 2i, 2i+1, 2i+2, copies of i, i, i+1: weights w0 + w1 and w2.
     """
 
     def halves(w: Tensor, axis: int) -> tuple[Tensor, Tensor]:

@@ -2,10 +2,10 @@
 
     y = x W^T + b,  with W cut into blocks beforehand
 
-oneDNN, the library behind torch's fast CPU kernels, cuts W into blocks that fit the processor's registers. Called in the
-usual way it does so at every call, which for the coarse levels of a UNet takes longer than the product; and torch hands
-float32 linear layers to another library altogether. ``torch.compile`` packs the weights of a frozen graph once; the same
-two operators are used here without a compiler.
+oneDNN, the library behind torch's fast CPU kernels, cuts W into blocks that fit the processor's registers. Called in
+the usual way it does so at every call, which for the coarse levels of a UNet takes longer than the product; and torch
+hands float32 linear layers to another library altogether. ``torch.compile`` packs the weights of a frozen graph once;
+the same operators are used here without a compiler.
 """
 
 from collections.abc import Callable

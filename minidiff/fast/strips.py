@@ -1,9 +1,9 @@
-"""The autoencoder's large maps, a strip of rows at a time, so that what lies between two convolutions stays in the cache.
+"""The autoencoder's large maps, a strip of rows at a time: what lies between two convolutions stays in the cache.
 
     h = conv1(silu(norm1(x)));  y = skip(x) + conv2(silu(norm2(h)))
 
-In the autoencoder's last level a map of 512 x 512 pixels and 256 channels takes 268 MB. Computed as a whole, the norm and
-the activation each write one more of them to memory. A norm is only a factor and an offset per channel once mean and
+In the autoencoder's last level a map of 512 x 512 pixels and 256 channels takes 268 MB. Computed as a whole, the norm
+and the activation each write one more of them to memory. A norm is only a factor and an offset per channel once mean and
 variance are known, so both are applied to a few rows just before the convolution reads them. And the blocks of a level
 write over what the blocks before them made: fresh memory costs more time than the norms.
 """
@@ -89,7 +89,7 @@ def empty(shape: tuple[int, int, int, int], dtype: torch.dtype) -> Tensor:
 def affine(x: Tensor, norm: nn.GroupNorm) -> tuple[Tensor, Tensor]:
     """Return factor and offset (B, C, 1, 1) with norm(x) = a x + b.
 
-    a = w / sqrt(var + eps), b = bias - mean a, with mean and variance over the C / G channels of a group and all pixels.
+    a = w / sqrt(var + eps), b = bias - mean a, with mean and variance over the channels of a group and all pixels.
     """
     B, C, H, W = x.shape
     pixels = x.permute(0, 2, 3, 1).reshape(B, H * W, C)

@@ -165,7 +165,7 @@ def test_packed_layers(make, dtype, bound, small_blocks):
     assert error(network[0](x.to(dtype)).double(), precise) <= bound
 
 
-# --- pipelines -----------------------------------------------------------------------------------------------------------
+# --- pipelines -------------------------------------------------------------------------------------------------------
 
 CALL = {"num_inference_steps": 3, "output_type": "np", "guidance_scale": 5.0}
 
@@ -227,7 +227,7 @@ def test_steps_and_threads(folder, small_blocks):
     [thread.join() for thread in threads]
     assert all(np.array_equal(a, b) for a, b in zip(alone, together, strict=True))
     runs = [pipe.steps(prompt, num_inference_steps=3, guidance_scale=5.0, seed=5) for prompt in prompts]
-    last = [step for step in zip(*runs, strict=True)][-1]  # two runs, step by step in turn
+    last = list(zip(*runs, strict=True))[-1]  # two runs, step by step in turn
     for step, image in zip(last, alone, strict=True):
         assert np.array_equal(pipe.decode(step.latents, "np"), image)
 
