@@ -2,8 +2,8 @@
 
     h = conv1(silu(norm1(x)));  y = skip(x) + conv2(silu(norm2(h)))
 
-In the autoencoder's last level a map of 512 x 512 pixels and 256 channels takes 268 MB. Computed as a whole, the norm
-and the activation each write one more of them to memory. A norm is only a factor and an offset per channel once mean and
+In the autoencoder's last level a map of 512 x 512 pixels and 256 channels takes 268 MB. Computed as a whole, norm
+and activation each write one more of them to memory. A norm is only a factor and an offset per channel once mean and
 variance are known, so both are applied to a few rows just before the convolution reads them. And the blocks of a level
 write over what the blocks before them made: fresh memory costs more time than the norms.
 """
