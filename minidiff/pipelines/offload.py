@@ -27,9 +27,16 @@ METHODS: dict[Kind, str] = {"model": "enable_model_cpu_offload", "sequential": "
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """Return the copy that stands in for a weight; gradients do not reach the weight through it."""
+    """Return the copy that stands in for a weight.
+
+    In training it requires no gradient, which would be lost: torch refuses a loss that depends on nothing else. In
+    inference it says what the weight says, since torch.matmul asks for it and would choose another kernel, of which the
+    last bit differs.
+    """
     stand_in = tensor.detach().to(device)
-    return nn.Parameter(stand_in, requires_grad=False) if isinstance(tensor, nn.Parameter) else stand_in
+    if not isinstance(tensor, nn.Parameter):
+        return stand_in
+    return nn.Parameter(stand_in, requires_grad=tensor.requires_grad and not torch.is_grad_enabled())
 
 
 class Lent(NamedTuple):
