@@ -407,6 +407,50 @@ def test_adapters_follow_the_network(plain: StableDiffusionPipeline) -> None:
     assert pipe.unet.dtype == torch.float64 and torch.equal(pipe(PROMPT, **call).images, double)
 
 
+def test_adapters_of_a_pipeline_that_is_faster_or_smaller(plain: StableDiffusionPipeline) -> None:
+    """Those forwards have kernels, memos and copies of weights of their own, which must not go past an adapter."""
+    call = CALL | {"num_inference_steps": 1, "guidance_scale": 3.0}
+    tensors = lora()
+    for layer, (rows, columns, *kernel) in {
+        "up_blocks.0.upsamplers.0.conv": (32, 32, 3, 3),
+        "up_blocks.1.attentions.0.transformer_blocks.0.attn2.to_v": (16, 24),
+        "up_blocks.1.resnets.0.time_emb_proj": (16, 64),
+    }.items():
+        tensors[f"unet.{layer}.lora_A.weight"] = draw(2, columns, *kernel, seed=rows)
+        tensors[f"unet.{layer}.lora_B.weight"] = draw(rows, 2, *(1 for _ in kernel), seed=columns)
+
+    def pictures(**methods: dict[str, Any]) -> list[Tensor]:
+        pipe = StableDiffusionPipeline(**{name: copy.deepcopy(part) for name, part in plain.components.items()})
+        pipe.set_progress_bar_config(disable=True)
+        for method, arguments in methods.items():
+            getattr(pipe, method)(**arguments)
+        found = [pipe(PROMPT, **call).images]
+        pipe.load_lora_weights(tensors)
+        found.append(pipe(PROMPT, **call).images)
+        found.append(pipe(PROMPT, **call, cross_attention_kwargs={"scale": 0.5}).images)
+        for scale in (0.3, 0.6):
+            pipe.fuse_lora(lora_scale=scale)
+            found.append(pipe(PROMPT, **call).images)
+            pipe.unfuse_lora()
+        pipe.fuse_lora()
+        pipe.unfuse_lora()
+        pipe.fuse_lora(lora_scale=0.5)
+        found.append(pipe(PROMPT, **call).images)
+        pipe.unfuse_lora()
+        pipe.unload_lora_weights()
+        return [*found, pipe(PROMPT, **call).images]
+
+    expected = pictures()
+    for methods in (
+        {"optimize": {}},
+        {"enable_model_cpu_offload": {"device": "cpu"}},
+        {"enable_sequential_cpu_offload": {"device": "cpu"}},
+    ):
+        for ours, theirs in zip(pictures(**methods), expected, strict=True):
+            assert (ours - theirs).abs().max() < 1e-6 * theirs.abs().max()  # measured: 0 offloaded, 7e-8 optimized
+    assert all((a - b).abs().max() > 1e-3 for k, a in enumerate(expected[:5]) for b in expected[:k])
+
+
 # --- textual inversion -----------------------------------------------------------------------------------------------
 
 WORDS: dict[str, tuple[tuple[Any, ...], str]] = {
