@@ -78,7 +78,7 @@ def open_checkpoint(
         networks = dict(_networks_of_file(contents, configs))
     parts, wrong = contents.match(networks, use_ema=use_ema)
     index = _index(configs)
-    if len(parts) == 1 and index:  # one network is written without the rest of a pipeline
+    if len(parts) == 1:  # one network is written without the rest of a pipeline
         (only,) = parts
         parts, index = [Part("", only.model, only.rows, only.spelling, only.found)], {}
     unsaid = (silent and family is not None and len(family.configs) > 1) or "unet" not in contents.prefixes
