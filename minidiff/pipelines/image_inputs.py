@@ -192,6 +192,8 @@ class VaeImageProcessor:
         if output_type == "latent":
             return image
         signed = [self.do_normalize] * len(image) if do_denormalize is None else do_denormalize
+        if len(signed) != len(image):
+            raise ValueError(f"do_denormalize should have a flag for each of {len(image)} pictures, found {signed}")
         unit = images.to_unit(image)
         x = torch.stack([new if yes else old for new, old, yes in zip(unit, image, signed, strict=True)])
         if output_type == "pt":

@@ -133,6 +133,13 @@ class InpaintingPipeline(LatentPipeline):
         if is_latent and image.shape[-2:] != size:
             raise ValueError(f"latents of an image should be (B, C, {size[0]}, {size[1]}), found {tuple(image.shape)}")
         masked = request.masked_image_latents
+        if masked is not None and masked.shape[1:] not in ((self._latent_channels, *size), (3, *mask.shape[-2:])):
+            raise ValueError(
+                f"masked_image_latents should be (B, {self._latent_channels}, {size[0]}, {size[1]}), found "
+                f"{tuple(masked.shape)}"
+            )
+        if len(image) != len(mask) and 1 not in (len(image), len(mask)):
+            raise ValueError(f"{len(mask)} masks and {len(image)} images: give one mask, one image, or a mask for each")
         if masked is None and is_latent and self._reads_mask:
             raise ValueError("an image of latents cannot be masked for this UNet: pass masked_image_latents too")
         m = dealt(F.interpolate(mask, size=size).to(like), count, "masks")
@@ -154,8 +161,6 @@ class InpaintingPipeline(LatentPipeline):
             latents = self.scheduler.noised(plan, x0, noise)
         if masked is not None:
             masked = self._encode_image(masked, count, generator, like, one_each)
-            if masked.shape != shape:
-                raise ValueError(f"masked_image_latents should become {shape}, found {tuple(masked.shape)}")
         return {
             "latents": latents,
             "mask": twice(m),

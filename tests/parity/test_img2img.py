@@ -16,7 +16,13 @@ from minidiff import StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
 from minidiff.pipelines.strength import begin
 
 SCHEDULERS = [name for name in minidiff.__all__ if name.endswith("Scheduler")]
-STRENGTHS = (0.3, 0.5, 0.75, 1.0)
+IN_FLOAT32 = (  # within whose steps the reference rounds to float32, whatever the dtype of the latents
+    "DPMSolverMultistepScheduler",
+    "EulerAncestralDiscreteScheduler",
+    "EulerDiscreteScheduler",
+    "LMSDiscreteScheduler",
+)
+STRENGTHS = (0.3, 0.75, 1.0)
 PROMPT = "a red heart over two cats"
 
 
@@ -41,13 +47,10 @@ def seeded(seed: int = 0) -> torch.Generator:
     return torch.Generator("cpu").manual_seed(seed)
 
 
-def assert_same(ours: torch.Tensor, theirs: torch.Tensor) -> None:
-    """Compare latents of float64 runs: measured 0 to 5e-16 for solvers in alpha_bar, to 4e-8 for those in sigma.
-
-    The reference keeps the noise levels of the latter in float32, and multiplies in float32 where one meets a scalar.
-    """
+def assert_same(ours: torch.Tensor, theirs: torch.Tensor, scheduler: str = "") -> None:
+    """Compare latents of float64 runs: measured at most 2e-14, or 4.6e-8 where the reference rounds to float32."""
     assert theirs.std() > 0.1
-    assert relative_error(ours, theirs) < 2e-7
+    assert relative_error(ours, theirs) < (2e-7 if scheduler in IN_FLOAT32 else 1e-12)
 
 
 PICTURE = torch.rand(1, 3, 32, 32, generator=seeded(6), dtype=torch.float64)
@@ -62,11 +65,11 @@ def test_every_scheduler_at_every_strength(pipes: tuple[Any, Any], name: str) ->
         original = pipe.scheduler
         pipe.scheduler = getattr(library, name).from_config(original.config)
         for strength, found in results.items():
-            options = {"num_inference_steps": 5, "guidance_scale": 1.0, "output_type": "latent"}
+            options = {"num_inference_steps": 4, "guidance_scale": 1.0, "output_type": "latent"}
             found.append(pipe(PROMPT, image=PICTURE, strength=strength, generator=seeded(), **options).images)
         pipe.scheduler = original
     for found in results.values():
-        assert_same(*found)
+        assert_same(*found, name)
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)
@@ -90,7 +93,6 @@ def test_number_of_steps(name: str) -> None:
 
 
 CALLS: dict[str, dict[str, Any]] = {
-    "strength that rounding makes smaller": {"strength": 0.58, "num_inference_steps": 50},
     "strength of nothing, one evaluation of PNDM": {"strength": 0.0},
     "guidance off": {"guidance_scale": 1.0},
     "negative prompt": {"negative_prompt": "blue sky"},
@@ -155,7 +157,7 @@ def test_every_argument_of_schedulers(pipes: tuple[Any, Any], name: str) -> None
         options = {"num_inference_steps": 5, "strength": 0.7, "output_type": "latent"} | arguments
         results.append(pipe(PROMPT, image=PICTURE, generator=seeded(), **options).images)
         pipe.scheduler = original
-    assert_same(*results)
+    assert_same(*results, scheduler)
 
 
 def test_pictures_are_at_most_one_level_apart(folder: Path) -> None:
