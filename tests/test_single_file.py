@@ -323,6 +323,19 @@ def test_lists_of_published_files_are_what_the_table_derives() -> None:
     assert headers.read_list(headers.HERE / f"{name}.json") == headers.derive(headers.PUBLISHED[name])
 
 
+def test_lists_are_compared_with_files(sd1: Twin, tmp_path: Path) -> None:
+    listed = headers.read_list(headers.HERE / "v1-5-pruned-emaonly.json")
+    gone, other, *_ = listed
+    found = {name: entry for name, entry in listed.items() if name != gone}
+    found |= {other: ["F16", [1280]], "betas": ["F32", [1000]], "x": ["F32", [1]]}
+    path = str(sparse_file(tmp_path / "file.safetensors", found))
+    lines = headers.differences(listed, headers.tensors_of(path))
+    assert [line.split()[:2] for line in lines] == [["missing", gone], ["different", other], ["unexpected", "x"]]
+    headers.write_list(tmp_path / "made.json", {"source": path}, headers.tensors_of(path))
+    assert headers.differences(headers.read_list(tmp_path / "made.json"), headers.tensors_of(path)) == []
+    assert {"unet/conv_in.weight", "vae/quant_conv.bias"} <= headers.tensors_of(str(sd1.folder)).keys()
+
+
 def their_choice(shapes: dict[str, tuple[int, ...]]) -> str:
     """Return the repository that the reference configures such a file from."""
     utils = diffusers.loaders.single_file_utils
