@@ -8,9 +8,9 @@ The core is three pure functions. Any number of threads may use one scheduler th
         out = network(scheduler.scale_input(plan, i, x), plan.timesteps[i])
         x, past = scheduler.advance(plan, i, x, out, past, scheduler.draw_noise(plan, i, x, generator))
 
-The step index i is the clock. A ``Plan`` holds every number a run will need as Python floats, worked out before the
-run starts, so that a step is a few tensor operations and never waits for a device. ``past`` is an immutable tuple:
-what a multistep or multi-evaluation solver remembers.
+The step index i is the clock. A ``Plan`` holds every number a run will need, on the CPU and worked out before the run
+starts, so that a step is a few tensor operations and never waits for a device. ``past`` is an immutable tuple: what a
+multistep or multi-evaluation solver remembers.
 
 The second face is the one of tutorials (``set_timesteps``, ``scale_model_input``, ``step``), with its state.
 """
@@ -90,6 +90,7 @@ class Scheduler(Configured):
         self._require("prediction_type", self.prediction_types)
         if "timestep_spacing" in config:
             self._require("timestep_spacing", noise_schedule.SPACINGS)
+        self._predicts: str = config.prediction_type
         self.betas = noise_schedule.training_betas(  # (T,)
             config.beta_schedule,
             config.beta_start,
@@ -366,10 +367,10 @@ class Scheduler(Configured):
         """
         value = timestep.item() if isinstance(timestep, Tensor) else timestep
         times = self._ready_plan().times
-        found = [i for i, time in enumerate(times) if time == value]
-        if not found:
+        if value not in times:
             raise ValueError(f"timestep {value} is not one of the run's {len(times)}: {_some(times)}")
-        return found[1] if len(found) > 1 and found[0] > 0 else found[0]
+        first = times.index(value)
+        return times.index(value, first + 1) if first > 0 and times.count(value) > 1 else first
 
     def _training_grid(self) -> Grid:
         """Return every training timestep, last first."""

@@ -77,4 +77,4 @@ class ConsistencyScheduler(Scheduler):
 
     def _raw_x0(self, plan: Plan, i: int, x: Tensor, out: Tensor) -> Tensor:
         step = plan.steps[i]
-        return predict_x0(self.config.prediction_type, x, out, step.alpha, step.sigma)
+        return predict_x0(self._predicts, x, out, step.alpha, step.sigma)

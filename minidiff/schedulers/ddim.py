@@ -19,17 +19,17 @@ from torch import Generator, Tensor
 from minidiff import noise_schedule
 from minidiff.schedulers.base import Grid, Plan, Scheduler, SchedulerOutput, Update
 from minidiff.schedulers.configured import records_config
-from minidiff.schedulers.prediction import Clip, linear, predict_eps, predict_x0
+from minidiff.schedulers.prediction import Clip, Scalar, linear, predict_eps, predict_x0
 
 
 class Step(NamedTuple):
     """The numbers of one DDIM step."""
 
-    alpha: float  # sqrt(alpha_bar_t)
-    sigma: float  # sqrt(1 - alpha_bar_t)
-    to_x0: float  # the coefficients of the predicted x0,
-    to_eps: float  # the predicted eps,
-    std: float  # and the noise
+    alpha: Scalar  # sqrt(alpha_bar_t)
+    sigma: Scalar  # sqrt(1 - alpha_bar_t)
+    to_x0: Scalar  # the coefficients of the predicted x0,
+    to_eps: Scalar  # the predicted eps,
+    std: Scalar  # and the noise
 
 
 class DDIMScheduler(Scheduler):
@@ -89,14 +89,14 @@ class DDIMScheduler(Scheduler):
             (1 - alpha_bar_s - std**2).clamp(min=0) ** 0.5,
             std,
         )
-        return tuple(Step(*numbers) for numbers in zip(*(column.tolist() for column in columns), strict=True))
+        return tuple(Step(*numbers) for numbers in zip(*map(torch.unbind, columns), strict=True))
 
     def wants_noise(self, plan: Plan, i: int) -> bool:
         return plan.options["eta"] > 0
 
     def denoised(self, plan: Plan, i: int, x: Tensor, out: Tensor) -> Tensor:
         step = plan.steps[i]
-        return self._clip(predict_x0(self.config.prediction_type, x, out, step.alpha, step.sigma))
+        return self._clip(predict_x0(self._predicts, x, out, step.alpha, step.sigma))
 
     def _update(
         self, plan: Plan, i: int, x: Tensor, out: Tensor, past: tuple[Any, ...], noise: Tensor | None
@@ -106,7 +106,7 @@ class DDIMScheduler(Scheduler):
         if plan.options["use_clipped_model_output"]:
             eps = predict_eps("sample", x, x0, step.alpha, step.sigma)
         else:
-            eps = predict_eps(self.config.prediction_type, x, out, step.alpha, step.sigma)
+            eps = predict_eps(self._predicts, x, out, step.alpha, step.sigma)
         terms = [(step.to_x0, x0), (step.to_eps, eps)]
         if self.wants_noise(plan, i):
             terms.append((step.std, noise))

@@ -20,7 +20,7 @@ from torch import Tensor
 from minidiff import noise_schedule
 from minidiff.schedulers.base import Grid, Plan, Scheduler, Update
 from minidiff.schedulers.configured import records_config
-from minidiff.schedulers.prediction import Clip, predict_x0
+from minidiff.schedulers.prediction import Clip, Scalar, predict_x0
 
 VARIANCES = ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", "learned", "learned_range")
 
@@ -28,13 +28,13 @@ VARIANCES = ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log",
 class Step(NamedTuple):
     """The numbers of one DDPM step."""
 
-    alpha: float  # sqrt(alpha_bar_t)
-    sigma: float  # sqrt(1 - alpha_bar_t)
-    to_x0: float  # the coefficient of the predicted x0
-    to_x: float  # the coefficient of x
-    std: float  # of the noise, where the network does not predict it
-    log_small: float  # log variance of fixed_small and of fixed_large: the ends between which
-    log_large: float  # a network with learned_range chooses
+    alpha: Scalar  # sqrt(alpha_bar_t)
+    sigma: Scalar  # sqrt(1 - alpha_bar_t)
+    to_x0: Scalar  # the coefficient of the predicted x0
+    to_x: Scalar  # the coefficient of x
+    std: Scalar  # of the noise, where the network does not predict it
+    log_small: Scalar  # log variance of fixed_small and of fixed_large: the ends between which
+    log_large: Scalar  # a network with learned_range chooses
 
 
 class DDPMScheduler(Scheduler):
@@ -105,7 +105,7 @@ class DDPMScheduler(Scheduler):
             small.log(),
             beta.log(),
         )
-        return tuple(Step(*numbers) for numbers in zip(*(column.tolist() for column in columns), strict=True))
+        return tuple(Step(*numbers) for numbers in zip(*map(torch.unbind, columns), strict=True))
 
     def _std(self, small: Tensor, large: Tensor) -> Tensor:
         """Return the standard deviation of the noise; what a network predicts is worked out at each step instead."""
@@ -125,7 +125,7 @@ class DDPMScheduler(Scheduler):
         return self._x0(plan.steps[i], x, self._split(out, x)[0])
 
     def _x0(self, step: Step, x: Tensor, out: Tensor) -> Tensor:
-        return self._clip(predict_x0(self.config.prediction_type, x, out, step.alpha, step.sigma))
+        return self._clip(predict_x0(self._predicts, x, out, step.alpha, step.sigma))
 
     def _update(
         self, plan: Plan, i: int, x: Tensor, out: Tensor, past: tuple[Any, ...], noise: Tensor | None

@@ -21,16 +21,17 @@ from minidiff.schedulers.base import Grid, Plan, Update
 from minidiff.schedulers.configured import records_config
 from minidiff.schedulers.dpm_solver import remembered
 from minidiff.schedulers.log_snr import LogSnrScheduler
-from minidiff.schedulers.prediction import Clip, linear, predict_eps, predict_x0
+from minidiff.schedulers.prediction import Clip, Scalar, linear, predict_eps, predict_x0
 
 
 class Step(NamedTuple):
     """The numbers of one DEIS step."""
 
-    alpha: float  # x = alpha x0 + sigma eps
-    sigma: float  # for a flow's prediction the noise level itself, as in the reference
-    to_x: float
-    to_eps: tuple[float, ...]  # of the predictions, newest first
+    alpha: Scalar  # x = alpha x0 + sigma eps
+    sigma: Scalar  # for a flow's prediction the noise level itself, as in the reference
+    to_x: Scalar  # alpha_t / alpha_s
+    following: Scalar  # alpha_t
+    c: tuple[Scalar, ...]  # of the predictions, newest first; of order 1 it is alpha_t c
 
 
 def antiderivative(t: np.float32, nodes: Sequence[np.float32]) -> np.float32:
@@ -111,17 +112,14 @@ class DEISMultistepScheduler(LogSnrScheduler):
     def _steps(self, plan: Plan) -> tuple[Step, ...]:
         alpha, sigma = self._alpha_sigma(plan.sigmas)
         h = (alpha.log() - sigma.log()).diff()
-        to_x, first = (alpha[1:] / alpha[:-1]).tolist(), (-(sigma[1:] * (torch.exp(h) - 1.0))).tolist()
+        to_x, first = alpha[1:] / alpha[:-1], -(sigma[1:] * (torch.exp(h) - 1.0))
         seen = plan.sigmas if self.config.prediction_type == "flow_prediction" else sigma
-        rho, h, scale = (sigma / alpha).numpy(), h.tolist(), alpha.double().tolist()
+        rho, h = (sigma / alpha).numpy(), h.tolist()
         steps = []
         for k in range(len(plan.times)):
             order = self._order(plan, h, k)
-            ratio, to_eps = to_x[k], (first[k],)
-            if order > 1:
-                ratio = scale[k + 1] / scale[k]
-                to_eps = tuple(scale[k + 1] * weight for weight in self._weights(rho, k, order))
-            steps.append(Step(scale[k], seen[k].item(), ratio, to_eps))
+            c = self._weights(rho, k, order) if order > 1 else (first[k],)
+            steps.append(Step(alpha[k], seen[k], to_x[k], alpha[k + 1], c))
         return tuple(steps)
 
     def _order(self, plan: Plan, h: Sequence[float], k: int) -> int:
@@ -131,18 +129,18 @@ class DEISMultistepScheduler(LogSnrScheduler):
         return min(self.config.solver_order, left, remembered(h, plan.start, k) + 1)
 
     @staticmethod
-    def _weights(rho: np.ndarray, k: int, order: int) -> list[float]:
+    def _weights(rho: np.ndarray, k: int, order: int) -> tuple[Scalar, ...]:
         """Return c_0 ... of the step from rho[k] to rho[k + 1], newest first, float32 as in the reference."""
         nodes = rho[k - order + 1 : k + 1][::-1]
         weights = []
         for j in range(order):
             around = [*nodes[j:], *nodes[:j]]  # the node of this weight first
-            weights.append(float(antiderivative(rho[k + 1], around) - antiderivative(rho[k], around)))
-        return weights
+            weights.append(antiderivative(rho[k + 1], around) - antiderivative(rho[k], around))
+        return torch.from_numpy(np.array(weights)).unbind()
 
     def denoised(self, plan: Plan, i: int, x: Tensor, out: Tensor) -> Tensor:
         step = plan.steps[i]
-        return self._clip(predict_x0(self.config.prediction_type, x, out, step.alpha, step.sigma))
+        return self._clip(predict_x0(self._predicts, x, out, step.alpha, step.sigma))
 
     def _update(
         self, plan: Plan, i: int, x: Tensor, out: Tensor, past: tuple[Any, ...], noise: Tensor | None
@@ -150,4 +148,7 @@ class DEISMultistepScheduler(LogSnrScheduler):
         step = plan.steps[i]
         eps = predict_eps("sample", x, self.denoised(plan, i, x, out), step.alpha, step.sigma)
         predictions = (eps, *past)[: self.config.solver_order]
-        return Update(linear((step.to_x, x), *zip(step.to_eps, predictions, strict=False)), predictions)
+        if len(step.c) == 1:
+            return Update(linear((step.to_x, x), (step.c[0], eps)), predictions)
+        y = linear((1.0, x / step.alpha), *zip(step.c, predictions, strict=False))
+        return Update(step.following * y, predictions)

@@ -30,29 +30,32 @@ from minidiff.errors import ConfigError
 from minidiff.schedulers.base import Grid, Plan
 from minidiff.schedulers.ddpm import VARIANCES
 from minidiff.schedulers.log_snr import LogSnrScheduler
-from minidiff.schedulers.prediction import Clip, predict_eps, predict_x0
+from minidiff.schedulers.prediction import Clip, Scalar, predict_eps, predict_x0
+
+EVERYTHING, NOTHING = torch.ones(()), torch.zeros(())
 
 
 class Weights(NamedTuple):
     """The coefficients of one transition."""
 
-    to_x: float  # a
-    d0: float
-    d1: float
-    d2: float
-    half: float  # d_1 of the midpoint method
-    std: float
+    to_x: Scalar  # a
+    d0: Scalar
+    d1: Scalar
+    d2: Scalar
+    half: Scalar  # d_1 of the midpoint method
+    std: Scalar
 
 
 class Step(NamedTuple):
     """The numbers of one step of DPM-Solver."""
 
-    alpha: float  # x = alpha x0 + sigma eps
-    sigma: float
+    alpha: Scalar  # x = alpha x0 + sigma eps
+    sigma: Scalar
     order: int
-    to_x: float
-    to_m: tuple[float, ...]  # of the predictions, newest first
-    std: float  # of the noise
+    to_x: Scalar  # a
+    d: tuple[Scalar, ...]  # d_0, d_1 ..., as many as there are differences
+    ratios: tuple[Scalar, ...]  # what the differences are made with
+    std: Scalar
 
 
 class Transitions:
@@ -70,7 +73,7 @@ class Transitions:
         alpha, sigma, h = self.alpha[t], self.sigma[t], self.lam[t] - self.lam[s]
         shrink, growth = torch.exp(-h) - 1.0, torch.exp(h) - 1.0
         if self.algorithm == "dpmsolver++":
-            to_x, d0, std = sigma / self.sigma[s], -(alpha * shrink), 0.0
+            to_x, d0, std = sigma / self.sigma[s], -(alpha * shrink), NOTHING
             d1, d2 = alpha * (shrink / h + 1.0), -(alpha * ((shrink + h) / h**2 - 0.5))
         elif self.algorithm == "sde-dpmsolver++":
             lost = 1.0 - torch.exp(-2.0 * h)
@@ -78,10 +81,10 @@ class Transitions:
             d1, d2 = alpha * (lost / (-2.0 * h) + 1.0), alpha * ((lost - 2.0 * h) / (2.0 * h) ** 2 - 0.5)
         else:  # dpmsolver, and sde-dpmsolver, which moves twice as far and adds noise
             times = 1.0 if self.algorithm == "dpmsolver" else 2.0
-            std = 0.0 if times == 1.0 else sigma * torch.sqrt((torch.exp(2 * h) - 1.0).clamp(min=0))
+            std = NOTHING if times == 1.0 else sigma * torch.sqrt((torch.exp(2 * h) - 1.0).clamp(min=0))
             to_x, d0 = alpha / self.alpha[s], -times * (sigma * growth)
             d1, d2 = -times * (sigma * (growth / h - 1.0)), -(sigma * ((growth - h) / h**2 - 0.5))
-        return Weights(float(to_x), float(d0), float(d1), float(d2), 0.5 * float(d0), float(std))
+        return Weights(to_x, d0, d1, d2, 0.5 * d0, std)
 
     def ratio(self, a: int, b: int, s: int, t: int) -> Tensor:
         """Return (lambda_a - lambda_b) in units of h = lambda_t - lambda_s."""
@@ -173,14 +176,14 @@ class DpmSolver(LogSnrScheduler):
     def denoised(self, plan: Plan, i: int, x: Tensor, out: Tensor) -> Tensor:
         step = plan.steps[i]
         out = self._without_variance(out, x)
-        return self._clip(predict_x0(self.config.prediction_type, x, out, step.alpha, step.sigma))
+        return self._clip(predict_x0(self._predicts, x, out, step.alpha, step.sigma))
 
     def _prediction(self, plan: Plan, i: int, x: Tensor, out: Tensor) -> Tensor:
         """Return x0, or eps for the algorithms that integrate it."""
         if self._predicts_x0:
             return self.denoised(plan, i, x, out)
         alpha, sigma = plan.steps[i].alpha, plan.steps[i].sigma
-        eps = predict_eps(self.config.prediction_type, x, self._without_variance(out, x), alpha, sigma)
+        eps = predict_eps(self._predicts, x, self._without_variance(out, x), alpha, sigma)
         if self._clip.ratio is None:
             return eps
         x0 = self._clip(predict_x0("epsilon", x, eps, alpha, sigma))
@@ -194,9 +197,9 @@ class DpmSolver(LogSnrScheduler):
     def wants_noise(self, plan: Plan, i: int) -> bool:
         return self.config.algorithm_type.startswith("sde")
 
-    def _seen_sigma(self, plan: Plan, sigma: Tensor) -> list[float]:
+    def _seen_sigma(self, plan: Plan, sigma: Tensor) -> Tensor:
         """Return the sigma of each input, which for a flow's prediction is the noise level itself."""
-        return (plan.sigmas if self.config.prediction_type == "flow_prediction" else sigma).tolist()
+        return plan.sigmas if self.config.prediction_type == "flow_prediction" else sigma
 
 
 def remembered(h: Sequence[float], start: int, k: int) -> int:

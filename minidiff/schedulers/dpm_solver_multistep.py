@@ -24,9 +24,21 @@ from torch import Generator, Tensor
 from minidiff.random import randn
 from minidiff.schedulers.base import Plan, SchedulerOutput, Update
 from minidiff.schedulers.configured import records_config
-from minidiff.schedulers.dpm_solver import DpmSolver, Step, Transitions, remembered
-from minidiff.schedulers.prediction import linear
+from minidiff.schedulers.dpm_solver import EVERYTHING, NOTHING, DpmSolver, Step, Transitions, remembered
+from minidiff.schedulers.prediction import Scalar, linear
 from minidiff.schedulers.sigma_space import wide
+
+
+def differences(ms: Sequence[Tensor], ratios: Sequence[Scalar]) -> tuple[Tensor, ...]:
+    """Return D_0, D_1, D_2 of the predictions, newest first: one and as many more as ``ratios`` are made for."""
+    if not ratios:
+        return (ms[0],)
+    d10 = ratios[0] * (ms[0] - ms[1])
+    if len(ratios) == 1:
+        return ms[0], d10
+    _, per_r1, share, per_both = ratios
+    change = d10 - per_r1 * (ms[1] - ms[2])  # D_10 - D_11
+    return ms[0], d10 + share * change, per_both * change
 
 
 class DPMSolverMultistepScheduler(DpmSolver):
@@ -77,10 +89,10 @@ class DPMSolverMultistepScheduler(DpmSolver):
     def _steps(self, plan: Plan) -> tuple[Step, ...]:
         transitions = self._transitions(plan)
         h = transitions.lam.diff().tolist()
-        alpha, sigma = transitions.alpha.tolist(), self._seen_sigma(plan, transitions.sigma)
+        alpha, sigma = transitions.alpha, self._seen_sigma(plan, transitions.sigma)
         steps = []
         for k in range(len(plan.times)):
-            order = self._order(plan, h, k)
+            order = self._order(plan, h, k) if h[k] else 1
             steps.append(Step(alpha[k], sigma[k], order, *self._coefficients(transitions, k, order, h[k])))
         return tuple(steps)
 
@@ -95,23 +107,21 @@ class DPMSolverMultistepScheduler(DpmSolver):
 
     def _coefficients(
         self, transitions: Transitions, k: int, order: int, h: float
-    ) -> tuple[float, tuple[float, ...], float]:
-        """Return the coefficients of x, of the predictions (newest first) and of the noise."""
+    ) -> tuple[Scalar, tuple[Scalar, ...], tuple[Scalar, ...], Scalar]:
+        """Return the coefficients of x and of the differences, what these are made with, and that of the noise."""
         if not h:  # between equal levels nothing moves; the formulas are 0 / 0
-            return 1.0, (0.0,), 0.0
+            return EVERYTHING, (NOTHING,), (), NOTHING
         w = transitions.weights(k, k + 1)
         if order == 1:
-            return w.to_x, (w.d0,), w.std
+            return w.to_x, (w.d0,), (), w.std
         r0 = transitions.ratio(k, k - 1, k, k + 1)
-        per_r0 = (1.0 / r0).item()
+        per_r0 = 1.0 / r0
         if order == 2:
-            d1 = (w.half if self.config.solver_type == "midpoint" else w.d1) * per_r0
-            return w.to_x, (w.d0 + d1, -d1), w.std
+            d1 = w.half if self.config.solver_type == "midpoint" else w.d1
+            return w.to_x, (w.d0, d1), (per_r0,), w.std
         r1 = transitions.ratio(k - 1, k - 2, k, k + 1)
-        per_r1, per_both, share = (1.0 / r1).item(), (1.0 / (r0 + r1)).item(), (r0 / (r0 + r1)).item()
-        newer = (w.d1 * (1 + share) + w.d2 * per_both) * per_r0  # of D_10 = (m_0 - m_1) / r_0
-        older = -(w.d1 * share + w.d2 * per_both) * per_r1  # of D_11 = (m_1 - m_2) / r_1
-        return w.to_x, (w.d0 + newer, older - newer, -older), w.std
+        ratios = (per_r0, 1.0 / r1, r0 / (r0 + r1), 1.0 / (r0 + r1))
+        return w.to_x, (w.d0, w.d1, w.d2), ratios, w.std
 
     def draw_noise(
         self, plan: Plan, i: int, x: Tensor, generator: Generator | Sequence[Generator] | None = None
@@ -125,7 +135,7 @@ class DPMSolverMultistepScheduler(DpmSolver):
         step = plan.steps[i]
         m = self._prediction(plan, i, x, out)
         ms = (m, *past)[: self.config.solver_order]
-        terms = [(step.to_x, wide(x)), *zip(step.to_m, ms, strict=False)]
+        terms = [(step.to_x, wide(x)), *zip(step.d, differences(ms, step.ratios), strict=True)]
         if self.wants_noise(plan, i):
             terms.append((step.std, noise))
         return Update(linear(*terms).to(m.dtype), ms)

@@ -22,8 +22,8 @@ from torch import Tensor
 
 from minidiff.schedulers.base import Plan, Update
 from minidiff.schedulers.configured import records_config
-from minidiff.schedulers.dpm_solver import DpmSolver, Step, Transitions, remembered
-from minidiff.schedulers.prediction import linear
+from minidiff.schedulers.dpm_solver import EVERYTHING, NOTHING, DpmSolver, Step, Transitions, remembered
+from minidiff.schedulers.prediction import Scalar, linear
 
 
 class Past(NamedTuple):
@@ -31,6 +31,19 @@ class Past(NamedTuple):
 
     x: Tensor | None = None  # where the group began
     m: tuple[Tensor, ...] = ()  # predictions, newest first
+
+
+def differences(ms: Sequence[Tensor], ratios: Sequence[Scalar]) -> tuple[Tensor, ...]:
+    """Return D_0, D_1, D_2 of a group's predictions, newest first: one and as many more as ``ratios`` are made for."""
+    first = ms[-1]
+    if not ratios:
+        return (first,)
+    d11 = ratios[0] * (ms[0] - first)
+    if len(ratios) == 1:
+        return first, d11
+    _, per_r1, r0, r1, between = ratios
+    d10 = per_r1 * (ms[1] - first)
+    return first, (r0 * d10 - r1 * d11) / between, 2.0 * (d11 - d10) / between
 
 
 class DPMSolverSinglestepScheduler(DpmSolver):
@@ -74,7 +87,7 @@ class DPMSolverSinglestepScheduler(DpmSolver):
     def _steps(self, plan: Plan) -> tuple[Step, ...]:
         transitions = self._transitions(plan)
         h = transitions.lam.diff().tolist()
-        alpha, sigma = transitions.alpha.tolist(), self._seen_sigma(plan, transitions.sigma)
+        alpha, sigma = transitions.alpha, self._seen_sigma(plan, transitions.sigma)
         steps = []
         for k, place in enumerate(self._places(len(plan.times))):
             # A run that begins within a group has less to go by; so have predictions at equal levels.
@@ -97,26 +110,23 @@ class DPMSolverSinglestepScheduler(DpmSolver):
 
     def _coefficients(
         self, transitions: Transitions, k: int, order: int, h: float
-    ) -> tuple[float, tuple[float, ...], float]:
-        """Return the coefficients of x, of the predictions (newest first) and of the noise."""
+    ) -> tuple[Scalar, tuple[Scalar, ...], tuple[Scalar, ...], Scalar]:
+        """Return the coefficients of x and of the differences, what these are made with, and that of the noise."""
         if not h and order == 1:
-            return 1.0, (0.0,), 0.0
+            return EVERYTHING, (NOTHING,), (), NOTHING
         s, t, midpoint = k - order + 1, k + 1, self.config.solver_type == "midpoint"
         w = transitions.weights(s, t)
         if order == 1:
-            return w.to_x, (w.d0,), w.std
+            return w.to_x, (w.d0,), (), w.std
         r0 = transitions.ratio(k, s, s, t)
-        per_r0 = (1.0 / r0).item()
+        per_r0 = 1.0 / r0
         if order == 2:
-            d1 = (w.half if midpoint else w.d1) * per_r0
-            return w.to_x, (d1, w.d0 - d1), w.std
+            return w.to_x, (w.d0, w.half if midpoint else w.d1), (per_r0,), w.std
         if midpoint:
-            return w.to_x, (w.d1 * per_r0, 0.0, w.d0 - w.d1 * per_r0), w.std
+            return w.to_x, (w.d0, w.d1), (per_r0,), w.std
         r1 = transitions.ratio(k - 1, s, s, t)
-        between = (r0 - r1).item()
-        older = (w.d1 * r0.item() - 2.0 * w.d2) / between * (1.0 / r1).item()  # of D_10 = (m_1 - m_2) / r_1
-        newer = (2.0 * w.d2 - w.d1 * r1.item()) / between * per_r0  # of D_11 = (m_0 - m_2) / r_0
-        return w.to_x, (newer, older, w.d0 - newer - older), w.std
+        ratios = (per_r0, 1.0 / r1, r0, r1, r0 - r1)
+        return w.to_x, (w.d0, w.d1, w.d2), ratios, w.std
 
     def _update(
         self, plan: Plan, i: int, x: Tensor, out: Tensor, past: tuple[Any, ...], noise: Tensor | None
@@ -124,7 +134,7 @@ class DPMSolverSinglestepScheduler(DpmSolver):
         step, past = plan.steps[i], Past(*past)
         ms = (self._prediction(plan, i, x, out), *past.m)[: self.config.solver_order]
         begin = x if step.order == 1 else past.x
-        terms = [(step.to_x, begin), *zip(step.to_m, ms, strict=False)]
+        terms = [(step.to_x, begin), *zip(step.d, differences(ms[: step.order], step.ratios), strict=True)]
         if self.wants_noise(plan, i):
             terms.append((step.std, noise))
         return Update(linear(*terms), Past(begin, ms))

@@ -2,7 +2,7 @@
 
     sigma_hat = sigma (1 + gamma)                                   gamma > 0 only within [s_tmin, s_tmax]
     y_hat     = y + sqrt(sigma_hat² - sigma²) s_noise noise         churn: put some noise back first
-    y'        = (sigma' / sigma_hat) y_hat + (1 - sigma' / sigma_hat) x0
+    y'        = y_hat + (sigma' - sigma_hat) (y_hat - x0) / sigma_hat
 
 Karras et al. 2022, https://arxiv.org/abs/2206.00364, Algorithm 2 without its second-order correction. Checked against
 ``diffusers.EulerDiscreteScheduler``. Without churn it is DDIM (eta = 0).
@@ -19,7 +19,7 @@ from torch import Generator, Tensor
 from minidiff import noise_schedule
 from minidiff.schedulers.base import Grid, Plan, SchedulerOutput, Update
 from minidiff.schedulers.configured import records_config
-from minidiff.schedulers.prediction import linear
+from minidiff.schedulers.prediction import Scalar
 from minidiff.schedulers.sigma_space import Level, SigmaSpaceScheduler, levels, wide
 
 
@@ -27,9 +27,10 @@ class Step(NamedTuple):
     """The numbers of one Euler step."""
 
     level: Level
-    sigma_hat: float  # after churn
-    churn: float  # standard deviation of the noise put back
-    move: float  # (sigma' - sigma_hat) / sigma_hat
+    sigma_hat: Scalar  # after churn
+    churn: Scalar  # sqrt(sigma_hat² - sigma²)
+    move: Scalar  # sigma' - sigma_hat
+    churns: bool
 
 
 class EulerDiscreteScheduler(SigmaSpaceScheduler):
@@ -99,22 +100,22 @@ class EulerDiscreteScheduler(SigmaSpaceScheduler):
         churned = (options["s_tmin"] <= sigma) & (sigma <= options["s_tmax"])
         gamma = torch.where(churned, min(options["s_churn"] / (len(plan.sigmas) - 1), 2**0.5 - 1), 0.0)
         hat = sigma * (gamma + 1)
-        columns = (hat, options["s_noise"] * ((hat**2 - sigma**2) ** 0.5).double(), (following - hat).double() / hat)
-        numbers = zip(*(column.tolist() for column in columns), strict=True)
-        return tuple(Step(level, *rest) for level, rest in zip(levels(sigma), numbers, strict=True))
+        columns = (hat, (hat**2 - sigma**2) ** 0.5, following - hat)
+        return tuple(map(Step, levels(sigma), *columns, (hat > sigma).tolist()))
 
     def wants_noise(self, plan: Plan, i: int) -> bool:
-        return plan.steps[i].sigma_hat > plan.steps[i].level.sigma
+        return plan.steps[i].churns
 
     def _update(
         self, plan: Plan, i: int, x: Tensor, out: Tensor, past: tuple[Any, ...], noise: Tensor | None
     ) -> Update:
         step, y = plan.steps[i], wide(x)
         if self.wants_noise(plan, i):
-            y = y + step.churn * wide(noise)
+            y = y + noise * plan.options["s_noise"] * step.churn
         # eps belongs to the churned level, v (which the reference does not move) to the one before.
         x0 = self._x0(step.level._replace(sigma=step.sigma_hat), y, out)
-        return Update(linear((1 + step.move, y), (-step.move, x0)).to(out.dtype), (), x0)
+        slope = (y - x0) / step.sigma_hat
+        return Update((y + slope * step.move).to(out.dtype), (), x0)
 
     def step(
         self,

@@ -2,7 +2,7 @@
 
     sigma_up²   = sigma'² (sigma² - sigma'²) / sigma²               what DDPM would add
     sigma_down² = sigma'² - sigma_up²
-    y'          = (sigma_down / sigma) y + (1 - sigma_down / sigma) x0 + sigma_up noise
+    y'          = y + (sigma_down - sigma) (y - x0) / sigma + sigma_up noise
 
 From k-diffusion (https://github.com/crowsonkb/k-diffusion). Checked against
 ``diffusers.EulerAncestralDiscreteScheduler``. It is DDIM with eta = 1, so DDPM, written in sigma.
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from minidiff.schedulers.base import Grid, Plan, Update
 from minidiff.schedulers.configured import records_config
-from minidiff.schedulers.prediction import linear
+from minidiff.schedulers.prediction import Scalar
 from minidiff.schedulers.sigma_space import Level, SigmaSpaceScheduler, levels, wide
 
 
@@ -25,8 +25,8 @@ class Step(NamedTuple):
     """The numbers of one Euler ancestral step."""
 
     level: Level
-    move: float  # (sigma_down - sigma) / sigma
-    up: float  # sigma_up
+    move: Scalar  # sigma_down - sigma
+    up: Scalar  # sigma_up
 
 
 def ancestral(sigma: Tensor, following: Tensor) -> tuple[Tensor, Tensor]:
@@ -66,8 +66,7 @@ class EulerAncestralDiscreteScheduler(SigmaSpaceScheduler):
     def _steps(self, plan: Plan) -> tuple[Step, ...]:
         sigma = plan.sigmas[:-1]
         down, up = ancestral(sigma, plan.sigmas[1:])
-        numbers = zip(((down - sigma).double() / sigma).tolist(), up.tolist(), strict=True)
-        return tuple(Step(level, *rest) for level, rest in zip(levels(sigma), numbers, strict=True))
+        return tuple(map(Step, levels(sigma), down - sigma, up))
 
     def wants_noise(self, plan: Plan, i: int) -> bool:
         return True
@@ -77,4 +76,5 @@ class EulerAncestralDiscreteScheduler(SigmaSpaceScheduler):
     ) -> Update:
         step, y = plan.steps[i], wide(x)
         x0 = self._x0(step.level, y, out)
-        return Update(linear((1 + step.move, y), (-step.move, x0), (step.up, wide(noise))).to(out.dtype), (), x0)
+        slope = (y - x0) / step.level.sigma
+        return Update((y + slope * step.move + noise * step.up).to(out.dtype), (), x0)

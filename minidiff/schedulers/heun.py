@@ -18,8 +18,8 @@ from torch import Tensor
 from minidiff import noise_schedule
 from minidiff.schedulers.base import Grid, Plan, Update
 from minidiff.schedulers.configured import records_config
-from minidiff.schedulers.prediction import Clip, linear
-from minidiff.schedulers.sigma_space import Level, SigmaSpaceScheduler, levels, wide
+from minidiff.schedulers.prediction import Clip, Scalar
+from minidiff.schedulers.sigma_space import Level, SigmaSpaceScheduler, levels
 
 
 class Step(NamedTuple):
@@ -27,7 +27,7 @@ class Step(NamedTuple):
 
     level: Level
     corrects: bool  # the second evaluation of a step
-    move: float  # sigma' - sigma of the whole step
+    move: Scalar  # sigma' - sigma of the whole step
 
 
 class HeunDiscreteScheduler(SigmaSpaceScheduler):
@@ -67,7 +67,7 @@ class HeunDiscreteScheduler(SigmaSpaceScheduler):
         )
 
     def _steps(self, plan: Plan) -> tuple[Step, ...]:
-        moves = plan.sigmas.diff().tolist()
+        moves = plan.sigmas.diff().unbind()
         corrects = [(i - plan.start) % 2 == 1 for i in range(len(moves))]
         moves = [moves[i - 1] if second else moves[i] for i, second in enumerate(corrects)]
         return tuple(map(Step, levels(plan.sigmas[:-1]), corrects, moves))
@@ -78,11 +78,10 @@ class HeunDiscreteScheduler(SigmaSpaceScheduler):
     def _update(
         self, plan: Plan, i: int, x: Tensor, out: Tensor, past: tuple[Any, ...], noise: Tensor | None
     ) -> Update:
-        step, y = plan.steps[i], wide(x)
-        x0 = self._x0(step.level, y, out)
-        slope = (y - x0) / step.level.sigma
+        step = plan.steps[i]
+        x0 = self._x0(step.level, x, out)
+        slope = (x - x0) / step.level.sigma
         if not step.corrects:
-            return Update(torch.add(y, slope, alpha=step.move).to(out.dtype), (y, slope), x0)
+            return Update(x + slope * step.move, (x, slope), x0)
         begin, first = past
-        y = linear((1.0, begin), (step.move / 2, first), (step.move / 2, slope))
-        return Update(y.to(out.dtype), (), x0)
+        return Update(begin + (first + slope) / 2 * step.move, (), x0)

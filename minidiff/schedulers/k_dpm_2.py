@@ -23,8 +23,8 @@ from minidiff import noise_schedule
 from minidiff.schedulers.base import Grid, Plan, Update
 from minidiff.schedulers.configured import records_config
 from minidiff.schedulers.euler_ancestral import ancestral
-from minidiff.schedulers.prediction import linear
-from minidiff.schedulers.sigma_space import Level, SigmaSpaceScheduler, levels, wide
+from minidiff.schedulers.prediction import Scalar
+from minidiff.schedulers.sigma_space import Level, SigmaSpaceScheduler, levels
 
 
 class Step(NamedTuple):
@@ -32,8 +32,8 @@ class Step(NamedTuple):
 
     level: Level  # of the network's input: sigma, then sigma_mid
     finishes: bool  # the second evaluation of a step
-    move: float  # from sigma to sigma_mid, then from sigma to sigma_to
-    up: float  # sigma_up
+    move: Scalar  # from sigma to sigma_mid, then from sigma to sigma_to
+    up: Scalar  # sigma_up
 
 
 class KDPM2DiscreteScheduler(SigmaSpaceScheduler):
@@ -86,28 +86,26 @@ class KDPM2DiscreteScheduler(SigmaSpaceScheduler):
         middle = self._middles(sigmas)
         middle[-1] = 0.0  # the last step goes all the way at once
         start, middle_at = levels(sigmas[:-1]), levels(middle)
-        first, whole, up = (middle - sigmas[:-1]).tolist(), (to - sigmas[:-1]).tolist(), up.tolist()
+        first, whole, nothing = middle - sigmas[:-1], to - sigmas[:-1], torch.zeros(())
         steps = []
         for i in range(len(plan.times)):
             n = (i + 1) // 2 if (i - plan.start) % 2 == 0 else (i - 1) // 2
             finishes = (i - plan.start) % 2 == 1
             steps.append(
-                Step(middle_at[n], True, whole[n], up[n]) if finishes else Step(start[n], False, first[n], 0.0)
+                Step(middle_at[n], True, whole[n], up[n]) if finishes else Step(start[n], False, first[n], nothing)
             )
         return tuple(steps)
 
     def _update(
         self, plan: Plan, i: int, x: Tensor, out: Tensor, past: tuple[Any, ...], noise: Tensor | None
     ) -> Update:
-        step, y = plan.steps[i], wide(x)
-        x0 = self._x0(step.level, y, out)
-        slope = (y - x0) / step.level.sigma
+        step = plan.steps[i]
+        x0 = self._x0(step.level, x, out)
+        slope = (x - x0) / step.level.sigma
         if not step.finishes:
-            return Update(torch.add(y, slope, alpha=step.move).to(out.dtype), (y,), x0)
-        terms = [(1.0, past[0]), (step.move, slope)]
-        if self.wants_noise(plan, i):
-            terms.append((step.up, wide(noise)))
-        return Update(linear(*terms).to(out.dtype), (), x0)
+            return Update(x + slope * step.move, (x,), x0)
+        x = past[0] + slope * step.move
+        return Update(x + noise * step.up if self.wants_noise(plan, i) else x, (), x0)
 
 
 class KDPM2AncestralDiscreteScheduler(KDPM2DiscreteScheduler):

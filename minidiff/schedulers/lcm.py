@@ -19,7 +19,7 @@ from minidiff.outputs import Output
 from minidiff.schedulers.base import Plan, Update
 from minidiff.schedulers.configured import records_config
 from minidiff.schedulers.consistency import ConsistencyScheduler
-from minidiff.schedulers.prediction import Clip, linear
+from minidiff.schedulers.prediction import Clip, Scalar, linear
 
 SIGMA_DATA = 0.5
 
@@ -27,12 +27,12 @@ SIGMA_DATA = 0.5
 class Step(NamedTuple):
     """The numbers of one LCM step."""
 
-    alpha: float  # sqrt(alpha_bar_t)
-    sigma: float  # sqrt(1 - alpha_bar_t)
-    skip: float  # c_skip
-    out: float  # c_out
-    to_denoised: float  # sqrt(alpha_bar_s)
-    to_noise: float  # sqrt(1 - alpha_bar_s)
+    alpha: Scalar  # sqrt(alpha_bar_t)
+    sigma: Scalar  # sqrt(1 - alpha_bar_t)
+    skip: Scalar  # c_skip
+    out: Scalar  # c_out
+    to_denoised: Scalar  # sqrt(alpha_bar_s)
+    to_noise: Scalar  # sqrt(1 - alpha_bar_s)
 
 
 @dataclass
@@ -83,7 +83,7 @@ class LCMScheduler(ConsistencyScheduler):
             alpha_bar_s.sqrt(),
             (1 - alpha_bar_s).sqrt(),
         )
-        return tuple(Step(*numbers) for numbers in zip(*(column.tolist() for column in columns), strict=True))
+        return tuple(Step(*numbers) for numbers in zip(*map(torch.unbind, columns), strict=True))
 
     def wants_noise(self, plan: Plan, i: int) -> bool:
         return not self._is_last(plan, i)

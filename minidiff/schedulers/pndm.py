@@ -24,13 +24,13 @@ from torch import Tensor
 from minidiff import noise_schedule
 from minidiff.schedulers.base import Grid, Plan, Scheduler, Update
 from minidiff.schedulers.configured import records_config
-from minidiff.schedulers.prediction import linear, predict_eps, predict_x0
+from minidiff.schedulers.prediction import Scalar, linear, predict_eps, predict_x0
 
-ADAMS_BASHFORTH = (  # by the number of outputs there are, newest first
-    (1,),
-    (3 / 2, -1 / 2),
-    (23 / 12, -16 / 12, 5 / 12),
-    (55 / 24, -59 / 24, 37 / 24, -9 / 24),
+ADAMS_BASHFORTH = (  # by the number of outputs there are, newest first, and what their sum is divided by
+    ((1,), 1),
+    ((3, -1), 2),
+    ((23, -16, 5), 12),
+    ((55, -59, 37, -9), 24),
 )
 RUNGE_KUTTA = (1 / 6, 1 / 3, 1 / 3, 1 / 6)
 
@@ -40,12 +40,13 @@ class Step(NamedTuple):
 
     stage: int | None  # 0-3 of a Runge-Kutta step, None in PLMS
     repeats: bool  # PLMS: take the step before once more, from where it began, with the mean of both its ends
-    alpha: float  # sqrt(a_t), where t is where the transfer begins
-    sigma: float  # sqrt(1 - a_t)
-    to_x: float  # sqrt(a_s / a_t)
-    to_e: float  # the coefficient of e
-    seen_alpha: float  # sqrt(a) and sqrt(1 - a) at the timestep that the network is told, which differs from t
-    seen_sigma: float  # in the later stages of Runge-Kutta
+    alpha: Scalar  # sqrt(a_t), where t is where the transfer begins
+    sigma: Scalar  # sqrt(1 - a_t)
+    to_x: Scalar  # sqrt(a_s / a_t)
+    gap: Scalar  # a_s - a_t
+    divisor: Scalar  # a_t sqrt(1 - a_s) + sqrt(a_t (1 - a_t) a_s)
+    seen_alpha: Scalar  # sqrt(a) and sqrt(1 - a) at the timestep that the network is told, which differs from t
+    seen_sigma: Scalar  # in the later stages of Runge-Kutta
 
 
 class Past(NamedTuple):
@@ -54,6 +55,13 @@ class Past(NamedTuple):
     outs: tuple[Tensor, ...] = ()  # network outputs, oldest first, at most 4
     x: Tensor | None = None  # where a step that takes several evaluations began
     total: Tensor | None = None  # the sum of its outputs so far, weighted
+
+
+def adams_bashforth(outs: Sequence[Tensor]) -> Tensor:
+    """Return the combination of the last outputs, oldest first, that extrapolates them over the next step."""
+    numerators, divisor = ADAMS_BASHFORTH[len(outs) - 1]
+    total = linear(*zip(numerators, reversed(outs), strict=True))
+    return total / divisor if divisor < 24 else 1 / 24 * total  # the reference's last bits
 
 
 class PNDMScheduler(Scheduler):
@@ -123,12 +131,12 @@ class PNDMScheduler(Scheduler):
             a_t**0.5,
             (1 - a_t) ** 0.5,
             (a_s / a_t) ** 0.5,
-            -(a_s - a_t).double() / (a_t * (1 - a_s) ** 0.5 + (a_t * (1 - a_t) * a_s) ** 0.5).double(),
+            a_s - a_t,
+            a_t * (1 - a_s) ** 0.5 + (a_t * (1 - a_t) * a_s) ** 0.5,
             a_seen**0.5,
             (1 - a_seen) ** 0.5,
         )
-        numbers = zip(*(column.tolist() for column in columns), strict=True)
-        return tuple(Step(stage, repeat, *rest) for stage, repeat, rest in zip(stages, repeats, numbers, strict=True))
+        return tuple(map(Step, stages, repeats, *columns))
 
     def _move(self, plan: Plan, k: int) -> tuple[int | None, bool, int, int]:
         """Return the stage of the run's k-th step, whether it repeats, and the timesteps it goes from and to.
@@ -147,7 +155,7 @@ class PNDMScheduler(Scheduler):
 
     def denoised(self, plan: Plan, i: int, x: Tensor, out: Tensor) -> Tensor:
         step = plan.steps[i]
-        return predict_x0(self.config.prediction_type, x, out, step.seen_alpha, step.seen_sigma)
+        return predict_x0(self._predicts, x, out, step.seen_alpha, step.seen_sigma)
 
     def _update(
         self, plan: Plan, i: int, x: Tensor, out: Tensor, past: tuple[Any, ...], noise: Tensor | None
@@ -159,10 +167,10 @@ class PNDMScheduler(Scheduler):
             e, x, past = (out + past.outs[-1]) / 2, past.x, Past(past.outs)
         else:
             outs = (*past.outs[-3:], out)
-            e = linear(*zip(ADAMS_BASHFORTH[len(outs) - 1], reversed(outs), strict=True))
+            e = adams_bashforth(outs)
             past = Past(outs, x if len(outs) == 1 else None)
-        eps = predict_eps(self.config.prediction_type, x, e, step.alpha, step.sigma)
-        return Update(linear((step.to_x, x), (step.to_e, eps)), past)
+        eps = predict_eps(self._predicts, x, e, step.alpha, step.sigma)
+        return Update(step.to_x * x - step.gap * eps / step.divisor, past)
 
     @staticmethod
     def _runge_kutta(stage: int, x: Tensor, out: Tensor, past: Past) -> tuple[Tensor, Tensor, Past]:
@@ -170,7 +178,7 @@ class PNDMScheduler(Scheduler):
         if stage == 0:
             past = Past((*past.outs, out), x, RUNGE_KUTTA[0] * out)
             return out, x, past
-        total = torch.add(past.total, out, alpha=RUNGE_KUTTA[stage])
+        total = past.total + RUNGE_KUTTA[stage] * out
         if stage < 3:
             return out, past.x, past._replace(total=total)
         return total, past.x, Past(past.outs)

@@ -7,7 +7,7 @@ With x = alpha x0 + sigma eps, a network may have been trained to return any of
     v_prediction     out = alpha eps - sigma x0              (Salimans & Ho 2022, https://arxiv.org/abs/2202.00512)
     flow_prediction  out = eps - x0, where alpha = 1 - sigma (Liu et al. 2022, https://arxiv.org/abs/2209.03003)
 
-alpha and sigma are Python floats, so that nothing here waits for a GPU. v_prediction assumes alpha² + sigma² = 1.
+alpha and sigma lie on the CPU, so that nothing here waits for a GPU. v_prediction assumes alpha² + sigma² = 1.
 """
 
 from collections.abc import Mapping
@@ -15,6 +15,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+# A number of a plan, () float32 on the CPU. To multiply a sample (on any device) by one is what the reference does, to
+# the last bit: in half precision ``scalar * x`` rounds the scalar too, ``x * scalar`` does not. It is also 1 µs faster
+# than to multiply by a Python float, 2 µs instead of 3 for a latent, and does not wait for a GPU.
+Scalar = Tensor
 
 
 class Clip(NamedTuple):
@@ -50,7 +55,7 @@ def dynamic_threshold(x0: Tensor, ratio: float, ceiling: float) -> Tensor:
     return (flat.clamp(-s, s) / s).reshape(x0.shape).to(x0.dtype)
 
 
-def predict_x0(kind: str, x: Tensor, out: Tensor, alpha: float, sigma: float) -> Tensor:
+def predict_x0(kind: str, x: Tensor, out: Tensor, alpha: Scalar, sigma: Scalar) -> Tensor:
     """Return the x0 that the network's output ``out`` implies at x = alpha x0 + sigma eps."""
     if kind == "epsilon":
         return (x - sigma * out) / alpha
@@ -64,22 +69,22 @@ def predict_x0(kind: str, x: Tensor, out: Tensor, alpha: float, sigma: float) ->
 
 
 def predict_x0_unscaled(
-    kind: str, y: Tensor, out: Tensor, sigma: float, scale: float, square: float, ratio: float
+    kind: str, y: Tensor, out: Tensor, sigma: Scalar, scale: Scalar, square: Scalar, ratio: Scalar
 ) -> Tensor:
     """Return the x0 that ``out`` implies at y = x0 + sigma eps, the sample of the solvers that do not scale it down.
 
     It is ``predict_x0`` of x = y / scale, with scale = sqrt(square), square = sigma² + 1 and ratio = sigma / scale.
     """
     if kind == "epsilon":
-        return torch.add(y, out, alpha=-sigma)  # y - sigma out in one pass over memory
+        return y - sigma * out
     if kind == "sample":
         return out
     if kind == "v_prediction":
-        return y / square - ratio * out
+        return y / square - out * ratio
     raise ValueError(f"prediction_type {kind!r} has no x0")
 
 
-def predict_eps(kind: str, x: Tensor, out: Tensor, alpha: float, sigma: float) -> Tensor:
+def predict_eps(kind: str, x: Tensor, out: Tensor, alpha: Scalar, sigma: Scalar) -> Tensor:
     """Return the noise that the network's output ``out`` implies at x = alpha x0 + sigma eps."""
     if kind == "epsilon":
         return out
@@ -90,10 +95,14 @@ def predict_eps(kind: str, x: Tensor, out: Tensor, alpha: float, sigma: float) -
     raise ValueError(f"prediction_type {kind!r} has no eps")
 
 
-def linear(*terms: tuple[float, Tensor]) -> Tensor:
-    """Return the sum of ``coefficient * tensor``: what every deterministic solver's step comes down to."""
+def linear(*terms: tuple[Scalar | float, Tensor]) -> Tensor:
+    """Return the sum of ``coefficient * tensor``, from left to right: what every solver's step comes down to.
+
+    Each product is rounded before it is added, as in the reference. ``total.add_(tensor, alpha=coefficient)`` is one
+    operation fewer and rounds once, which is other last bits; a steep run makes 1e-3 of 6e-8.
+    """
     (coefficient, tensor), *rest = terms
     total = coefficient * tensor
     for coefficient, tensor in rest:
-        total.add_(tensor, alpha=coefficient)  # in place is safe: `total` is nobody else's yet
+        total = total + coefficient * tensor
     return total

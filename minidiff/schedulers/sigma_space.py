@@ -19,23 +19,23 @@ from torch import Tensor
 
 from minidiff import noise_schedule
 from minidiff.schedulers.base import Plan, Scheduler
-from minidiff.schedulers.prediction import predict_x0_unscaled
+from minidiff.schedulers.prediction import Scalar, predict_x0_unscaled
 
 
 class Level(NamedTuple):
     """A noise level and what is worked out from it, in float32 as in the reference."""
 
-    sigma: float
-    scale: float  # sqrt(sigma² + 1)
-    square: float  # sigma² + 1
-    ratio: float  # sigma / sqrt(sigma² + 1)
+    sigma: Scalar
+    scale: Scalar  # sqrt(sigma² + 1)
+    square: Scalar  # sigma² + 1
+    ratio: Scalar  # sigma / sqrt(sigma² + 1)
 
 
 def levels(sigmas: Tensor) -> list[Level]:
     """Return the ``Level`` of each of sigmas (N,)."""
     square = sigmas**2 + 1
     columns = (sigmas, square**0.5, square, sigmas / square**0.5)
-    return [Level(*numbers) for numbers in zip(*(column.tolist() for column in columns), strict=True)]
+    return [Level(*numbers) for numbers in zip(*map(torch.unbind, columns), strict=True)]
 
 
 def wide(x: Tensor) -> Tensor:
@@ -110,7 +110,7 @@ class SigmaSpaceScheduler(Scheduler):
         return self._x0(plan.steps[i].level, wide(x), out)
 
     def _x0(self, level: Level, y: Tensor, out: Tensor) -> Tensor:
-        return predict_x0_unscaled(self.config.prediction_type, y, out, *level)
+        return predict_x0_unscaled(self._predicts, y, out, *level)
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """Return x0 + sigma noise at timesteps (B,): those of the run, or before ``set_timesteps`` of training."""

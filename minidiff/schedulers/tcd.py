@@ -21,18 +21,18 @@ from minidiff.outputs import Output
 from minidiff.schedulers.base import Plan, Update
 from minidiff.schedulers.configured import records_config
 from minidiff.schedulers.consistency import ConsistencyScheduler
-from minidiff.schedulers.prediction import Clip, linear, predict_eps
+from minidiff.schedulers.prediction import Clip, Scalar, linear, predict_eps
 
 
 class Step(NamedTuple):
     """The numbers of one TCD step."""
 
-    alpha: float  # sqrt(alpha_bar_t)
-    sigma: float  # sqrt(1 - alpha_bar_t)
-    to_x0: float  # sqrt(a_s')
-    to_eps: float  # sqrt(1 - a_s')
-    to_noised: float  # sqrt(a_s / a_s')
-    to_noise: float  # sqrt(1 - a_s / a_s')
+    alpha: Scalar  # sqrt(alpha_bar_t)
+    sigma: Scalar  # sqrt(1 - alpha_bar_t)
+    to_x0: Scalar  # sqrt(a_s')
+    to_eps: Scalar  # sqrt(1 - a_s')
+    to_noised: Scalar  # sqrt(a_s / a_s')
+    to_noise: Scalar  # sqrt(1 - a_s / a_s')
 
 
 @dataclass
@@ -92,7 +92,7 @@ class TCDScheduler(ConsistencyScheduler):
             (a_s / a_below).sqrt(),
             (1 - a_s / a_below).sqrt(),
         )
-        return tuple(Step(*numbers) for numbers in zip(*(column.tolist() for column in columns), strict=True))
+        return tuple(Step(*numbers) for numbers in zip(*map(torch.unbind, columns), strict=True))
 
     def wants_noise(self, plan: Plan, i: int) -> bool:
         return plan.options["eta"] > 0 and not self._is_last(plan, i)
@@ -104,7 +104,7 @@ class TCDScheduler(ConsistencyScheduler):
         self, plan: Plan, i: int, x: Tensor, out: Tensor, past: tuple[Any, ...], noise: Tensor | None
     ) -> Update:
         step, x0 = plan.steps[i], self.denoised(plan, i, x, out)
-        eps = predict_eps(self.config.prediction_type, x, out, step.alpha, step.sigma)
+        eps = predict_eps(self._predicts, x, out, step.alpha, step.sigma)
         noised = linear((step.to_x0, x0), (step.to_eps, eps))
         if not self.wants_noise(plan, i):
             return Update(noised, (), noised)

@@ -29,16 +29,34 @@ from minidiff.errors import ConfigError
 from minidiff.schedulers.base import Grid, Plan, Update
 from minidiff.schedulers.configured import records_config
 from minidiff.schedulers.log_snr import LogSnrScheduler
-from minidiff.schedulers.prediction import Clip, linear, predict_eps, predict_x0
+from minidiff.schedulers.prediction import Clip, Scalar, linear, predict_eps, predict_x0
+
+
+class Transition(NamedTuple):
+    """The numbers of one transition."""
+
+    to_x: Scalar  # sigma_t / sigma_s
+    to_m: Scalar  # alpha_t (e^z - 1)
+    to_rest: Scalar  # alpha_t B(h)
+    rho: tuple[Scalar, ...]  # of the differences; the corrector has one more, for m_t
+    r: tuple[Scalar, ...]
+
+    def __call__(self, x: Tensor, ms: Sequence[Tensor], m_t: Tensor | None = None) -> Tensor:
+        """Take it from x (B, ...) with the predictions ``ms``, newest first, and in the corrector m_t."""
+        differences = [(m - ms[0]) / r for r, m in zip(self.r, ms[1:], strict=False)]  # older ones are not used
+        if m_t is not None:
+            differences.append(m_t - ms[0])
+        x = self.to_x * x - self.to_m * ms[0]
+        return x - self.to_rest * linear(*zip(self.rho, differences, strict=True)) if differences else x
 
 
 class Step(NamedTuple):
-    """The numbers of one UniPC step: coefficients of linear combinations, newest prediction first."""
+    """The numbers of one UniPC step."""
 
-    alpha: float  # x = alpha x0 + sigma eps
-    sigma: float
-    corrector: tuple[float, ...] | None  # of the last x, this prediction and those before it
-    predictor: tuple[float, ...]  # of x, this prediction and those before it
+    alpha: Scalar  # x = alpha x0 + sigma eps
+    sigma: Scalar
+    corrector: Transition | None  # to the noise level of this step, once more
+    predictor: Transition  # to the next
 
 
 class Past(NamedTuple):
@@ -174,8 +192,8 @@ class UniPCMultistepScheduler(LogSnrScheduler):
             corrects = k > plan.start and k - 1 not in self.config.disable_corrector
             steps.append(
                 Step(
-                    alpha[k].item(),
-                    seen[k].item(),
+                    alpha[k],
+                    seen[k],
                     transitions.corrector(k - 1, orders[k - 1]) if corrects else None,
                     transitions.predictor(k, orders[k]),
                 )
@@ -202,7 +220,7 @@ class UniPCMultistepScheduler(LogSnrScheduler):
 
     def denoised(self, plan: Plan, i: int, x: Tensor, out: Tensor) -> Tensor:
         step = plan.steps[i]
-        x0 = predict_x0(self.config.prediction_type, x, out, step.alpha, step.sigma)
+        x0 = predict_x0(self._predicts, x, out, step.alpha, step.sigma)
         return self._clip(x0) if self.config.predict_x0 else x0
 
     def _update(
@@ -212,19 +230,15 @@ class UniPCMultistepScheduler(LogSnrScheduler):
         if self.config.predict_x0:
             m = self.denoised(plan, i, x, out)
         else:
-            m = predict_eps(self.config.prediction_type, x, out, step.alpha, step.sigma)
-        ms = (m, *past.m)[: self.config.solver_order + 1]
+            m = predict_eps(self._predicts, x, out, step.alpha, step.sigma)
+        ms = (m, *past.m)[: self.config.solver_order]
         if step.corrector is not None:
-            x = _combine(step.corrector, past.x, ms)
-        return Update(_combine(step.predictor, x, ms), Past(x, ms[: self.config.solver_order]))
-
-
-def _combine(coefficients: tuple[float, ...], x: Tensor, ms: tuple[Tensor, ...]) -> Tensor:
-    return linear((coefficients[0], x), *zip(coefficients[1:], ms, strict=False))  # older predictions are not used
+            x = step.corrector(past.x, past.m, m)
+        return Update(step.predictor(x, ms), Past(x, ms))
 
 
 class _Transitions:
-    """The coefficients of every transition between neighbouring noise levels, in float32 as in the reference."""
+    """Makes every transition between neighbouring noise levels, in float32 as in the reference."""
 
     def __init__(self, alpha: Tensor, sigma: Tensor, predict_x0: bool, solver_type: str) -> None:
         self.lam = alpha.log() - sigma.log()  # (N + 1,)
@@ -235,33 +249,32 @@ class _Transitions:
         growth = torch.expm1(self.z)
         self.b_h = self.z if solver_type == "bh1" else growth
         self.growth = growth / self.z  # phi_1(z)
-        self.to_x = (sigma[1:] / sigma[:-1]).tolist()
+        self.to_x = sigma[1:] / sigma[:-1]
         # The last transition of eps to sigma = 0 is 0 times infinity; its limit is sigma_s alpha_t / alpha_s.
         drift = alpha[1:] * growth
-        self.to_m = (-torch.where(drift.isnan(), sigma[1:] * alpha[:-1] / sigma[:-1], drift)).tolist()
-        self.scale = (-(alpha[1:] * self.b_h)).tolist()
+        self.to_m = torch.where(drift.isnan(), sigma[1:] * alpha[:-1] / sigma[:-1], drift)
+        self.to_rest = alpha[1:] * self.b_h
 
-    def predictor(self, k: int, order: int) -> tuple[float, ...]:
-        """Return the coefficients of x, m_0, m_1 ... of the UniP transition k."""
+    def predictor(self, k: int, order: int) -> Transition:
+        """Return the UniP transition k."""
         ratios = self._ratios(k, order)
         if order < 3:
-            rho = [0.5] * (order - 1)  # the paper's simplification for order 2
+            rho = torch.full((order - 1,), 0.5)  # the paper's simplification for order 2
         else:
             matrix, b = self._system(k, ratios, order)
-            rho = torch.linalg.solve(matrix[:-1, :-1], b[:-1]).tolist()
-        to_older = [self.scale[k] * weight / r.item() for weight, r in zip(rho, ratios, strict=True)]
-        return (self.to_x[k], self.to_m[k] - sum(to_older), *to_older)
+            rho = torch.linalg.solve(matrix[:-1, :-1], b[:-1])
+        return self._transition(k, rho, ratios)
 
-    def corrector(self, k: int, order: int) -> tuple[float, ...]:
-        """Return the coefficients of x, m_t, m_0, m_1 ... of the UniC transition k."""
+    def corrector(self, k: int, order: int) -> Transition:
+        """Return the UniC transition k."""
         ratios = self._ratios(k, order)
-        if not self.h[k]:
-            return (1.0, 0.0)
-        rho = [0.5] if order == 1 else torch.linalg.solve(*self._system(k, ratios, order)).tolist()
-        *to_older, to_new = (
-            self.scale[k] * weight / r for weight, r in zip(rho, [*(r.item() for r in ratios), 1.0], strict=True)
-        )
-        return (self.to_x[k], to_new, self.to_m[k] - sum(to_older) - to_new, *to_older)
+        rho = torch.full((1,), 0.5) if order == 1 else torch.linalg.solve(*self._system(k, ratios, order))
+        return self._transition(k, rho, ratios)
+
+    def _transition(self, k: int, rho: Tensor, ratios: Sequence[Scalar]) -> Transition:
+        # Without differences there is no rest; to a noise level of 0 its coefficient may be infinite.
+        to_rest = self.to_rest[k] if len(rho) else torch.zeros(())
+        return Transition(self.to_x[k], self.to_m[k], to_rest, rho.unbind(), tuple(ratios))
 
     def _ratios(self, k: int, order: int) -> list[Tensor]:
         """Return r_1 ... r_{p-1}, where the older predictions lie in units of this transition."""

@@ -199,7 +199,7 @@ def _check_last(kind: str, options: Options, scheduler: Any, sigmas: Tensor) -> 
 
 
 def _numbers(step: Any) -> Iterator[float]:
-    if isinstance(step, int | float):
+    if isinstance(step, int | float | Tensor):
         yield float(step)
     elif isinstance(step, tuple):
         for part in step:
