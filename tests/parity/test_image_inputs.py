@@ -1,6 +1,10 @@
 """Pictures and masks that pipelines begin with, bit for bit as the reference prepares them."""
 
 import warnings
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import numpy as np
@@ -9,7 +13,8 @@ import torch
 from PIL import Image
 from theirs import diffusers
 
-from minidiff.pipelines.image_inputs import VaeImageProcessor, mask_tensor, to_tensor
+from minidiff import VaeImageProcessor, load_image
+from minidiff.pipelines.image_inputs import mask_tensor, to_tensor
 from minidiff.pipelines.image_regions import RESIZE_MODES
 
 RNG = np.random.default_rng(0)
@@ -189,3 +194,35 @@ def test_pipelines_cut_out_so(mode: str) -> None:
     options = {"height": 20, "width": 32, "resize_mode": "fill", "crops_coords": (3, 1, 43, 35)}
     ours = to_tensor(picture(mode), 4, 4, height=20, width=32, region=(3, 1, 43, 35))
     assert_equal(ours, theirs.preprocess(picture(mode), **options))
+
+
+class Quiet(SimpleHTTPRequestHandler):
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+def saved(folder: Path, name: str) -> Path:
+    """Write a picture as a camera does that lies on its side, or with transparency."""
+    if name.endswith(".jpg"):
+        note = Image.Exif()
+        note[0x0112] = 6  # the top of the scene is at the right
+        picture().save(folder / name, exif=note)
+    else:
+        picture("RGBA").save(folder / name)
+    return folder / name
+
+
+@pytest.mark.parametrize("name", ["turned.jpg", "transparent.png"])
+def test_load_image(name: str, tmp_path: Path) -> None:
+    """From a path, an address and a PIL picture; upright and in RGB, or as a function has it."""
+    path = str(saved(tmp_path, name))
+    handler = partial(Quiet, directory=tmp_path)
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        for source in (path, f"http://127.0.0.1:{server.server_port}/{name}", Image.open(path)):
+            for convert in ({}, {"convert_method": lambda one: one.convert("L").rotate(90)}):
+                ours = load_image(source, **convert)
+                theirs = diffusers.utils.load_image(source, **convert)
+                assert ours.mode == theirs.mode and np.array_equal(np.asarray(ours), np.asarray(theirs))
+        server.shutdown()
+    assert load_image(Path(path)).size == ((37, 45) if name == "turned.jpg" else (45, 37))
