@@ -158,4 +158,4 @@ class MemorySavers:
 def _empty_cache(device: torch.device) -> None:
     """Give back what torch keeps of the memory that the networks took on the device before."""
     if device.type not in ("cpu", "meta"):
-        torch.get_device_module(device).empty_cache()
+        getattr(torch, device.type).empty_cache()

@@ -250,6 +250,12 @@ def _settle(network: nn.Module, offload: Offload) -> None:
         )
 
 
+def accelerator() -> str | None:
+    """Return the kind of accelerator that torch can use here, in the reference's order; None if there is none."""
+    available = {"cuda": torch.cuda, "xpu": torch.xpu, "mps": torch.backends.mps}
+    return next((kind for kind, module in available.items() if module.is_available()), None)
+
+
 def execution_device(method: str, gpu_id: int | None, device: torch.device | str | None) -> torch.device:
     """Return the device that offloaded networks compute on, by default the first accelerator.
 
@@ -257,11 +263,9 @@ def execution_device(method: str, gpu_id: int | None, device: torch.device | str
         ValueError: if both ``gpu_id`` and the index of a device are given.
         RuntimeError: if there is no such device.
     """
+    device = accelerator() if device is None else device
     if device is None:
-        device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-        if device is None:
-            raise RuntimeError(f"{method} needs an accelerator, and torch finds none; leave the call out")
-        device = torch.device(device.type)
+        raise RuntimeError(f"{method} needs an accelerator, and torch finds none; leave the call out")
     wanted = torch.device(device)
     if gpu_id is not None and wanted.index is not None:
         raise ValueError(f"{method}: give gpu_id={gpu_id} or the index in device={str(device)!r}, not both")
