@@ -150,12 +150,15 @@ def test_pictures_are_put_on_white(training, tmp_path):
     assert pixels[:, 0, 0].tolist() == [255, 255, 255]
 
 
-def test_spread_timesteps_are_one_from_each_part_and_uniform(training):
+def test_spread_timesteps_are_one_from_each_part_and_denser_late(training):
     spread, rng = training("train_emoji32").spread_timesteps, torch.Generator().manual_seed(0)
     draws = torch.stack([spread(8, 1000, rng) for _ in range(4000)])
-    assert (draws // 125 == torch.arange(8)).all()
-    counts = (draws % 125).flatten().bincount(minlength=125)  # 256 expected, deviation 45: 8 from the same number
-    assert counts.min() > 80 and counts.max() < 430
+    ends = 1000 * (torch.arange(9) / 8).sqrt()
+    assert (draws >= ends[:8].floor()).all() and (draws < ends[1:].ceil()).all()
+    assert abs(draws.float().mean() / 1000 - 2 / 3) < 0.002  # the mean of the density 2 t on [0, 1]
+    for part, low, high in zip(draws.T, ends, ends[1:], strict=False):  # the same within each part
+        u = (part.square() - low**2) / (high**2 - low**2)
+        assert abs(u.mean() - 0.5) < 0.03  # 6 standard deviations
 
 
 def test_shrink_averages_squares_of_four_pixels(training):
@@ -189,9 +192,9 @@ def test_export_writes_the_average_and_a_card_of_what_was_done(training, tmp_pat
     small = {"block_out_channels": [8, 8, 8, 8], "norm_num_groups": 4, "attention_head_dim": 4}
     monkeypatch.setattr(code, "UNET", code.UNET | small)
     live, average = code.UNet2DModel(**code.UNET), code.UNet2DModel(**code.UNET)
-    state.Run(tmp_path / "run", {"live": live, "average": average}, {}).save(120)
+    state.Run(tmp_path / "run", {"live": live, "average": average}, {}).save(1600)
     log = state.Log(tmp_path / "run", every=1)
-    settings = {"seed": 0, "steps": 120, "batch": 50, "lr": 1.0, "muon_lr": 2.0, "workers": 3}
+    settings = {"seed": 0, "steps": 1600, "batch": 50, "lr": 1.0, "muon_lr": 2.0, "workers": 3}
     log.write({"settings": settings, "pictures": 2000})
     log.add(0, loss=[0.25, 0.75])
 
@@ -201,7 +204,8 @@ def test_export_writes_the_average_and_a_card_of_what_was_done(training, tmp_pat
     for a, b in zip(ours.unet.parameters(), average.parameters(), strict=True):
         assert torch.equal(a, b.half().float())
     card = (tmp_path / "to" / "README.md").read_text(encoding="utf-8")
-    assert "120 steps, about 3 epochs. Settings: seed 0, steps 120, batch 50" in card
+    assert "1,600 steps of 50 pictures. Settings: seed 0, steps 1600, batch 50" in card
+    assert "the rest, 5 epochs" in card  # 200 steps after the earlier ones
     assert "| 1 | 0.5000 |" in card and "not measured yet" in card
 
 

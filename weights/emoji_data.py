@@ -24,6 +24,7 @@ class Emoji:
     file: str
     name: str  # the Unicode name in lower case: "sparkling heart"
     captions: tuple[str, ...]  # other texts for it: short names, "kind, name"
+    category: str = ""  # "Food & Drink"
 
 
 def read_emoji(folder: str | Path) -> list[Emoji]:
@@ -38,7 +39,7 @@ def read_emoji(folder: str | Path) -> list[Emoji]:
         )
     entries = [e for e in json.loads(index.read_text(encoding="utf-8")) if e["category"] not in _LEFT_OUT]
     entries = sorted((e for e in entries if e["has_img_google"]), key=lambda e: e["unified"])
-    return [Emoji(e["image"], e["name"].lower(), _captions(e)) for e in entries]
+    return [Emoji(e["image"], e["name"].lower(), _captions(e), e["category"]) for e in entries]
 
 
 def _captions(entry: dict) -> tuple[str, ...]:
