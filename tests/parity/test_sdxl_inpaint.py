@@ -78,8 +78,8 @@ GREYS = np.random.default_rng(1).integers(0, 256, (37, 45), dtype=np.uint8)
 RNG = seeded(5)
 EMBEDS, NEGATIVE = (torch.randn(1, 77, 40, generator=RNG, dtype=torch.float64) for _ in range(2))
 POOL, NEGATIVE_POOL = (torch.randn(1, POOLED, generator=RNG, dtype=torch.float64) for _ in range(2))
-OPTIONS = {"prompt": PROMPT, "image": PICTURE, "mask_image": MASK, "height": 32, "width": 32, "num_inference_steps": 4}
-OPTIONS |= {"strength": 0.75, "output_type": "np"}
+OPTIONS = {"prompt": PROMPT, "image": PICTURE, "mask_image": MASK, "height": 32, "width": 32, "num_inference_steps": 3}
+OPTIONS |= {"strength": 0.7, "output_type": "np"}  # two steps
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)
@@ -103,7 +103,7 @@ def test_schedulers_of_every_kind_with_a_trained_unet(trained: tuple[Any, Any], 
 @pytest.mark.parametrize("strength", [0.3, 0.5, 0.9999, 1.0])
 @pytest.mark.parametrize("name", ["DPMSolverMultistepScheduler", "HeunDiscreteScheduler"])
 def test_strengths(pipes: tuple[Any, Any], trained: tuple[Any, Any], name: str, strength: float) -> None:
-    options = OPTIONS | {"strength": strength}
+    options = OPTIONS | {"strength": strength, "num_inference_steps": 4}
     for both in (pipes, trained):
         results = [
             with_scheduler(pipe, library, name, lambda pipe: pipe(**options, generator=seeded()).images)
@@ -116,7 +116,7 @@ def test_strengths(pipes: tuple[Any, Any], trained: tuple[Any, Any], name: str, 
 def test_a_strength_that_leaves_no_step(pipes: tuple[Any, Any], strength: float) -> None:
     for pipe, message in zip(pipes, (f"strength={strength} of 4 steps leaves no step", "which is < 1"), strict=True):
         with pytest.raises(ValueError, match=message):
-            pipe(**OPTIONS | {"strength": strength})
+            pipe(**OPTIONS | {"strength": strength, "num_inference_steps": 4})
 
 
 CALLS: dict[str, dict[str, Any]] = {
@@ -142,7 +142,7 @@ CALLS: dict[str, dict[str, Any]] = {
     "masked latents given": {"masked_image_latents": OTHER},
     "latents as image, masked ones beside them": {"image": LATENTS, "masked_image_latents": OTHER},
     "taken over": {"image": LATENTS, "masked_image_latents": OTHER, "denoising_start": 0.5},
-    "the first half": {"denoising_end": 0.6},
+    "the first half": {"denoising_end": 0.6, "num_inference_steps": 6},
     "the middle of a run": {"denoising_start": 0.25, "denoising_end": 0.75},
     "PIL, and a grey mask": {"image": Image.fromarray(PIXELS), "mask_image": Image.fromarray(GREYS)},
     "PIL, and a coloured mask": {"image": Image.fromarray(PIXELS), "mask_image": Image.fromarray(255 - PIXELS)},
@@ -156,11 +156,28 @@ CALLS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # of pixels from -1 to 1, by both
-@pytest.mark.parametrize("channels", [4, 9])
 @pytest.mark.parametrize("name", CALLS)
-def test_every_argument(pipes: tuple[Any, Any], trained: tuple[Any, Any], name: str, channels: int) -> None:
-    both = pipes if channels == 4 else trained
-    assert_same(*(pipe(**OPTIONS | CALLS[name], generator=seeded()).images for pipe in both))
+def test_every_argument(pipes: tuple[Any, Any], name: str) -> None:
+    assert_same(*(pipe(**OPTIONS | CALLS[name], generator=seeded()).images for pipe in pipes))
+
+
+DIFFERENT = [  # where a UNet of 9 channels makes a difference: what is drawn, encoded and shown
+    "defaults",
+    "guidance off",
+    "two images, masks and prompts",
+    "noise given",
+    "masked latents given",
+    "latents as image, masked ones beside them",
+    "taken over",
+    "the middle of a run",
+    "arrays",
+    "everything masked",
+]
+
+
+@pytest.mark.parametrize("name", DIFFERENT)
+def test_every_argument_with_a_trained_unet(trained: tuple[Any, Any], name: str) -> None:
+    assert_same(*(pipe(**OPTIONS | CALLS[name], generator=seeded()).images for pipe in trained))
 
 
 def test_an_image_of_latents_alone(pipes: tuple[Any, Any]) -> None:
@@ -220,7 +237,7 @@ def test_callbacks_see_and_change_the_masks(trained: tuple[Any, Any]) -> None:
 
     def callback(pipe: Any, i: int, t: Any, tensors: dict[str, Any]) -> dict[str, Any]:
         seen[-1].append((i, float(t), {name: tuple(tensor.shape) for name, tensor in tensors.items()}))
-        if i == 1:
+        if i == 0:
             tensors["mask"] = 1 - tensors["mask"]
             tensors["masked_image_latents"] = tensors["masked_image_latents"] * 0.5
         return tensors
@@ -229,7 +246,7 @@ def test_callbacks_see_and_change_the_masks(trained: tuple[Any, Any]) -> None:
         seen.append([])
         options = {"callback_on_step_end": callback, "callback_on_step_end_tensor_inputs": names}
         results.append(pipe(**OPTIONS, **options, generator=seeded()).images)
-    assert seen[0] == seen[1] and len(seen[0]) == 3
+    assert seen[0] == seen[1] and len(seen[0]) == 2
     assert_same(*results)
 
 
@@ -238,7 +255,8 @@ def test_what_is_not_masked_is_kept(pipes: tuple[Any, Any]) -> None:
     ours, _ = pipes
     found = ours(**OPTIONS | {"image": LATENTS, "output_type": "latent"}, seed=2).images
     inside = torch.nn.functional.interpolate(MASK, size=(8, 8)).bool().expand_as(LATENTS)
-    assert torch.equal(found[~inside], LATENTS[~inside]) and not torch.isclose(found[inside], LATENTS[inside]).any()
+    image = LATENTS.float().double()  # the reference rounds images to float32
+    assert torch.equal(found[~inside], image[~inside]) and not torch.isclose(found[inside], image[inside]).any()
 
 
 def test_a_picture_depends_on_its_seed_and_its_images_alone(pipes: tuple[Any, Any], trained: tuple[Any, Any]) -> None:
@@ -257,7 +275,7 @@ def test_steps_yields_what_a_call_computes(pipes: tuple[Any, Any]) -> None:
     ours, _ = pipes
     options = {name: value for name, value in OPTIONS.items() if name != "output_type"} | {"seed": 3}
     steps = list(ours.steps(**options))
-    assert [step.index for step in steps] == [0, 1, 2]
+    assert [step.index for step in steps] == [0, 1]
     assert torch.equal(steps[-1].latents, ours(**options, output_type="latent").images)
 
 

@@ -42,6 +42,21 @@ def built(name: str, parts: dict[str, Any], unet: dict[str, Any], channels: int)
     return pipe
 
 
+@pytest.fixture(scope="module")
+def inpaint(base: dict[str, Any]) -> Any:
+    return built("StableDiffusionXLInpaintPipeline", base, BASE_UNET, 4)
+
+
+@pytest.fixture(scope="module")
+def edit(sd: dict[str, Any]) -> Any:
+    return built("StableDiffusionInstructPix2PixPipeline", sd, UNET, 8)
+
+
+@pytest.fixture(scope="module")
+def edit_xl(base: dict[str, Any]) -> Any:
+    return built("StableDiffusionXLInstructPix2PixPipeline", base, BASE_UNET, 8)
+
+
 Wrong = dict[str, tuple[dict[str, Any], type[Exception], str]]
 WRONG: Wrong = {
     "no image": ({"image": None}, ValueError, "needs an image"),
@@ -61,14 +76,14 @@ WRONG: Wrong = {
     "three masks for two images": (
         {"image": PICTURE.repeat(2, 1, 1, 1), "mask_image": MASK.repeat(3, 1, 1, 1), "num_images_per_prompt": 6},
         ValueError,
-        "2 images and 3 masks do not go together",
+        "3 masks and 2 images: give one mask, one image",
     ),
     "latents of another size": ({"image": torch.zeros(1, 4, 9, 8)}, ValueError, r"latents of an image.*\(B, C, 8, 8\)"),
     "noise of another size": ({"latents": torch.zeros(1, 4, 9, 8)}, ValueError, r"latents should be \(1, 4, 8, 8\)"),
     "masked latents of another size": (
         {"masked_image_latents": torch.zeros(1, 4, 9, 8)},
         ValueError,
-        r"masked_image_latents should become \(1, 4, 8, 8\)",
+        r"masked_image_latents should be \(B, 4, 8, 8\), found \(1, 4, 9, 8\)",
     ),
     "height that is not divisible": ({"height": 30}, ValueError, "height should be divisible by 4, found 30"),
     "strength above one": ({"strength": 1.1}, ValueError, "strength.*1.1"),
@@ -92,13 +107,11 @@ WRONG: Wrong = {
 }
 
 
-@pytest.mark.parametrize("channels", [4, 9])
 @pytest.mark.parametrize("name", WRONG)
-def test_wrong_arguments_of_inpainting(base: dict[str, Any], name: str, channels: int) -> None:
-    pipe = built("StableDiffusionXLInpaintPipeline", base, BASE_UNET, channels)
+def test_wrong_arguments_of_inpainting(inpaint: Any, name: str) -> None:
     arguments, error, message = WRONG[name]
     with pytest.raises(error, match=message):
-        pipe(**{"prompt": PROMPT, "image": PICTURE, "mask_image": MASK, "num_inference_steps": 4, **arguments})
+        inpaint(**{"prompt": PROMPT, "image": PICTURE, "mask_image": MASK, "num_inference_steps": 4, **arguments})
 
 
 def test_latents_cannot_be_masked(base: dict[str, Any]) -> None:
@@ -122,29 +135,26 @@ WRONG_EDITS: Wrong = {
 }
 
 
-@pytest.mark.parametrize("family", ["", "XL"])
+@pytest.mark.parametrize("family", ["edit", "edit_xl"])
 @pytest.mark.parametrize("name", WRONG_EDITS)
-def test_wrong_arguments_of_edits(base: dict[str, Any], sd: dict[str, Any], name: str, family: str) -> None:
-    parts, unet = (base, BASE_UNET) if family else (sd, UNET)
-    pipe = built(f"StableDiffusion{family}InstructPix2PixPipeline", parts, unet, 8)
+def test_wrong_arguments_of_edits(request: pytest.FixtureRequest, name: str, family: str) -> None:
+    pipe = request.getfixturevalue(family)
     arguments, error, message = WRONG_EDITS[name]
     with pytest.raises(error, match=message):
         pipe(**{"prompt": PROMPT, "image": PICTURE, "num_inference_steps": 2, **arguments})
 
 
-def test_sizes_of_edits(base: dict[str, Any], sd: dict[str, Any]) -> None:
-    pipe = built("StableDiffusionInstructPix2PixPipeline", sd, UNET, 8)
+def test_sizes_of_edits(edit: Any, edit_xl: Any) -> None:
     with pytest.raises(TypeError, match="height"):
-        pipe(PROMPT, PICTURE, height=32)
+        edit(PROMPT, PICTURE, height=32)
     with pytest.raises(TypeError, match="no height and width: the result has the size of the image"):
-        pipe.steps(PROMPT, image=PICTURE, height=32)
-    xl = built("StableDiffusionXLInstructPix2PixPipeline", base, BASE_UNET, 8)
+        edit.steps(PROMPT, image=PICTURE, height=32)
     with pytest.raises(ValueError, match=r"should be \(8, 8\) high and wide for \(32, 32\) pixels, found \(9, 8\)"):
-        xl(PROMPT, image=torch.zeros(1, 4, 9, 8), num_inference_steps=2)
+        edit_xl(PROMPT, image=torch.zeros(1, 4, 9, 8), num_inference_steps=2)
     with pytest.raises(TypeError, match="takes no negative sizes"):
-        xl.steps(PROMPT, image=PICTURE, negative_target_size=(8, 8))
+        edit_xl.steps(PROMPT, image=PICTURE, negative_target_size=(8, 8))
     with pytest.raises(ConfigError, match="is_cosxl_edit=True needs a vae"):
-        type(xl)(**{**xl.components, "vae": None}, is_cosxl_edit=True)
+        type(edit_xl)(**{**edit_xl.components, "vae": None}, is_cosxl_edit=True)
 
 
 # --- which UNet belongs to which pipeline ----------------------------------------------------------------------------
