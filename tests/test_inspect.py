@@ -232,10 +232,10 @@ def large(tmp_path: Path) -> Iterator[Path]:
 def test_memory_of_a_conversion_is_that_of_its_largest_tensor(
     large: Path, dtype: torch.dtype | None, tmp_path: Path
 ) -> None:
-    """At most 1.5 x the largest tensor above the start; torch itself takes 200 of the 300 MB that a process may add."""
+    """Allowed are 1.5 x the largest tensor, and 300 MB of which torch takes 200; pieces of 1 MB need far less."""
     largest, whole = 768 * 768 * 9 * 4, (large / "diffusion_pytorch_model.safetensors").stat().st_size
     assert whole > 8 * largest
     with PeakMemory() as memory:
         convert(large, tmp_path / "large.safetensors", dtype=dtype)
     assert (tmp_path / "large.safetensors").stat().st_size > whole / (1 if dtype is None else 2) * 0.99
-    assert memory.rise < 1.5 * largest + 16e6  # measured: 23 MB, 1.1 x the largest
+    assert memory.rise < largest / 2  # 10.6 MB; measured: 2.3 MB, in float16 3.3 MB

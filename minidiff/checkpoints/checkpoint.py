@@ -7,12 +7,14 @@ from typing import Any
 
 import minidiff
 from minidiff.checkpoints.contents import NETWORKS, Contents, Part
-from minidiff.checkpoints.families import AUTOENCODER, FAMILIES, Configs, Family, Folder, told_prediction
-from minidiff.checkpoints.hub import MissingFileError, Repo
+from minidiff.checkpoints.families import AUTOENCODER, FAMILIES, Configs, Family, Folder
+from minidiff.checkpoints.hub import MissingFileError, Repo, variant_of
 from minidiff.checkpoints.load import OnMeta, Stored, expected_shapes, listed, match, paused_collector, read_header
 from minidiff.checkpoints.model import Model
 from minidiff.checkpoints.single_file import describe, say_ema
 from minidiff.errors import CheckpointError, CheckpointNotFoundError, ConfigError
+
+STEMS = ("diffusion_pytorch_model", "model")  # of the weight files in Hub layout
 
 
 @dataclass(frozen=True)
@@ -65,36 +67,33 @@ def open_checkpoint(
     """
     if path.is_dir():
         return _open_folder(path, variant)
-    beside = path.with_name("config.json")
-    if path.is_file() and path.suffix == ".safetensors" and beside.is_file() and config is None:
-        return _open_folder(path.parent, variant)
+    of_folder = next((v for stem in STEMS if (v := variant_of(path.name, stem)) is not None), None)
+    if of_folder is not None and config is None and path.with_name("config.json").is_file():
+        return _open_folder(path.parent, of_folder or None)
     contents = Contents.of(path)
     if use_ema:
         say_ema(contents, use_ema)
-    asked = prediction_type
-    silent = not ask and asked is None and told_prediction(contents.names, contents.metadata) is None
-    family, configs, prediction = describe(contents, config, asked, {}, unet="unet" in contents.prefixes and not silent)
+    has_unet = "unet" in contents.prefixes
+    family, configs, prediction = describe(contents, config, prediction_type, {}, ask=ask and has_unet)
     with paused_collector(), OnMeta():
         networks = dict(_networks_of_file(contents, configs))
     parts, wrong = contents.match(networks, use_ema=use_ema)
     index = _index(configs)
+    if family is None and prediction is None and has_unet and index:
+        prediction = _scheduler_prediction(configs)
     if len(parts) == 1:  # one network is written without the rest of a pipeline
         (only,) = parts
         parts, index = [Part("", only.model, only.rows, only.spelling, only.found)], {}
-    unsaid = (silent and family is not None and len(family.configs) > 1) or "unet" not in contents.prefixes
-    if family is None and prediction is None and index:
-        prediction = _scheduler_prediction(configs)
-    title = family.title if family else _title(networks.values())
     return Checkpoint(
-        path,
-        "single-file",
-        title,
-        None if unsaid else prediction,
-        parts,
-        configs,
-        index,
-        wrong,
-        list(contents.dropped()),
+        path=path,
+        layout="single-file",
+        title=family.title if family else _title(networks.values()),
+        prediction=prediction if has_unet else None,
+        parts=parts,
+        configs=configs,
+        index=index,
+        wrong=wrong,
+        dropped=list(contents.dropped()),
     )
 
 
@@ -129,24 +128,28 @@ def _open_folder(path: Path, variant: str | None) -> Checkpoint:
     wrong: dict[str, list[str]] = {}
     dropped: list[tuple[Stored, str]] = []
     for name, kind in kinds.items():
-        fields = Folder(where[name]).read("config.json")
-        with paused_collector(), OnMeta():
-            model = model_class(kind, where[name]).from_config(fields)
-        weights = where[name].weights(model.weights_stem, variant)
-        stored = [tensor for file, at in weights.files.items() for tensor in read_header(file, at)]
-        rows = model.rows()
-        found, problems = match(expected_shapes(model, rows), stored, model.canonical_hub_name)
+        part, problems, left_out = _read_part(name, kind, where[name], variant)
+        parts.append(part)
+        dropped += [(tensor, "not a weight of this network") for tensor in left_out]
         for problem, lines in problems.items():
-            wrong.setdefault(problem, []).extend(f"{name + ': ' if name else ''}{line}" for line in lines)
-        dropped += [
-            (tensor, "not a weight of this network")
-            for tensor in stored
-            if model.canonical_hub_name(tensor.name) is None
-        ]
-        parts.append(Part(name, model, rows, "hub", found))
+            wrong.setdefault(problem, []).extend(f"{name}: {line}" if name else line for line in lines)
     prediction = _scheduler_prediction(configs) if "unet" in kinds and "scheduler" in index else None
     title = _title(part.model for part in parts)
     return Checkpoint(path, "hub", title, prediction, parts, configs, index, wrong, dropped)
+
+
+def _read_part(
+    name: str, kind: object, repo: Repo, variant: str | None
+) -> tuple[Part, dict[str, list[str]], list[Stored]]:
+    """Return a network of a folder, what is wrong with its tensors, and those that are left out on purpose."""
+    with paused_collector(), OnMeta():
+        model = model_class(kind, repo).from_config(Folder(repo).read("config.json"))
+    weights = repo.weights(model.weights_stem, variant)
+    stored = [tensor for file, path in weights.files.items() for tensor in read_header(file, path)]
+    rows = model.rows()
+    found, wrong = match(expected_shapes(model, rows), stored, model.canonical_hub_name)
+    left_out = [tensor for tensor in stored if model.canonical_hub_name(tensor.name) is None]
+    return Part(name, model, rows, "hub", found), wrong, left_out
 
 
 def _index(configs: Configs) -> dict[str, Any]:

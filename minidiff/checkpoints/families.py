@@ -223,16 +223,20 @@ def told_prediction(names: Iterable[str], metadata: Mapping[str, str]) -> str | 
     return told or ("v_prediction" if "v_pred" in names else None)
 
 
-def choose_prediction(family: Family, asked: str | None, told: str | None, where: str) -> str:
+def choose_prediction(family: Family, asked: str | None, told: str | None, where: str, ask: bool = True) -> str | None:
     """Return what the UNet predicts: what the caller asked for, else what the file says, else what the family does.
 
+    If nobody says it and the family has both (Stable Diffusion 2.x), it is None if ``ask`` is False.
+
     Raises:
-        ValueError: if nobody says it and the family has both (Stable Diffusion 2.x), or ``asked`` is unknown.
+        ValueError: in that case if ``ask`` is True, or if ``asked`` is unknown.
     """
     if asked is not None and asked not in PREDICTIONS:
         raise ValueError(f"prediction_type should be one of {', '.join(PREDICTIONS)}, found {asked!r}")
     prediction = asked or told
     if prediction is None and len(family.configs) > 1:
+        if not ask:
+            return None
         raise ValueError(
             f"{where} is {family.title}, and nothing in it says what its UNet predicts: pass "
             "prediction_type='v_prediction' for models of 768 pixels (768-v-ema, v2-1_768), or "
@@ -241,6 +245,6 @@ def choose_prediction(family: Family, asked: str | None, told: str | None, where
     return prediction or next(iter(family.configs))
 
 
-def config_of(family: Family, prediction: str) -> Published:
-    """Return the packaged configuration of a family whose UNet predicts ``prediction``."""
-    return Published(family.configs.get(prediction, next(iter(family.configs.values()))))
+def config_of(family: Family, prediction: str | None) -> Published:
+    """Return the packaged configuration of a family whose UNet predicts ``prediction``; the first if there is none."""
+    return Published(family.configs.get(str(prediction), next(iter(family.configs.values()))))

@@ -280,15 +280,23 @@ def _read(stored: Mapping[str, Stored], dtype: torch.dtype) -> dict[str, Tensor]
 def read_tensor(stored: Stored, dtype: torch.dtype) -> Tensor:
     """Read and convert one tensor in pieces. Mapped pages would count as memory of this process until unmapped."""
     result = torch.empty(stored.shape, dtype=dtype)
-    buffer = bytearray(min(CHUNK, result.numel() * STORED_DTYPES[stored.dtype].itemsize))
+    start = 0
+    for piece in read_pieces(stored):
+        result.view(-1)[start : start + len(piece)].copy_(piece)
+        start += len(piece)
+    return result
+
+
+def read_pieces(stored: Stored) -> Iterator[Tensor]:
+    """Yield the values of a stored tensor in order, ``CHUNK`` bytes at a time; the next piece overwrites the last."""
+    buffer = bytearray(min(CHUNK, stored.size))
     if not buffer:
-        return result
-    source = torch.frombuffer(buffer, dtype=STORED_DTYPES[stored.dtype])
+        return
+    values = torch.frombuffer(buffer, dtype=STORED_DTYPES[stored.dtype])
     with stored.path.open("rb", buffering=0) as file:
         file.seek(stored.start)
-        for piece in result.view(-1).split(len(source)):
-            size = len(piece) * source.itemsize
+        for start in range(0, stored.size, len(buffer)):
+            size = min(len(buffer), stored.size - start)
             if file.readinto(memoryview(buffer)[:size]) != size:
                 raise CheckpointError(f"{stored.path} became shorter while {stored.name} was read from it")
-            piece.copy_(source[: len(piece)])
-    return result
+            yield values[: size // values.itemsize]

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from minidiff.checkpoints.contents import Part
-from minidiff.checkpoints.load import STORED_DTYPES, expected_shapes, read_tensor
+from minidiff.checkpoints.load import STORED_DTYPES, Stored, expected_shapes, read_pieces, read_tensor
 from minidiff.checkpoints.model import Model
 from minidiff.checkpoints.names import (
     REFINER_OPENCLIP_PREFIX,
@@ -15,7 +15,7 @@ from minidiff.checkpoints.names import (
     SDXL_OPENCLIP_PREFIX,
     VAE_PREFIX,
 )
-from minidiff.checkpoints.remap import Row, Spelling
+from minidiff.checkpoints.remap import Op, Row, Spelling
 from minidiff.checkpoints.stream import Group
 from minidiff.errors import CheckpointError
 
@@ -90,9 +90,19 @@ def groups_of_part(part: Part, rows: list[Row], target: Spelling, dtype: torch.d
         stored = part.stored(source)
         kinds = [STORED_DTYPES[tensor.dtype] for tensor in stored]
         wanted = dtype or max(kinds, key=lambda kind: kind.itemsize)
+        change = source.op(part.spelling), row.op(target)
+        make = _in_pieces if all(op.in_order for op in change) else partial(_whole, *change)
+        specs = [(name, wanted, shapes[name]) for name in row.names(target)]
+        yield Group(specs, partial(make, stored=stored, dtype=wanted))
 
-        def make(source: Row = source, row: Row = row, wanted: torch.dtype = wanted) -> tuple[Tensor, ...]:
-            tensors = tuple(read_tensor(tensor, wanted) for tensor in part.stored(source))
-            return row.op(target).from_ours(source.op(part.spelling).to_ours(tensors))
 
-        yield Group([(name, wanted, shapes[name]) for name in row.names(target)], make)
+def _in_pieces(stored: list[Stored], dtype: torch.dtype) -> Iterator[Tensor]:
+    """Read tensors whose values stay in order, even where three are stacked to one or one is cut in three."""
+    for tensor in stored:
+        for piece in read_pieces(tensor):
+            yield piece.to(dtype)
+
+
+def _whole(to_ours: Op, from_ours: Op, stored: list[Stored], dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """Read tensors that have to be laid out anew."""
+    return from_ours.from_ours(to_ours.to_ours(tuple(read_tensor(tensor, dtype) for tensor in stored)))

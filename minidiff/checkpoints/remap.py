@@ -22,6 +22,7 @@ class Op(NamedTuple):
     name: str
     to_ours: Callable[[Tensors], Tensors]
     from_ours: Callable[[Tensors], Tensors]
+    in_order: bool = True  # whether the values of all tensors, read one after the other, are the same before and after
 
 
 SAME = Op("same", lambda file: file, lambda ours: ours)
@@ -30,7 +31,7 @@ CONV1X1 = Op(  # a 1x1 convolution (O, I, 1, 1) in the file is a linear layer (O
     lambda file: (file[0].flatten(1),),
     lambda ours: (ours[0][:, :, None, None],),
 )
-TRANSPOSED = Op("transposed", lambda file: (file[0].T,), lambda ours: (ours[0].T,))
+TRANSPOSED = Op("transposed", lambda file: (file[0].T,), lambda ours: (ours[0].T,), in_order=False)
 STACKED = Op("stacked q, k, v", lambda file: file[0].chunk(3, dim=0), lambda ours: (torch.cat(ours),))
 
 

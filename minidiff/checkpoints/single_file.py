@@ -86,12 +86,12 @@ def find(source: str | Path, where: Mapping[str, Any]) -> Path:
 
 
 def describe(
-    contents: Contents, config: str | Path | None, asked: str | None, where: Mapping[str, Any], *, unet: bool = True
+    contents: Contents, config: str | Path | None, asked: str | None, where: Mapping[str, Any], *, ask: bool = True
 ) -> tuple[Family | None, Configs, str | None]:
     """Return the family of a file, what configures it, and what its UNet predicts.
 
-    With ``config`` the file is not judged: family and prediction are None unless the latter is ``asked`` for. ``unet``
-    is whether a UNet is wanted; without one nobody needs to know what it predicts.
+    With ``config`` the file is not judged: family and prediction are None unless the latter is ``asked`` for. ``ask``
+    is whether a prediction that nobody says is an error; otherwise it is None.
     """
     if config is not None:
         return None, Folder(Repo(config, **where)), asked
@@ -103,9 +103,7 @@ def describe(
             f"{contents.path} holds no network in the original spelling: {len(contents.names)} tensors such as {some}"
         )
     told = told_prediction(contents.names, contents.metadata)
-    if not unet:
-        told = told or next(iter(family.configs))
-    prediction = choose_prediction(family, asked, told, str(contents.path))
+    prediction = choose_prediction(family, asked, told, str(contents.path), ask)
     return family, config_of(family, prediction), prediction
 
 
@@ -190,7 +188,7 @@ class SingleFileModel:
             pretrained_model_link_or_path_or_dict, {**where, "revision": revision, "force_download": force_download}
         )
         contents, part = Contents.of(path), cls.single_file_part
-        family, configs, _ = describe(contents, config, prediction_type, where, unet=part == "unet")
+        family, configs, _ = describe(contents, config, prediction_type, where, ask=part == "unet")
         if part not in contents.prefixes and config is None:
             absent(contents, part, cls)
         if part == "unet":

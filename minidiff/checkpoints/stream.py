@@ -20,7 +20,10 @@ _NAMES = {dtype: name for name, dtype in STORED_DTYPES.items()}
 
 
 class Group(NamedTuple):
-    """Some tensors that are made together: ``specs`` are name, dtype and shape, ``make`` returns them in that order."""
+    """Some tensors that are made together: ``specs`` are name, dtype and shape of each.
+
+    ``make`` gives their values in order: whole tensors or pieces of any shape, one after the other.
+    """
 
     specs: list[tuple[str, torch.dtype, tuple[int, ...]]]
     make: Callable[[], Iterable[Tensor]]
@@ -57,16 +60,18 @@ def _write(path: Path, groups: list[Group], metadata: Mapping[str, str], progres
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for group in groups:
-            for tensor, (name, dtype, shape) in zip(group.make(), group.specs, strict=True):
-                if tensor.dtype != dtype or tuple(tensor.shape) != shape:
-                    raise AssertionError(f"{name} became {tensor.dtype} {tuple(tensor.shape)}, not {dtype} {shape}")
-                _write_tensor(file, tensor)
+            _write_group(file, group)
             progress(group.size)
 
 
-def _write_tensor(file: BinaryIO, tensor: Tensor) -> None:
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
-    file.write(memoryview(flat.view(torch.uint8).numpy()))
+def _write_group(file: BinaryIO, group: Group) -> None:
+    """Make and write the tensors of one group; they are gone when it returns, before those of the next are made."""
+    start = file.tell()
+    for values in group.make():
+        file.write(memoryview(values.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()))
+    if file.tell() - start != group.size:
+        names = ", ".join(name for name, _, _ in group.specs)
+        raise AssertionError(f"{names} came to {file.tell() - start} bytes, not {group.size}")
 
 
 def _size(dtype: torch.dtype, shape: tuple[int, ...]) -> int:
