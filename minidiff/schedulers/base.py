@@ -367,10 +367,13 @@ class Scheduler(Configured):
         """
         value = timestep.item() if isinstance(timestep, Tensor) else timestep
         times = self._ready_plan().times
-        if value not in times:
-            raise ValueError(f"timestep {value} is not one of the run's {len(times)}: {_some(times)}")
-        first = times.index(value)
-        return times.index(value, first + 1) if first > 0 and times.count(value) > 1 else first
+        try:
+            first = times.index(value)
+        except ValueError:
+            message = f"timestep {value} is not one of the run's {len(times)}: {_some(times)}"
+            raise ValueError(message) from None
+        twice = times[first + 1 : first + 2] == (value,)  # timesteps never ascend, so equal ones are neighbours
+        return first + 1 if twice and first > 0 else first
 
     def _training_grid(self) -> Grid:
         """Return every training timestep, last first."""

@@ -26,13 +26,11 @@ from minidiff.schedulers.base import Grid, Plan, Scheduler, Update
 from minidiff.schedulers.configured import records_config
 from minidiff.schedulers.prediction import Scalar, linear, predict_eps, predict_x0
 
-ADAMS_BASHFORTH = (  # by the number of outputs there are, newest first, and what their sum is divided by
-    ((1,), 1),
-    ((3, -1), 2),
-    ((23, -16, 5), 12),
-    ((55, -59, 37, -9), 24),
+ADAMS_BASHFORTH = tuple(  # of two, three and four outputs, newest first; their sum is divided by 2, 12 and 24
+    torch.tensor(numerators).unbind() for numerators in ((3.0, -1.0), (23.0, -16.0, 5.0), (55.0, -59.0, 37.0, -9.0))
 )
-RUNGE_KUTTA = (1 / 6, 1 / 3, 1 / 3, 1 / 6)
+A_24TH = torch.tensor(1 / 24, dtype=torch.float64)
+RUNGE_KUTTA = torch.tensor((1 / 6, 1 / 3, 1 / 3, 1 / 6), dtype=torch.float64).unbind()
 
 
 class Step(NamedTuple):
@@ -59,9 +57,10 @@ class Past(NamedTuple):
 
 def adams_bashforth(outs: Sequence[Tensor]) -> Tensor:
     """Return the combination of the last outputs, oldest first, that extrapolates them over the next step."""
-    numerators, divisor = ADAMS_BASHFORTH[len(outs) - 1]
-    total = linear(*zip(numerators, reversed(outs), strict=True))
-    return total / divisor if divisor < 24 else 1 / 24 * total  # the reference's last bits
+    if len(outs) == 1:
+        return outs[0]
+    total = linear(*zip(ADAMS_BASHFORTH[len(outs) - 2], reversed(outs), strict=True))
+    return total * A_24TH if len(outs) == 4 else total / (2 if len(outs) == 2 else 12)  # the reference's last bits
 
 
 class PNDMScheduler(Scheduler):
@@ -176,9 +175,9 @@ class PNDMScheduler(Scheduler):
     def _runge_kutta(stage: int, x: Tensor, out: Tensor, past: Past) -> tuple[Tensor, Tensor, Past]:
         """Return the noise estimate of a stage, the x that its step began with, and what to remember."""
         if stage == 0:
-            past = Past((*past.outs, out), x, RUNGE_KUTTA[0] * out)
+            past = Past((*past.outs, out), x, out * RUNGE_KUTTA[0])
             return out, x, past
-        total = past.total + RUNGE_KUTTA[stage] * out
+        total = past.total + out * RUNGE_KUTTA[stage]
         if stage < 3:
             return out, past.x, past._replace(total=total)
         return total, past.x, Past(past.outs)
