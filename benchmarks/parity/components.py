@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.parity.both import Both
-from minidiff.checkpoints.model import Model
 from minidiff.fast import optimize
 
 DTYPES = ("float64", "float32", "bfloat16")

@@ -70,12 +70,13 @@ def names_of(ours: Model, module: str) -> list[tuple[str, str, str]]:
 
 
 def difference(a: Tensor, b: Tensor) -> float:
-    """Return ‖a - b‖ / ‖b‖, whatever the layout: (B, C, H, W) and (B, H W, C) hold the same numbers."""
-    if a.shape != b.shape:
-        a, b = (s.flatten(2).transpose(1, 2) if s.ndim == 4 else s for s in (a, b))
-    if a.shape != b.shape:
-        return float("inf") if a.numel() != b.numel() else difference(a.reshape(b.shape), b)
-    return (torch.linalg.vector_norm(a - b) / torch.linalg.vector_norm(b).clamp(min=1e-30)).item()
+    """Return ‖a - b‖ / ‖b‖, whatever the layout: (B, C, H, W), (B, C, H W) and (B, H W, C) hold the same numbers."""
+    if a.numel() != b.numel():
+        return float("inf")
+    a, b = (s.flatten(2) if s.ndim == 4 else s for s in (a, b))
+    layouts = [a, a.transpose(1, 2)] if a.ndim == 3 else [a]
+    size = torch.linalg.vector_norm(b).clamp(min=1e-30)
+    return min((torch.linalg.vector_norm(s.reshape(b.shape) - b) / size).item() for s in layouts)
 
 
 def describe(departure: Departure | None, component: str) -> str:
