@@ -81,7 +81,8 @@ class LoraLoader:
     ) -> LoadedLora:
         """Load a LoRA file and make it the active adapter of the networks that it is for.
 
-        Everything is checked before anything is changed. The spellings are listed in ``minidiff.adapters.lora_names``.
+        Adapters that are fused there are taken out of the weights, as in the reference. Everything is checked before
+        anything is changed. The spellings are listed in ``minidiff.adapters.lora_names``.
 
         Args:
             pretrained_model_name_or_path_or_dict: a safetensors file, a folder, a Hub id, or tensors by name.
@@ -97,14 +98,13 @@ class LoraLoader:
             CheckpointError: one error with all tensors that have no layer in this pipeline, lack their other matrix,
                 have a wrong shape, or belong to a kind of adapter that is not implemented.
             CheckpointNotFoundError: if there is no such file.
-            ValueError: if the name is taken, or adapters are fused.
+            ValueError: if the name is taken.
         """
         refuse_pickles(use_safetensors)
         if unknown := refuse_unless_harmless(harmless):
             raise TypeError(f"load_lora_weights got unknown arguments {', '.join(unknown)}")
         if hotswap:
             raise TypeError("hotswap=True is not implemented; delete_adapters() and load_lora_weights() do the same")
-        self._refuse_fused("load another LoRA")
         name = self._new_name(adapter_name)
         where = {"subfolder": subfolder, "revision": revision, "cache_dir": cache_dir, "token": token}
         where |= {"local_files_only": local_files_only, "force_download": force_download}
@@ -115,6 +115,9 @@ class LoraLoader:
             network = networks[component]
             if adapters_of(network) is None:
                 network._lora = Adapters(network)
+            if fused := adapters_of(network).fused:
+                logger.warning("%s of %s is no longer fused: %r takes its place", ", ".join(fused), component, name)
+                adapters_of(network).unfuse()
             adapters_of(network).add(name, {layer.ours: (layer.hub, update) for layer, update in layers.items()})
         ranks = {
             component: {layer.hub: len(update.down) for layer, update in layers.items()}

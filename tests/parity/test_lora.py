@@ -379,14 +379,30 @@ def test_fuse(pipes: Pipes) -> None:
     assert not any(module._forward_hooks or "lora" in str(module._buffers) for n in networks for module in n.modules())
 
 
+def test_another_adapter_takes_the_place_of_a_fused_one(sd: Pipes) -> None:
+    first, second = (peft(draw(sd[1], seed=seed, only=attention)) for seed in (1, 2))
+    load_both(sd, first, adapter_name="one")
+    for pipe in sd:
+        pipe.fuse_lora()
+    load_both(sd, second, adapter_name="two")
+    assert_same(*map(outputs, sd))
+    alone = outputs(sd[0])
+    sd[0].delete_adapters("one")
+    assert all(map(torch.equal, outputs(sd[0]), alone))
+
+
 def test_fuse_and_unload_keeps_the_fused_weights(sd: Pipes, tmp_path: Path) -> None:
-    """The reference's way to merge adapters for good; the saved pipeline has them too."""
+    """The reference's way to merge adapters for good; the saved pipeline has them too, and takes others."""
     ours, theirs = (copy_of(pipe, tmp_path / str(k)) for k, pipe in enumerate(sd))
+    third = peft(draw(theirs, seed=3, only=attention))
     load_two((ours, theirs))
     for pipe in (ours, theirs):
         pipe.fuse_lora()
         pipe.unload_lora_weights()
     assert_same(outputs(ours), outputs(theirs))
+    load_both((ours, theirs), third)
+    assert_same(outputs(ours), outputs(theirs))
+    ours.unload_lora_weights()
     again = copy_of(ours, tmp_path / "fused")
     assert all(map(torch.equal, outputs(again), outputs(ours)))
 

@@ -4,6 +4,7 @@ import copy
 import json
 import logging
 import random
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from threading import Thread
@@ -321,7 +322,6 @@ def test_what_fused_adapters_refuse(pipe: StableDiffusionPipeline) -> None:
         pipe.fuse_lora(adapter_names=["one"])
     pipe.fuse_lora(adapter_names=["two"])
     for call in (
-        lambda: pipe.load_lora_weights(lora(), "three"),
         lambda: pipe.set_adapters("one"),
         lambda: pipe.delete_adapters("one"),
     ):
@@ -449,6 +449,20 @@ def test_adapters_of_a_pipeline_that_is_faster_or_smaller(plain: StableDiffusion
         for ours, theirs in zip(pictures(**methods), expected, strict=True):
             assert (ours - theirs).abs().max() < 1e-6 * theirs.abs().max()  # measured: 0 offloaded, 7e-8 optimized
     assert all((a - b).abs().max() > 1e-3 for k, a in enumerate(expected[:5]) for b in expected[:k])
+
+
+def test_the_code_of_the_page(pipe: StableDiffusionPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "folder").mkdir()
+    save_file(lora(), tmp_path / "pixel-art.safetensors")
+    save_file(kohya(), tmp_path / "folder" / "toy.safetensors")
+    save_file({"emb_params": draw(2, 24)}, tmp_path / "cat.safetensors")
+    monkeypatch.chdir(tmp_path)
+    page = (Path(__file__).parents[2] / "docs/adapters.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```python\n# tutorial\n(.*?)^```", page, re.M | re.S)
+    assert len(blocks) == 2
+    for block in blocks:
+        exec(block, {"pipe": pipe})
+    assert pipe.get_list_adapters() == {} and len(pipe.tokenizer) == 540
 
 
 # --- textual inversion -----------------------------------------------------------------------------------------------
