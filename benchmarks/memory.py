@@ -12,6 +12,8 @@ Each figure comes from a fresh process, ours and theirs alternate. What a figure
 - with --fake, the largest sum of tensors alive at one time, weights not included: what an allocator has to provide at
   least, for kernels without a workspace of their own. It needs neither time nor memory.
 
+Seconds are those of the processor on the CPU, which other programs that are running do not change, else of the clock.
+
 Offloading is reported as the largest sum of weights on the device at one time, as recorded by it in a run of Stable
 Diffusion 1.5 on torch's meta device; on a GPU as the peak there. Prints a Markdown table and writes JSON.
 """
@@ -139,11 +141,12 @@ def run(side: str, switch: str, setting: str, pixels: int, how: str) -> dict[str
             return {"peak_mb": live.peak / 1e6, "seconds": float("nan")}
         if how == "rss":
             Path("/proc/self/clear_refs").write_text("5")  # forget the peak of the imports
-        before, start = memory()["VmRSS"], time.perf_counter()
+        clock = time.perf_counter if how == "cuda" else time.process_time
+        before, start = memory()["VmRSS"], clock()
         work()
         if how == "cuda":
             torch.cuda.synchronize()
-        seconds = time.perf_counter() - start
+        seconds = clock() - start
         peak = torch.cuda.max_memory_allocated() if how == "cuda" else memory()["VmHWM"] - before
         return {"peak_mb": peak / 1e6, "seconds": seconds}
 

@@ -98,8 +98,9 @@ def test_published_depth() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_blend_rounds_as_the_reference_does(dtype: torch.dtype) -> None:
-    ours, theirs = make_pair(dtype)
-    assert_same(ours, theirs, 13, 11, bound=0)  # the networks differ by nothing here, so the blend must not either
+    """Over 3 latents and 6 pixels, since thirds are rounded. The networks agree to the bit, and so must the blend."""
+    ours, theirs = make_pair(dtype, sample_size=24)
+    assert_same(ours, theirs, 13, 14, bound=0)
 
 
 def test_smaller_tiles(pair: tuple[AutoencoderKL, nn.Module]) -> None:
