@@ -73,7 +73,7 @@ def test_seven_gigabytes_in_a_second(name: str, tmp_path: Path) -> None:
     start = time.process_time()  # of this process alone: the machine may be busy
     text = report(open_checkpoint(path, ask=False))
     seconds = time.process_time() - start
-    assert seconds < 1  # measured: 0.5 for SDXL (6.94 GB, 2,513 tensors)
+    assert seconds < 1  # measured: 0.25 for SDXL (6.94 GB, 2,513 tensors), after torch's own import of 1.3
     if name.startswith("sd_xl"):
         assert "family      Stable Diffusion XL\n" in text and "6.94 GB, 2,513 tensors" in text
         assert re.search(r"text_encoder_2 +CLIPTextModelWithProjection +389 +694,659,840 +1.39 GB  float16", text)

@@ -6,7 +6,8 @@ headers without data (``weights/headers``): names, shapes and dtypes are real, a
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -97,14 +98,19 @@ class Twin:
         return getattr(diffusers, self.class_name)
 
 
-@pytest.fixture(scope="module", params=TWINS)
-def twin(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Twin:
-    return Twin(request.param, tmp_path_factory.mktemp("twins"))
-
-
 @pytest.fixture(scope="module")
-def sd1(tmp_path_factory: pytest.TempPathFactory) -> Twin:
-    return Twin("sd1", tmp_path_factory.mktemp("sd1"))
+def make_twin(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Twin]:
+    return lru_cache(lambda kind: Twin(kind, tmp_path_factory.mktemp(kind)))
+
+
+@pytest.fixture(params=TWINS)
+def twin(request: pytest.FixtureRequest, make_twin: Callable[[str], Twin]) -> Twin:
+    return make_twin(request.param)
+
+
+@pytest.fixture
+def sd1(make_twin: Callable[[str], Twin]) -> Twin:
+    return make_twin("sd1")
 
 
 def test_same_weights_and_pictures_in_every_layout(twin: Twin) -> None:
@@ -148,6 +154,33 @@ def assert_same_tensors(ours: dict[str, torch.Tensor], theirs: dict[str, torch.T
 def assert_same_file(a: Path, b: Path) -> None:
     assert Contents.of(a).metadata == Contents.of(b).metadata
     assert_same_tensors(load_file(a), load_file(b))
+
+
+@pytest.mark.parametrize(
+    ("class_name", "kind", "channels"),
+    [
+        ("StableDiffusionImg2ImgPipeline", "sd1", 4),
+        ("StableDiffusionInpaintPipeline", "sd1", 9),
+        ("StableDiffusionInstructPix2PixPipeline", "sd1", 8),
+        ("StableDiffusionXLInpaintPipeline", "xl", 9),
+        ("StableDiffusionXLInstructPix2PixPipeline", "xl", 8),
+    ],
+)
+def test_pipelines_for_other_tasks(
+    class_name: str, kind: str, channels: int, make_twin: Callable[[str], Twin], tmp_path: Path
+) -> None:
+    ours, theirs = getattr(minidiff, class_name), getattr(diffusers, class_name)
+    parts = dict(make_twin(kind).ours.components)
+    parts["unet"] = UNet2DConditionModel.from_config(parts["unet"].config, in_channels=channels).eval()
+    pipe = ours(**{name: part for name, part in parts.items() if name in ours._signature()[0]})
+    pipe.save_pretrained(tmp_path / "hub")
+    pipe.save_single_file(tmp_path / "single.safetensors")
+    again = ours.from_single_file(tmp_path / "single.safetensors", config=tmp_path / "hub")
+    assert again.unet.config.in_channels == channels
+    assert all(states_equal(again.components[name], pipe.components[name]) for name in NETWORKS if name in parts)
+    loaded = theirs.from_single_file(str(tmp_path / "single.safetensors"), config=str(tmp_path / "hub"))
+    assert torch.equal(loaded.unet.conv_in.weight, pipe.unet.conv_in.weight)
+    assert torch.equal(loaded.unet.conv_out.bias, pipe.unet.conv_out.bias)
 
 
 # --- dtypes, moving averages, spellings ------------------------------------------------------------------------------

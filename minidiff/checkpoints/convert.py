@@ -1,8 +1,8 @@
 """Convert a checkpoint to the other layout, or to another dtype, one tensor at a time: ``minidiff convert IN OUT``.
 
 The header of the output is known from the headers of the input, so it is written first. Then the values of each tensor
-are read, converted and written a megabyte at a time; only a transposed matrix is in memory as a whole. What is incomplete
-has a temporary name.
+are read, converted and written a megabyte at a time; only a transposed matrix is in memory as a whole. What is
+incomplete has a temporary name.
 """
 
 import os

@@ -25,6 +25,12 @@ class Op(NamedTuple):
     in_order: bool = True  # whether the values of all tensors, read one after the other, are the same before and after
 
 
+def _cat(tensors: Tensors) -> Tensor:
+    """Stack along the first axis. On the meta device torch.cat first imports torch's compiler, a second of work."""
+    first = tensors[0]
+    return first.new_empty(sum(map(len, tensors)), *first.shape[1:]) if first.is_meta else torch.cat(tensors)
+
+
 SAME = Op("same", lambda file: file, lambda ours: ours)
 CONV1X1 = Op(  # a 1x1 convolution (O, I, 1, 1) in the file is a linear layer (O, I) here
     "1x1 convolution -> linear",
@@ -32,7 +38,7 @@ CONV1X1 = Op(  # a 1x1 convolution (O, I, 1, 1) in the file is a linear layer (O
     lambda ours: (ours[0][:, :, None, None],),
 )
 TRANSPOSED = Op("transposed", lambda file: (file[0].T,), lambda ours: (ours[0].T,), in_order=False)
-STACKED = Op("stacked q, k, v", lambda file: file[0].chunk(3, dim=0), lambda ours: (torch.cat(ours),))
+STACKED = Op("stacked q, k, v", lambda file: file[0].chunk(3, dim=0), lambda ours: (_cat(ours),))
 
 
 class Row(NamedTuple):
