@@ -169,8 +169,9 @@ def split(tokenizer: CLIPTokenizer, texts: list[str], L: int, how: Texts) -> lis
     for text in texts:
         words = [[(i, w) for i in word] for piece, w in how.read(text) for word in tokenizer.words(piece)]
         windows = pack(words, L - 2)
+        ids = [fill(tokenizer, [i for i, _ in tokens], L) for tokens in windows]
         weights = [[1.0] + [w for _, w in tokens] + [1.0] * (L - 1 - len(tokens)) for tokens in windows]
-        found.append(Windows([fill(tokenizer, [i for i, _ in tokens], L) for tokens in windows], weights))
+        found.append(Windows(ids, weights))
     return found
 
 

@@ -2,7 +2,6 @@
 
 import random
 import re
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -155,7 +154,7 @@ def test_embeddings_that_cannot_be_filled_up(pipe: StableDiffusionPipeline) -> N
         assert bare(prompt_embeds=embeds(length), negative_prompt_embeds=embeds(length), **options).images.ndim == 4
 
 
-def test_a_tokenizer_without_a_length(tmp_path: Path, pipe: StableDiffusionPipeline) -> None:
+def test_a_tokenizer_without_a_length(pipe: StableDiffusionPipeline) -> None:
     tokenizer = type(pipe.tokenizer)(pipe.tokenizer.get_vocab(), pipe.tokenizer._merges)
     other = StableDiffusionPipeline(**{**pipe.components, "tokenizer": tokenizer})
     for how in ("cut", "chunk"):
