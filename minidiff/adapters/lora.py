@@ -59,7 +59,7 @@ class Patch:
         scale = _call_scale.get()
         for adapter, factor in self.shown:
             down, up = self._matrices(adapter)
-            output = output + self._low_rank(args[0], down, up) * (factor * scale)
+            output = torch.add(output, self._low_rank(args[0], down, up), alpha=factor * scale)
         return output
 
     def _low_rank(self, x: Tensor, down: Tensor, up: Tensor) -> Tensor:

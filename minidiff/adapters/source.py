@@ -54,7 +54,7 @@ def read_adapter(
         found = _read(path)
     if not found.tensors:
         raise CheckpointError(f"{found.label} holds no tensors")
-    dtypes = set(STORED_DTYPES.values())
+    dtypes = list(STORED_DTYPES.values())
     if wrong := [f"{key} is {_kind(value)}" for key, value in found.tensors.items() if _kind(value) not in dtypes]:
         accepted = ", ".join(map(str, dtypes))
         raise CheckpointError(f"{found.label}: {'; '.join(wrong)}; expected tensors of {accepted}")
