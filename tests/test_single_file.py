@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hub_server import HubServer, Repository, run_with
 from safetensors.torch import load_file, save_file
 from single_files import draw, sparse_file, states_equal
 from theirs import diffusers, randomize, transformers
@@ -544,6 +545,23 @@ def test_addresses_on_the_hub(
     monkeypatch.setattr(hub.Repo, "_download", lambda repo, name: asked.append((repo.source, repo.revision, name)))
     find(source, options)
     assert asked == [expected]
+
+
+def test_file_and_configuration_from_the_hub(sd1: Twin, tmp_path: Path) -> None:
+    """The file is downloaded, of the repository that describes it only the configuration; a list needs the header."""
+    files = tmp_path / "files"
+    files.mkdir()
+    (files / "sd1.safetensors").symlink_to(sd1.file)
+    code = f"""
+import sys; sys.path.insert(0, {str(headers.HERE.parent)!r})
+import headers, minidiff
+minidiff.StableDiffusionPipeline.from_single_file("a/files/sd1.safetensors", config="a/hub")
+print(len(headers.tensors_of("a/files/sd1.safetensors")))
+"""
+    with HubServer({"a/files": Repository({"main": files}), "a/hub": Repository({"main": sd1.folder})}) as server:
+        assert run_with(server, tmp_path / "cache", code) == str(len(load_file(sd1.file)))
+        downloaded = [path for path in server.downloaded() if path.endswith(".safetensors")]
+    assert [path.split("/")[:2] for path in downloaded] == [["a", "files"]] * 2  # the file, and its header
 
 
 REFUSED = [
