@@ -1,4 +1,4 @@
-"""torch.compile takes the UNet and the decoder as one graph each; what a compiler then makes of it is torch's business."""
+"""torch.compile takes the UNet and the decoder as one graph each; what a compiler makes of it is torch's business."""
 
 import torch
 from tiny import UNET, VAE
