@@ -20,6 +20,7 @@ import minidiff
 from minidiff.fast import attention, layers, optimize, packed, restore, strips
 from minidiff.fast.layers import four_kernels
 from minidiff.layers import GEGLU, Attention, Upsample
+from minidiff.vae import Level
 
 VAE = {
     "block_out_channels": [8, 16, 16],
@@ -286,3 +287,16 @@ def test_saving_copying_and_undoing(folder, tmp_path, small_blocks):
         assert np.array_equal(ours("red heart", seed=1, **CALL).images, fast)
     restored = pipeline(folder).optimize().unoptimize()
     assert np.array_equal(restored("red heart", seed=1, **CALL).images, expected)
+
+
+def test_what_is_saved(folder, small_blocks):
+    """Five steps under guidance: the text is read once, the first layers see one half, the fast forwards are there."""
+    pipe = pipeline(folder).optimize()
+    seen = {"keys": [], "first": []}
+    block = pipe.unet.down[0].attn[0].blocks[0]
+    block.cross_attn.k.register_forward_hook(lambda _, args, out: seen["keys"].append(len(args[0])))
+    pipe.unet.conv_in.register_forward_hook(lambda _, args, out: seen["first"].append(len(args[0])))
+    pipe(["red heart", "two cats"], seed=1, **{**CALL, "num_inference_steps": 5})
+    assert seen == {"keys": [4], "first": [2] * 5}
+    kinds = {type(m) for network in (pipe.unet, pipe.vae) for m in network.modules() if "forward" in vars(m)}
+    assert kinds == {torch.nn.Linear, torch.nn.Conv2d, Attention, GEGLU, Upsample, Level}
