@@ -35,9 +35,7 @@ class FastLevel:
         h = None
         for k, block in enumerate(level.res):
             h = norm_silu_conv(x, block.norm1, block.conv1, out=h)
-            mine = (
-                x if k > 0 else None
-            )  # the first x is the caller's, the others were made here and are not needed again
+            mine = x if k > 0 else None  # the first x is the caller's, the others were made here
             x = norm_silu_conv(h, block.norm2, block.conv2, add=(block.skip, x), out=mine)
         del h  # before the larger map is made
         return level.resample(x) if level.resample is not None else x
