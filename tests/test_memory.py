@@ -395,6 +395,7 @@ def test_an_interrupted_call_leaves_nothing_behind(kind: str, error: type[BaseEx
 def test_a_device_that_is_full(pipe: DiffusionPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     before = call(pipe)
     enable(pipe, "model")
+    weights = [tensor for network in networks(pipe).values() for tensor in network.parameters()]
     left = [30]
 
     def lend(tensor: Tensor, device: torch.device) -> Tensor:
@@ -406,6 +407,8 @@ def test_a_device_that_is_full(pipe: DiffusionPipeline, monkeypatch: pytest.Monk
     monkeypatch.setattr(offload, "to_device", lend)
     with pytest.raises(torch.OutOfMemoryError):
         call(pipe)
+    at_home = [tensor for network in networks(pipe).values() for tensor in network.parameters()]
+    assert all(a is b for a, b in zip(at_home, weights, strict=True))
     left[0] = 10**6
     assert not any(network._offload.slots[0].guest for network in networks(pipe).values())
     assert np.array_equal(call(pipe), before)
@@ -432,6 +435,17 @@ def test_a_network_in_use_is_not_taken_away(pipe: DiffusionPipeline) -> None:
         finally:
             go_on.set()
         assert running.result() is not None
+    handle.remove()
+
+
+def test_a_network_inside_another_is_refused(pipe: DiffusionPipeline) -> None:
+    """It would wait for itself otherwise."""
+    enable(pipe, "model")
+    handle = pipe.unet.conv_in.register_forward_hook(lambda *_: pipe.vae.decode(torch.zeros(1, 4, 2, 2)) and None)
+    with pytest.raises(RuntimeError, match="inside a call of another one"):
+        call(pipe)
+    enable(pipe, "sequential")
+    assert call(pipe) is not None
     handle.remove()
 
 

@@ -63,19 +63,25 @@ class Slot:
 
     def enter(self, part: "Part") -> None:
         """Bring the weights of ``part``, once no other part has a call under way."""
+        me = threading.get_ident()
         with self.changed:
-            self.changed.wait_for(lambda: self.guest is part or self.guest is None or not self.guest.calls)
+            if self.guest is not None and self.guest is not part and me in self.guest.callers:
+                raise RuntimeError(
+                    "an offloaded network was called inside a call of another one, such as in a hook: only one of them "
+                    "can be on the device; call it afterwards, or call remove_all_hooks() first"
+                )
+            self.changed.wait_for(lambda: self.guest is part or self.guest is None or not self.guest.callers)
             if self.guest is not part:
                 self._send_home()
                 part.fetch(self.device)
                 self.guest = part
-            part.calls += 1
+            part.callers.append(me)
 
     def leave(self, part: "Part") -> None:
         """Note the end of a call."""
         with self.changed:
-            part.calls -= 1
-            if not part.calls:
+            part.callers.remove(threading.get_ident())
+            if not part.callers:
                 if not self.stay:
                     self._send_home()
                 self.changed.notify_all()
@@ -83,7 +89,7 @@ class Slot:
     def free(self) -> bool:
         """Drop the weights that are on the device; return whether that could be done: no call needs them."""
         with self.changed:
-            if self.guest is not None and self.guest.calls:
+            if self.guest is not None and self.guest.callers:
                 return False
             self._send_home()
             return True
@@ -102,7 +108,7 @@ class Part:
 
     def __init__(self, modules: list[nn.Module], slot: Slot) -> None:
         self.modules, self.slot = modules, slot
-        self.calls = 0  # under way, of all threads; one inside another counts too
+        self.callers: list[int] = []  # the thread of every call that is under way; one inside another counts too
         self.lent: list[Lent] = []
 
     @contextmanager
