@@ -33,7 +33,7 @@ def test_the_pictures_are_the_same():
     for ours, other in zip(pictures(code), theirs, strict=True):
         assert ours.shape == other.shape == (64, 64, 3)
         assert ours.std() > 20  # it shows something
-        assert np.abs(ours - other).max() <= 1
+        assert np.abs(ours - other).max() <= 1  # measured: 1, in one value of 36,864
 
 
 @pytest.mark.parametrize("row", ROWS, ids=" ".join)
