@@ -63,7 +63,7 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     add("prompt", nargs="?", help="what to draw; left out for a checkpoint that draws without a prompt")
     add("-o", "--output", type=_png, help="PNG file to write; OUT-0.png, OUT-1.png, ... for several pictures")
     model = f"folder, embedded checkpoint ({', '.join(embedded_names())}) or Hub id, the first of these that is there"
-    add("--model", help=f"{model}, in diffusers layout (default: the embedded {DEFAULT})")
+    add("--model", help=f"{model}, in diffusers layout, or a single file (default: the embedded {DEFAULT})")
     add("--negative", metavar="PROMPT", help="what to stay away from")
     add("--steps", type=_positive, help=f"denoising steps (default: {TEXT_STEPS}, without a prompt {PLAIN_STEPS})")
     guidance = f"guidance scale, 1 is off (default: {USUAL_GUIDANCE}, for the embedded checkpoint {GUIDANCE})"
@@ -146,7 +146,9 @@ def _load(model: str | Path, dtype: str, device: str | None) -> "DiffusionPipeli
     import torch
 
     device = _device(device)  # before the weights are read
-    return minidiff.DiffusionPipeline.from_pretrained(model, torch_dtype=getattr(torch, dtype)).to(device)
+    pipeline = minidiff.DiffusionPipeline
+    load = pipeline.from_single_file if Path(model).is_file() else pipeline.from_pretrained
+    return load(model, torch_dtype=getattr(torch, dtype)).to(device)
 
 
 def _device(name: str | None) -> "torch.device":

@@ -39,6 +39,7 @@ from minidiff.checkpoints.contents import EMA_PREFIX, Contents, ema_name, why_dr
 from minidiff.checkpoints.convert import convert
 from minidiff.checkpoints.families import FAMILIES, Published, recognise
 from minidiff.checkpoints.single_file import find
+from minidiff.cli import main
 from minidiff.clip import clip_config
 from minidiff.errors import CheckpointError, CheckpointNotFoundError, ConfigError
 from minidiff.unet import unet_config
@@ -498,6 +499,14 @@ def test_what_the_file_cannot_tell_is_asked_for(packaged: Path, tmp_path: Path) 
     loaded = DiffusionPipeline.from_single_file(told)  # the base class makes what the family is for
     assert type(loaded) is StableDiffusionPipeline
     assert AutoencoderKL.from_single_file(silent).config.block_out_channels == VAE["block_out_channels"]
+
+
+def test_the_command_line_draws_from_a_file(packaged: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    arguments = ["--model", str(packaged), "--steps", "1", "--device", "cpu", "-o", str(tmp_path / "x.png")]
+    assert main(["generate", "red heart", *arguments]) == 0
+    assert (tmp_path / "x.png").is_file()
+    with pytest.raises(CheckpointError, match="from_single_file reads checkpoints in one file"):
+        StableDiffusionPipeline.from_pretrained(packaged)
 
 
 def test_no_network_for_a_local_file(packaged: Path, monkeypatch: pytest.MonkeyPatch) -> None:

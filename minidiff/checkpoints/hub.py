@@ -83,7 +83,7 @@ class Repo:
         if Path(self.source).is_file():
             raise CheckpointError(
                 f"{self.source} is a single file; from_pretrained needs a folder in Hub layout (config.json beside "
-                "the weights) or a Hub id"
+                "the weights) or a Hub id; from_single_file reads checkpoints in one file"
             )
 
     def __str__(self) -> str:
