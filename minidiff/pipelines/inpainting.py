@@ -52,6 +52,15 @@ class View(NamedTuple):
     region: "Region"
 
 
+class Given(NamedTuple):
+    """What the caller gave, prepared."""
+
+    image: Tensor  # (B, 3, H, W) in [-1, 1], or latents (B, C, h, w)
+    mask: Tensor  # (B, 1, H, W), 0 or 1
+    masked: Tensor | None  # as the image, without what is repainted; None = nobody can tell, and no UNet asks
+    view: View | None
+
+
 @dataclass(kw_only=True)
 class InpaintRun(Run):
     """The state of one inpainting. Under guidance ``mask`` and ``masked_image_latents`` stand there twice."""
@@ -126,27 +135,10 @@ class InpaintingPipeline(LatentPipeline):
         def twice(x: Tensor) -> Tensor:
             return torch.cat([x, x]) if request.guided else x
 
-        f, count, pure = self.vae_scale_factor, request.count, request.strength == 1
+        count, pure = request.count, request.strength == 1
         one_each = request.seed is not None or request.seeds is not None
-        image, mask, view = self._read_image_and_mask(request, size[0] * f, size[1] * f)
-        is_latent = image.shape[1] == self._latent_channels
-        if is_latent and image.shape[-2:] != size:
-            raise ValueError(f"latents of an image should be (B, C, {size[0]}, {size[1]}), found {tuple(image.shape)}")
-        masked = request.masked_image_latents
-        if masked is not None and masked.shape[1:] not in ((self._latent_channels, *size), (3, *mask.shape[-2:])):
-            raise ValueError(
-                f"masked_image_latents should be (B, {self._latent_channels}, {size[0]}, {size[1]}), found "
-                f"{tuple(masked.shape)}"
-            )
-        if len(image) != len(mask) and 1 not in (len(image), len(mask)):
-            raise ValueError(f"{len(mask)} masks and {len(image)} images: give one mask, one image, or a mask for each")
-        if masked is None and is_latent and self._reads_mask:
-            raise ValueError("an image of latents cannot be masked for this UNet: pass masked_image_latents too")
+        image, mask, masked, view = self._read(request, size)
         m = dealt(F.interpolate(mask, size=size).to(like), count, "masks")
-        if masked is None and not is_latent:
-            if len(image) != len(mask) and 1 not in (len(image), len(mask)):
-                raise ValueError(f"{len(image)} images and {len(mask)} masks do not go together: give as many, or one")
-            masked = image * (mask < 0.5)
 
         x0 = None
         if not self._reads_mask or not noisy or (request.latents is None and not pure):
@@ -169,20 +161,34 @@ class InpaintingPipeline(LatentPipeline):
             "view": view,
         }
 
-    def _read_image_and_mask(
-        self, request: "InpaintRequest", height: int, width: int
-    ) -> tuple[Tensor, Tensor, View | None]:
-        """Return the image (B, 3, H, W) or latents, the mask (B, 1, H, W), and what of the picture they show."""
+    def _read(self, request: "InpaintRequest", size: tuple[int, int]) -> Given:
+        """Prepare the image, the mask and what is left of the image without it, and check that they fit together."""
         from minidiff.pipelines.image_inputs import mask_tensor  # brings PIL
         from minidiff.pipelines.image_regions import crop_region
 
+        f, Z = self.vae_scale_factor, self._latent_channels
+        height, width = size[0] * f, size[1] * f
         region = view = None
         if request.padding_mask_crop is not None:
             region = crop_region(request.mask_image, width, height, request.padding_mask_crop)
             view = View(request.mask_image, request.image, region)
-        image = self._read_image(request.image, height, width, region)
-        mask = mask_tensor(request.mask_image, self.vae_scale_factor, height, width, region)
-        return image.float(), mask, view  # the reference rounds images to float32 before it masks them
+        # The reference rounds images to float32 before it masks them.
+        image = self._read_image(request.image, height, width, region).float()
+        mask = mask_tensor(request.mask_image, f, height, width, region)
+        if len(image) != len(mask) and 1 not in (len(image), len(mask)):
+            raise ValueError(f"{len(mask)} masks and {len(image)} images: give one mask, one image, or a mask for each")
+        is_latent = image.shape[1] == Z
+        if is_latent and image.shape[-2:] != size:
+            raise ValueError(f"latents of an image should be (B, C, {size[0]}, {size[1]}), found {tuple(image.shape)}")
+        masked = request.masked_image_latents
+        if masked is not None and masked.shape[1:] not in ((Z, *size), (3, height, width)):
+            expected = f"(B, {Z}, {size[0]}, {size[1]})"
+            raise ValueError(f"masked_image_latents should be {expected}, found {tuple(masked.shape)}")
+        if masked is None and is_latent and self._reads_mask:
+            raise ValueError("an image of latents cannot be masked for this UNet: pass masked_image_latents too")
+        if masked is None and not is_latent:
+            masked = image * (mask < 0.5)
+        return Given(image, mask, masked, view)
 
 
 def levels_after(scheduler: Scheduler, plan: Plan) -> list[tuple[float, float]]:
