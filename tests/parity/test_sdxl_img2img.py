@@ -221,6 +221,7 @@ def test_one_run_in_two_halves_is_the_run(bases: tuple[Any, Any]) -> None:
         assert torch.equal(rest[-1].latents, whole), cut
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.parametrize("size", [(37, 45), (4, 4), (32, 33)])
 def test_pictures_are_prepared_as_the_reference_s(size: tuple[int, int]) -> None:
     theirs = diffusers.image_processor.VaeImageProcessor(vae_scale_factor=4)

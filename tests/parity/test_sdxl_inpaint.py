@@ -100,10 +100,10 @@ def test_schedulers_of_every_kind_with_a_trained_unet(trained: tuple[Any, Any], 
     assert_same(*results)
 
 
-@pytest.mark.parametrize("strength", [0.3, 0.5, 0.9999, 1.0])
+@pytest.mark.parametrize("strength", [0.34, 0.9999, 1.0])
 @pytest.mark.parametrize("name", ["DPMSolverMultistepScheduler", "HeunDiscreteScheduler"])
 def test_strengths(pipes: tuple[Any, Any], trained: tuple[Any, Any], name: str, strength: float) -> None:
-    options = OPTIONS | {"strength": strength, "num_inference_steps": 4}
+    options = OPTIONS | {"strength": strength}
     for both in (pipes, trained):
         results = [
             with_scheduler(pipe, library, name, lambda pipe: pipe(**options, generator=seeded()).images)
@@ -113,10 +113,14 @@ def test_strengths(pipes: tuple[Any, Any], trained: tuple[Any, Any], name: str, 
 
 
 @pytest.mark.parametrize("strength", [0.0, 0.001, 0.24])
-def test_a_strength_that_leaves_no_step(pipes: tuple[Any, Any], strength: float) -> None:
-    for pipe, message in zip(pipes, (f"strength={strength} of 4 steps leaves no step", "which is < 1"), strict=True):
+@pytest.mark.parametrize("name", ["EulerDiscreteScheduler", "PNDMScheduler"])
+def test_a_strength_that_leaves_no_step(pipes: tuple[Any, Any], name: str, strength: float) -> None:
+    """With PNDM too, which would evaluate once even so."""
+    messages = (f"strength={strength} of 4 steps leaves no step", "which is < 1")
+    for pipe, library, message in zip(pipes, LIBRARIES, messages, strict=True):
         with pytest.raises(ValueError, match=message):
-            pipe(**OPTIONS | {"strength": strength, "num_inference_steps": 4})
+            options = OPTIONS | {"strength": strength, "num_inference_steps": 4}
+            with_scheduler(pipe, library, name, lambda pipe, a=options: pipe(**a))
 
 
 CALLS: dict[str, dict[str, Any]] = {
@@ -268,7 +272,7 @@ def test_a_picture_depends_on_its_seed_and_its_images_alone(pipes: tuple[Any, An
             alone = {"prompt": options["prompt"][k], "output_type": "pt", "seed": 20 + k}
             alone |= {name: options[name][k : k + 1] for name in ("image", "mask_image")}
             found = ours(**options | alone).images[0]
-            torch.testing.assert_close(found, batch.images[k], rtol=0, atol=1e-13)  # measured: 3e-16
+            torch.testing.assert_close(found, batch.images[k], rtol=0, atol=1e-13)  # measured: 5e-15
 
 
 def test_steps_yields_what_a_call_computes(pipes: tuple[Any, Any]) -> None:

@@ -5,6 +5,7 @@ is an error that says so (``not_implemented``), never silence.
 """
 
 import inspect
+from dataclasses import fields
 from typing import Any
 
 import pytest
@@ -12,6 +13,11 @@ from theirs import diffusers
 
 import minidiff
 from minidiff.pipelines.latent import LatentPipeline
+from minidiff.pipelines.request import Request
+from minidiff.pipelines.request_image import ImageRequest, InpaintRequest
+from minidiff.pipelines.request_xl import XLImageRequest, XLInpaintRequest, XLRequest
+from minidiff.pipelines.stable_diffusion_instruct_pix2pix import EditRequest
+from minidiff.pipelines.stable_diffusion_xl_instruct_pix2pix import XLEditRequest
 
 NAMES = [name for name in minidiff.__all__ if name.startswith("StableDiffusion")]
 OURS = {"seed", "seeds", "long_prompt", "not_implemented"}  # beyond the reference
@@ -48,6 +54,35 @@ def test_calls(name: str) -> None:
     }
     positional = [argument for argument in ours if ours[argument].kind is inspect.Parameter.POSITIONAL_OR_KEYWORD]
     assert positional == [argument for argument in shared if argument in positional]  # in the reference's order
+
+
+REQUESTS = {
+    "StableDiffusionPipeline": Request,
+    "StableDiffusionImg2ImgPipeline": ImageRequest,
+    "StableDiffusionInpaintPipeline": InpaintRequest,
+    "StableDiffusionInstructPix2PixPipeline": EditRequest,
+    "StableDiffusionXLPipeline": XLRequest,
+    "StableDiffusionXLImg2ImgPipeline": XLImageRequest,
+    "StableDiffusionXLInpaintPipeline": XLInpaintRequest,
+    "StableDiffusionXLInstructPix2PixPipeline": XLEditRequest,
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_steps_have_the_defaults_of_calls(name: str) -> None:
+    call = parameters(getattr(minidiff, name).__call__)
+    asked = {field.name: field.default for field in fields(REQUESTS[name])}
+    shared = [argument for argument in call if argument in asked]
+    assert {argument: asked[argument] for argument in shared} == {
+        argument: call[argument].default for argument in shared
+    }
+    assert set(call) - set(asked) == set(call) & {
+        "output_type",
+        "return_dict",
+        "callback_on_step_end",
+        "callback_on_step_end_tensor_inputs",
+        "not_implemented",
+    }
 
 
 @pytest.mark.parametrize("name", NAMES)
