@@ -227,7 +227,10 @@ def test_a_file_of_the_unet_alone(sd: Pipes) -> None:
 def test_kohya(pipes: Pipes) -> None:
     """Linear layers and convolutions under the names of diffusers, with an alpha."""
     lora = draw(pipes[1], rank=lambda k: 4, only=lambda layer: "add_embedding" not in layer[1])  # theirs loses these
-    compare_file(pipes, kohya(lora, alpha=2.0))
+    tensors = kohya(lora, alpha=2.0)
+    if "text_encoder_2" not in lora:  # of one text encoder
+        tensors = {key.replace("lora_te1_", "lora_te_"): tensor for key, tensor in tensors.items()}
+    compare_file(pipes, tensors)
 
 
 def original_names(pipe: Any) -> dict[str, str]:
@@ -290,16 +293,16 @@ def test_alphas_in_the_header(sd: Pipes, tmp_path: Path, stabilised: bool) -> No
 
 def load_two(pipes: Pipes) -> None:
     """Load two adapters that share some layers; the second leaves the (last) text encoder alone."""
-    first, second = draw(pipes[1], seed=1, only=every(2)), draw(pipes[1], seed=2, only=every(3))
+    first, second = draw(pipes[1], seed=1, only=every(4)), draw(pipes[1], seed=2, only=every(6))
     load_both(pipes, peft(first), adapter_name="one")
     del second["text_encoder_2" if "text_encoder_2" in second else "text_encoder"]
     load_both(pipes, peft(second), adapter_name="two")
 
 
-def test_two_adapters(pipes: Pipes) -> None:
+def test_two_adapters(xl: Pipes) -> None:
     """The last that was loaded is active where it has layers; weights; one, both, in another order; one deleted."""
+    ours, theirs = pipes = xl
     load_two(pipes)
-    ours, theirs = pipes
     assert ours.get_list_adapters() == theirs.get_list_adapters()
     assert_same(*map(outputs, pipes))
     seen = [outputs(ours)[0]]
@@ -322,21 +325,18 @@ def test_two_adapters(pipes: Pipes) -> None:
     assert_same(*map(outputs, pipes))
 
 
-@pytest.mark.parametrize(
-    "weights",
-    [
-        {"unet": {"down": 0.5, "mid": 0.25, "up": {"block_1": [0.75, 0.1]}}},
-        {"unet": {"up": 0.3}, "text_encoder": 0.6},
-    ],
-)
-def test_weights_of_blocks(sd: Pipes, weights: dict[str, Any]) -> None:
-    lora = draw(sd[1], only=lambda layer: "block" in layer[1] or "encoder" in layer[1])  # theirs fails on the others
+def test_weights_of_blocks(sd: Pipes) -> None:
+    lora = draw(sd[1], only=lambda layer: every(3)(layer) and "_embedding" not in layer[1])  # theirs fails on those
     load_both(sd, peft(lora))
     before = outputs(sd[0])[0]
-    for pipe in sd:
-        pipe.set_adapters("default_0", weights)
-    assert_same(*map(outputs, sd))
-    assert relative_error(outputs(sd[0])[0], before) > 1e-3
+    for weights in (
+        {"unet": {"down": 0.5, "mid": 0.25, "up": {"block_1": [0.75, 0.1]}}},
+        {"unet": {"up": 0.3}, "text_encoder": 0.6},
+    ):
+        for pipe in sd:
+            pipe.set_adapters("default_0", weights)
+        assert_same(*map(outputs, sd))
+        assert relative_error(outputs(sd[0])[0], before) > 1e-3
 
 
 def test_disable_and_enable(sd: Pipes) -> None:
@@ -354,8 +354,8 @@ def test_disable_and_enable(sd: Pipes) -> None:
     assert_same(*map(outputs, sd))
 
 
-def test_fuse(pipes: Pipes) -> None:
-    ours, theirs = pipes
+def test_fuse(xl: Pipes) -> None:
+    ours, theirs = pipes = xl
     networks = [getattr(ours, name) for name in layers(theirs)]
     originals = [dict(network.named_parameters()) for network in networks]
     plain = outputs(ours)

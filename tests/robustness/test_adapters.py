@@ -428,10 +428,9 @@ def test_adapters_of_a_pipeline_that_is_faster_or_smaller(plain: StableDiffusion
         pipe.load_lora_weights(tensors)
         found.append(pipe(PROMPT, **call).images)
         found.append(pipe(PROMPT, **call, cross_attention_kwargs={"scale": 0.5}).images)
-        for scale in (0.3, 0.6):
-            pipe.fuse_lora(lora_scale=scale)
-            found.append(pipe(PROMPT, **call).images)
-            pipe.unfuse_lora()
+        pipe.fuse_lora(lora_scale=0.3)
+        found.append(pipe(PROMPT, **call).images)
+        pipe.unfuse_lora()
         pipe.fuse_lora()
         pipe.unfuse_lora()
         pipe.fuse_lora(lora_scale=0.5)
@@ -448,7 +447,7 @@ def test_adapters_of_a_pipeline_that_is_faster_or_smaller(plain: StableDiffusion
     ):
         for ours, theirs in zip(pictures(**methods), expected, strict=True):
             assert (ours - theirs).abs().max() < 1e-6 * theirs.abs().max()  # measured: 0 offloaded, 7e-8 optimized
-    assert all((a - b).abs().max() > 1e-3 for k, a in enumerate(expected[:5]) for b in expected[:k])
+    assert all((a - b).abs().max() > 1e-3 for k, a in enumerate(expected[:4]) for b in expected[:k])
 
 
 def test_the_code_of_the_page(pipe: StableDiffusionPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
