@@ -10,6 +10,9 @@ from typing import Any
 __version__ = "0.1.0"
 
 _HOME = {  # public name -> module that defines it
+    "AutoPipelineForImage2Image": "minidiff.pipelines.auto",
+    "AutoPipelineForInpainting": "minidiff.pipelines.auto",
+    "AutoPipelineForText2Image": "minidiff.pipelines.auto",
     "AutoencoderKL": "minidiff.vae",
     "CLIPTextConfig": "minidiff.clip",
     "CLIPTextModel": "minidiff.clip",

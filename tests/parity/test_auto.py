@@ -1,0 +1,53 @@
+"""Pipelines by their task are of the classes that the reference chooses."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from theirs import diffusers
+from tiny import save_tiny
+
+import minidiff
+from minidiff.errors import ConfigError
+from minidiff.pipelines.auto import FAMILIES, TASKS
+
+AUTO = ("AutoPipelineForText2Image", "AutoPipelineForImage2Image", "AutoPipelineForInpainting")
+MAPPINGS = {name: f"AUTO_{name.removeprefix('AutoPipelineFor').upper()}_PIPELINES_MAPPING" for name in AUTO}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.mark.parametrize("made_for", [family + task for family in FAMILIES for task in TASKS])
+@pytest.mark.parametrize("name", AUTO)
+def test_every_family_and_task(name: str, made_for: str) -> None:
+    theirs = diffusers.pipelines.auto_pipeline
+    mapping = getattr(theirs, MAPPINGS[name].replace("INPAINTING", "INPAINT"))
+    expected = theirs._get_task_class(mapping, made_for)
+    assert getattr(minidiff, name)._of(made_for).__name__ == expected.__name__
+
+
+@pytest.mark.parametrize("name", AUTO)
+def test_from_a_checkpoint_and_from_a_pipeline(folder: Path, name: str) -> None:
+    loaded, made = [], []
+    options: dict[str, Any] = {"safety_checker": None, "requires_safety_checker": False}
+    for library in (minidiff, diffusers):
+        pipe = getattr(library, name).from_pretrained(folder, **options)
+        other = library.AutoPipelineForImage2Image.from_pipe(pipe)
+        assert other.unet is pipe.unet
+        loaded.append(type(pipe).__name__)
+        made.append(type(other).__name__)
+    assert loaded[0] == loaded[1] and made[0] == made[1] == "StableDiffusionImg2ImgPipeline"
+
+
+def test_what_it_cannot_do(folder: Path) -> None:
+    pipe = minidiff.StableDiffusionPipeline.from_pretrained(folder)
+    for library in (minidiff, diffusers):
+        with pytest.raises(OSError, match="from_pretrained"):
+            library.AutoPipelineForInpainting()
+    with pytest.raises(ConfigError, match="knows the families StableDiffusion and StableDiffusionXL, found Flux"):
+        minidiff.AutoPipelineForInpainting._of("FluxPipeline")
+    with pytest.raises(TypeError, match="got unknown arguments surprise"):
+        minidiff.AutoPipelineForInpainting.from_pipe(pipe, surprise=1)
