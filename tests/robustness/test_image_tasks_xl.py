@@ -11,7 +11,7 @@ from tiny import UNET, save_tiny
 from tiny_xl import BASE_UNET, save_base, save_refiner
 
 import minidiff
-from minidiff import UNet2DConditionModel
+from minidiff import AutoencoderKL, UNet2DConditionModel
 from minidiff.errors import ConfigError
 
 PROMPT = "a red heart"
@@ -189,6 +189,22 @@ def test_every_pipeline_names_the_one_that_a_unet_is_for(
 def test_a_unet_without_its_vae_is_checked_too(sd: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match="use StableDiffusionInpaintPipeline"):
         built("StableDiffusionPipeline", {**sd, "vae": None}, UNET, 9)
+
+
+def test_an_overflow_in_float16_is_said_and_the_upcast_avoids_it(base: dict[str, Any]) -> None:
+    """These latents are finite in float16, but not once they are divided by the scaling factor."""
+    latents = (5000 * torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))).half()
+    pictures = []
+    for dtype, upcast in ((torch.float16, False), (torch.float16, True), (torch.float32, False)):
+        vae = AutoencoderKL.from_config(base["vae"].config, force_upcast=upcast)
+        vae.load_state_dict({name: tensor.half().float() for name, tensor in base["vae"].state_dict().items()})
+        pipe = minidiff.StableDiffusionXLInpaintPipeline(**{**base, "vae": vae.to(dtype)})
+        if (dtype, upcast) == (torch.float16, False):
+            with pytest.raises(ValueError, match=r"NaN or infinity .* in torch.float16.*pipe.vae.to\("):
+                pipe.decode(latents)
+        else:
+            pictures.append(pipe.decode(latents, "pt"))
+    assert torch.equal(*pictures)
 
 
 def test_a_refiner_takes_what_it_shares_from_base(base: dict[str, Any], tmp_path: Path) -> None:
