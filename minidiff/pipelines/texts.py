@@ -67,6 +67,10 @@ class Texts:
     long_prompt: str = "cut"
     read: Read = plain  # takes a text apart into pieces with weights, where it is read in windows
 
+    def __post_init__(self) -> None:
+        if self.prompt is None and self.prompt_embeds is None:
+            raise ValueError("give either prompt or prompt_embeds")
+
     @classmethod
     def of(cls, request: Request) -> "Texts":
         """Return what a request says."""

@@ -124,6 +124,8 @@ def test_wrong_arguments(pipe: StableDiffusionPipeline) -> None:
         pipe("a", long_prompt="cat")
     with pytest.raises(ValueError, match="long_prompt"):
         Request("a", long_prompt=None)
+    with pytest.raises(ValueError, match="give either prompt or prompt_embeds"):
+        pipe.encode_prompt(None, "cpu", 1, True)
     with pytest.raises(TypeError, match="has one text encoder: it takes no prompt_2"):
         prompts.encode(pipe, "a", prompt_2="b")
     with pytest.raises(TypeError, match="negative_prompt should be of the type of prompt"):
