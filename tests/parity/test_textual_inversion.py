@@ -15,7 +15,7 @@ from torch import Tensor
 import minidiff
 
 Pipes = tuple[Any, Any]
-BOUND = 1e-10  # measured: at most 1e-15 everywhere below
+BOUND = 1e-10  # measured: at most 3.5e-15 everywhere below
 KINDS = {"sd": "StableDiffusionPipeline", "xl": "StableDiffusionXLPipeline"}
 PROMPTS = ["a <cat> and a red heart", "<cat>", "two cats, <dog> <cat>, sky <dog>", "no new word"]
 

@@ -20,6 +20,8 @@ from torch import Tensor
 from minidiff import (
     CLIPTextModel,
     CLIPTextModelWithProjection,
+    StableDiffusionImg2ImgPipeline,
+    StableDiffusionInpaintPipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
@@ -383,6 +385,24 @@ def test_threads_with_scales_of_their_own(pipe: StableDiffusionPipeline) -> None
     assert all((alone[k] - alone[0]).abs().max() > 1e-3 for k in range(1, len(scales)))
     *_, last = stepped  # nor does it matter to a run that rests between two steps
     assert first.index == 0 and torch.equal(last.latents, alone[1])
+
+
+@pytest.mark.parametrize("kind", [StableDiffusionImg2ImgPipeline, StableDiffusionInpaintPipeline])
+def test_pipelines_that_share_networks_share_adapters(pipe: StableDiffusionPipeline, kind: Any) -> None:
+    other = kind(**pipe.components)
+    other.set_progress_bar_config(disable=True)
+    pipe.load_lora_weights(lora(), "one")
+    assert other.get_active_adapters() == ["one"]
+    arguments = {"image": torch.linspace(0, 1, 3 * 32 * 32).reshape(1, 3, 32, 32), "strength": 1.0, "seed": 0}
+    if kind is StableDiffusionInpaintPipeline:
+        arguments |= {"mask_image": torch.ones(1, 1, 32, 32), "height": 32, "width": 32}
+    arguments |= {"num_inference_steps": 2, "cross_attention_kwargs": {"scale": 0.5}}
+    half = other(PROMPT, **arguments, output_type="latent").images
+    *_, last = other.steps(PROMPT, **arguments)
+    assert torch.equal(last.latents, half)
+    pipe.delete_adapters("one")
+    del arguments["cross_attention_kwargs"]
+    assert (other(PROMPT, **arguments, output_type="latent").images - half).abs().max() > 1e-3
 
 
 def test_adapters_follow_the_network(plain: StableDiffusionPipeline) -> None:
