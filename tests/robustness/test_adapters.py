@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from hub_server import HubServer, Repository, run_with
 from safetensors.torch import save_file
 from tiny import save_tiny
 from tiny_xl import save_base
@@ -271,6 +272,21 @@ def test_where_files_are_looked_for(pipe: StableDiffusionPipeline, tmp_path: Pat
         pipe.load_lora_weights(tmp_path, weight_name="empty.safetensors")
     with pytest.raises(CheckpointError, match="the given state dict holds no tensors"):
         pipe.load_lora_weights({})
+
+
+def test_files_on_the_hub(tmp_path: Path) -> None:
+    """Only the file that is meant is downloaded: that of the usual name, or the only one."""
+    for name in ("one/pytorch_lora_weights", "one/other", "two/pixel-art"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        save_file(lora(), tmp_path / f"{name}.safetensors")
+    (tmp_path / "two" / "pixel-art.bin").write_bytes(b"\x80\x02")
+    code = (
+        "from minidiff.adapters.source import read_adapter\n"
+        "print([len(read_adapter(f'a/{n}', 'pytorch_lora_weights.safetensors').tensors) for n in ('one', 'two')])"
+    )
+    with HubServer({f"a/{name}": Repository({"main": tmp_path / name}) for name in ("one", "two")}) as hub:
+        assert run_with(hub, tmp_path / "cache", code) == "[6, 6]"
+        assert hub.downloaded() == ["a/one/main/pytorch_lora_weights.safetensors", "a/two/main/pixel-art.safetensors"]
 
 
 # --- LoRA methods ----------------------------------------------------------------------------------------------------
