@@ -204,7 +204,7 @@ def test_a_picture_is_the_same_alone_and_in_a_batch(pipes: tuple[Any, Any]) -> N
         batch = ours(PROMPT, num_images_per_prompt=4, seed=20, **options)
         listed = ours(PROMPT, num_images_per_prompt=4, generator=[seeded(20 + k) for k in range(4)], **options)
         assert batch.seeds == [20, 21, 22, 23] and torch.equal(batch.images, listed.images)
-        for k in range(4):
+        for k in (0, 3):
             alone = ours(PROMPT, generator=seeded(20 + k), **options)
             torch.testing.assert_close(alone.images[0], batch.images[k], rtol=0, atol=1e-13)
     ours.scheduler = original
