@@ -118,6 +118,8 @@ class LoraLoader:
             if fused := adapters_of(network).fused:
                 logger.warning("%s of %s is no longer fused: %r takes its place", ", ".join(fused), component, name)
                 adapters_of(network).unfuse()
+            if not adapters_of(network).enabled:  # as in the reference
+                logger.warning("the adapters of %s are disabled, %r too: call enable_lora()", component, name)
             adapters_of(network).add(name, {layer.ours: (layer.hub, update) for layer, update in layers.items()})
         ranks = {
             component: {layer.hub: len(update.down) for layer, update in layers.items()}

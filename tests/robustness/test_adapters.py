@@ -373,6 +373,23 @@ def test_scale_of_a_call(pipe: StableDiffusionPipeline, caplog: pytest.LogCaptur
     assert "has no effect: one is fused" in caplog.text
 
 
+def test_what_is_loaded_while_others_are_disabled_or_fused(
+    pipe: StableDiffusionPipeline, caplog: pytest.LogCaptureFixture
+) -> None:
+    pipe.load_lora_weights(lora(), "one")
+    pipe.fuse_lora()
+    pipe.load_lora_weights(lora(seed=5), "two")
+    assert "one of unet is no longer fused: 'two' takes its place" in caplog.text and not pipe.fused_loras
+    pipe.disable_lora()
+    pipe.load_lora_weights(lora(seed=6), "three")
+    assert "the adapters of unet are disabled, 'three' too: call enable_lora()" in caplog.text
+    disabled = pipe(PROMPT, **CALL).images
+    pipe.enable_lora()
+    assert (pipe(PROMPT, **CALL).images - disabled).abs().max() > 1e-3
+    pipe.unload_lora_weights()
+    assert torch.equal(pipe(PROMPT, **CALL).images, disabled)
+
+
 def test_what_was_patched_is_said(pipe: StableDiffusionPipeline, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, logger="minidiff"):
         loaded = pipe.load_lora_weights(lora(), "one")
