@@ -116,6 +116,12 @@ def _pipeline_class(model: str | Path) -> type["DiffusionPipeline"]:
     from minidiff.config import read_json
     from minidiff.pipelines.base import INDEX
 
+    if Path(model).is_file():
+        from minidiff.checkpoints.contents import Contents
+        from minidiff.checkpoints.single_file import describe
+
+        _, configs, _ = describe(Contents.of(Path(model)), None, None, {}, ask=False)
+        return minidiff.DiffusionPipeline._class_for(configs.read(INDEX), configs)
     path = Repo(model).file(INDEX)
     return minidiff.DiffusionPipeline._class_for(read_json(path), path)
 

@@ -327,7 +327,6 @@ def test_full_size_files_have_every_tensor_that_their_family_needs(name: str, tm
     [
         ("v1-5-pruned-emaonly", None, 49_407, "PNDMScheduler"),
         ("v2-1_768-ema-pruned", "v_prediction", 0, "DDIMScheduler"),
-        ("v2-1_768-ema-pruned", "epsilon", 0, "PNDMScheduler"),
     ],
 )
 def test_full_size_pipelines_need_nothing_but_the_file(

@@ -5,7 +5,7 @@ bare autoencoder has no ``first_stage_model.``), and in what they hold besides w
 """
 
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -179,7 +179,7 @@ def why_dropped(name: str) -> str | None:
     return next((reason for pattern, reason in _DROPPED if pattern.fullmatch(name)), None)
 
 
-def _flat_names(tables: Collection[list[Row]] | Iterable[list[Row]]) -> Iterator[str]:
+def _flat_names(tables: Iterable[list[Row]]) -> Iterator[str]:
     """Yield the names of linear layers that original files store as 1x1 convolutions, and some tools as matrices."""
     for rows in tables:
         for row in rows:
