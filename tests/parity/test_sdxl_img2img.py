@@ -206,6 +206,20 @@ def test_base_as_image_to_image(bases: tuple[Any, Any]) -> None:
     assert_same(*results)
 
 
+def test_turbo(bases: tuple[Any, Any]) -> None:
+    """sdxl-turbo's image to image: half of two steps, without guidance, after trailing spacing."""
+    results = []
+    for pipe, library in zip(bases, (minidiff, diffusers), strict=True):
+        scheduler = library.EulerAncestralDiscreteScheduler.from_config(
+            pipe.scheduler.config, timestep_spacing="trailing"
+        )
+        other = library.StableDiffusionXLImg2ImgPipeline(**{**pipe.components, "scheduler": scheduler})
+        other.set_progress_bar_config(disable=True)
+        options = {"num_inference_steps": 2, "strength": 0.5, "guidance_scale": 0.0, "output_type": "np"}
+        results.append(other(PROMPT, image=PICTURE, generator=seeded(), **options).images)
+    assert_same(*results)
+
+
 def test_one_run_in_two_halves_is_the_run(bases: tuple[Any, Any]) -> None:
     """With the same network on both sides and a solver that remembers nothing, the cut leaves no trace."""
     base, _ = bases

@@ -157,6 +157,11 @@ def test_sizes_of_edits(edit: Any, edit_xl: Any) -> None:
         type(edit_xl)(**{**edit_xl.components, "vae": None}, is_cosxl_edit=True)
 
 
+def test_image_to_image_has_the_size_of_its_image(base: dict[str, Any]) -> None:
+    with pytest.raises(TypeError, match="takes no height: the picture gets the size of the image"):
+        minidiff.StableDiffusionXLImg2ImgPipeline(**base).steps(PROMPT, image=PICTURE, height=32)
+
+
 # --- which UNet belongs to which pipeline ----------------------------------------------------------------------------
 
 TASKS = {  # the end of a pipeline's name -> the channels of the UNets that it takes
