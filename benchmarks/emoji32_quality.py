@@ -1,13 +1,13 @@
 """How near the pictures of emoji32-ddpm are to its training data: ``python -m benchmarks.emoji32_quality``.
 
-256 pictures are drawn without a prompt, with the seeds 0 to 255, by each of two samplers. The distance of two pictures
+128 pictures are drawn without a prompt, with the seeds 0 to 127, by each of two samplers. The distance of two pictures
 is the root of the mean squared difference of their pixels in [0, 1], at 32x32. For each picture drawn,
 
     d1 = distance to the nearest training picture            d2 = distance to the nearest other one
 
 It counts as a copy if d1 < d2 / 2: it is clearly one training picture and no other. The rest are pictures between
 several, and kinds of which the data have many alike (clocks, faces), where no copy can be told from its neighbours. For
-scale, the same is measured among the training pictures, each to the nearest other. About three minutes of CPU time.
+scale, the same is measured among the training pictures, each to the nearest other. About two minutes of CPU time.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from benchmarks.emoji_reference import Reference, read_reference
 from minidiff import DDIMPipeline, DDPMPipeline
 from minidiff.embedded import embedded_checkpoint
 
-SIZE, COUNT, BATCH = 32, 256, 32
+SIZE, COUNT, BATCH = 32, 128, 32
 RUNS = (("DDPMPipeline", 50), ("DDIMPipeline", 50))  # the first is what the command line does by default
 SIDE = 6  # pictures on a side of the sheet
 

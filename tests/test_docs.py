@@ -22,7 +22,7 @@ def found(pattern: str) -> list[tuple[str, ...]]:
 
 LINKS = found(r"\]\((?!https?://|#)([^)#\s]+)[^)]*\)")
 NAMES = found(r"`((?:minidiff|tests|weights|benchmarks|docs)/[\w./-]*|\.ci/run)(?:::([\w.]+))?`")
-EXCERPTS = found(r"^```python\n# ((?:minidiff|tests)/[\w/]+\.py)\n(.*?)^```")
+EXCERPTS = found(r"^```python\n# ((?:minidiff|tests|weights)/[\w/]+\.py)\n(.*?)^```")
 
 
 def test_there_is_something_to_check():
