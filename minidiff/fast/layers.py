@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minidiff.fast.packed import Kept, can_pack, convolve, pack_kernel
+from minidiff.fast.packed import Kept, can_pack, convolve, hooked, pack_kernel
 from minidiff.fast.strips import STRIP, empty
 from minidiff.layers import GEGLU, Upsample
 
@@ -46,7 +46,7 @@ class FastUpsample:
         B, C, H, W = x.shape
         conv = self.module.conv
         doubled = size is None or tuple(size) == (2 * H, 2 * W)
-        if not can_pack(x) or conv.weight.dtype != x.dtype or not doubled or conv._forward_hooks:  # LoRA hooks
+        if not can_pack(x) or conv.weight.dtype != x.dtype or not doubled or hooked(self.module):
             return Upsample.forward(self.module, x, size)
         packed = self._packed.get(
             lambda: [pack_kernel(k, 1, (0, 0), x) for k in four_kernels(conv.weight)], conv.weight

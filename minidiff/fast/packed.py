@@ -22,6 +22,11 @@ def can_pack(x: Tensor) -> bool:
     return x.device.type == "cpu" and x.dtype in _DTYPES and not torch.is_grad_enabled() and _available()
 
 
+def hooked(module: nn.Module) -> bool:
+    """Return whether calling a part of ``module`` does more than its forward, as adapters and observers want."""
+    return any(part._forward_hooks or part._forward_pre_hooks for part in module.modules())
+
+
 def pack_matrix(W: Tensor, rows: int) -> Tensor:
     """Pack a matrix (D_out, D_in) for products with ``rows`` rows; other numbers of rows work too."""
     return torch.ops.mkldnn._reorder_linear_weight(W.contiguous(), rows)
@@ -69,10 +74,7 @@ class Kept:
         return value
 
     def __getstate__(self) -> dict[str, Any]:
-        return {
-            "keep": self.keep,
-            "_entry": (None, None, ()),
-        }  # packed weights can be neither copied nor pickled, and need not be
+        return {"keep": self.keep, "_entry": (None, None, ())}  # packed weights cannot be pickled, and need not be
 
 
 class FastLinear:

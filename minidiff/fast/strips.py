@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minidiff.fast.packed import can_pack, convolve, pack_kernel
+from minidiff.fast.packed import can_pack, convolve, hooked, pack_kernel
 from minidiff.vae import Level
 
 STRIP = 4 * 2**20  # bytes of the input that one strip takes, about a core's share of the cache
@@ -29,7 +29,7 @@ class FastLevel:
         """Run the residual blocks and the change of resolution: (B, C_in, H, W) -> (B, C, H', W')."""
         level = self.level
         C = max(level.res[0].conv1.in_channels, level.res[0].conv1.out_channels)
-        if not can_pack(x) or x.numel() // x.shape[1] * C * x.element_size() < LARGE:
+        if not can_pack(x) or x.numel() // x.shape[1] * C * x.element_size() < LARGE or hooked(level):
             return Level.forward(level, x)
         x = x.contiguous(memory_format=torch.channels_last)
         h = None
