@@ -2,8 +2,7 @@
 
 For each combination timesteps and noise levels are compared, and whole trajectories of 1, 2, 3, 7, 20 and 50 steps
 through a nonlinear stand-in network, value by value. Where they are not bit-identical, the error is relative to the
-largest value on the way, and the same run in float64 tells a wrong formula from rounding, which steep combinations
-amplify a thousandfold and more.
+largest value on the way.
 
 The grids of options are those of tests/parity, and so is what counts as valid: combinations that the reference refuses,
 or in which it returns NaN, are left out there, each with its reason. Any others in which it is NaN are counted apart.
@@ -80,9 +79,8 @@ def sample(grid: Grid, count: int, seed: int) -> Iterator[Options]:
 class Comparison(NamedTuple):
     """One combination of options."""
 
-    error: float  # largest relative error of any trajectory in float32
-    double_error: float  # and in float64, of those that are not bit-identical
-    identical: bool  # every trajectory in float32, bit for bit
+    error: float  # largest relative error of any trajectory
+    identical: bool  # every trajectory, bit for bit
     timesteps: float  # largest difference
     sigmas: float  # largest relative difference, 0 where bit-equal or where the reference has none
     nan: tuple[bool, bool]  # ours, theirs: somewhere on the way
@@ -92,35 +90,26 @@ def compare(kind: str, options: Options, learned: bool) -> Comparison:
     """Run all trajectories on both sides."""
     runs = from_tests("scheduler_runs")
     reference = getattr(from_tests("theirs").diffusers, kind)
-    rounds = from_tests("parity.test_schedulers_sigma").SINGLE | {from_tests("parity.test_schedulers_dpm").MULTI}
-    in_double = runs.InDouble if kind in rounds else lambda scheduler: scheduler
-    draws = {"generator", "variance_noise"} & set(inspect.signature(reference.step).parameters)
-    how: dict[str, Any] = {"denoise": runs.network_with_variance if learned else runs.network}
-    error, double_error, identical, timesteps, sigmas, nan = 0.0, 0.0, True, 0.0, 0.0, (False, False)
+    how: dict[str, Any] = {
+        "denoise": runs.network_with_variance if learned else runs.network,
+        "seeded": "generator" in inspect.signature(reference.step).parameters,
+        "dtype": torch.float32,
+    }
+    error, identical, timesteps, sigmas, nan = 0.0, True, 0.0, 0.0, (False, False)
     for steps in runs.STEPS:
         if not options.get("skip_prk_steps", True) and steps < 4:
             continue  # minidiff refuses it: there is no Runge-Kutta start
         # A new one for each run: the reference's set_timesteps may change the configuration for good.
         ours, theirs = getattr(minidiff, kind)(**options), reference(**options)
-        single = how | {"dtype": torch.float32, "seeded": "generator" in draws}
-        a, b = (runs.by_hand(scheduler, steps, **single) for scheduler in (ours, theirs))
+        a, b = (runs.by_hand(scheduler, steps, **how) for scheduler in (ours, theirs))
         timesteps = max(timesteps, (ours.timesteps - theirs.timesteps).abs().max().item())
         if hasattr(theirs, "sigmas"):
             sigmas = max(sigmas, _difference(ours.sigmas, theirs.sigmas))
         nan = tuple(before or not bool(way.isfinite().all()) for before, way in zip(nan, (a, b), strict=True))
         if any(nan):
             continue
-        if torch.equal(a, b):
-            continue
-        error, identical = max(error, runs.error(a, b)), False
-        # Some reference solvers draw and compute in float32 whatever they are given, so there noise is given too.
-        given = "given_noise" if "variance_noise" in draws else "seeded"
-        double = how | {given: bool(draws)}
-        double_error = max(
-            double_error,
-            runs.error(runs.by_hand(ours, steps, **double), runs.by_hand(in_double(theirs), steps, **double)),
-        )
-    return Comparison(error, double_error, identical, timesteps, sigmas, nan)
+        error, identical = max(error, runs.error(a, b)), identical and torch.equal(a, b)
+    return Comparison(error, identical, timesteps, sigmas, nan)
 
 
 def _difference(ours: torch.Tensor, theirs: torch.Tensor) -> float:
@@ -163,7 +152,6 @@ def _figures(found: list[tuple[Comparison, Options]]) -> dict[str, Any]:
         "bit_identical": sum(c.identical for c, _ in finite),
         "within_1e-6": sum(c.error <= 1e-6 for c, _ in finite),
         "largest_error": worst.error,
-        "largest_error_float64": max(c.double_error for c, _ in finite),
         "worst_options": worst_options,
         "nan_in_the_reference_only": sum(c.nan == (False, True) for c, _ in found),
         "nan_in_ours": sum(c.nan[0] for c, _ in found),
@@ -175,14 +163,13 @@ def table(result: dict[str, Any]) -> str:
     """Return the figures as a Markdown table."""
     head = ("class", "combinations", "timesteps equal", "sigmas bit-equal", "bit-identical", "within 1e-6")
     columns = ("combinations", "timesteps_equal", "sigmas_bit_equal", "bit_identical", "within_1e-6")
-    lines = [f"| {' | '.join(head)} | largest error | in float64 |", "|---" + "|---:" * 7 + "|"]
+    lines = [f"| {' | '.join(head)} | largest error |", "|---" + "|---:" * 6 + "|"]
     for kind, row in [*result.items(), ("all", _total(result))]:
-        errors = f"{row['largest_error']:.1e} | {row['largest_error_float64']:.1e}"
-        lines.append(f"| {kind} | {' | '.join(str(row[c]) for c in columns)} | {errors} |")
+        lines.append(f"| {kind} | {' | '.join(str(row[c]) for c in columns)} | {row['largest_error']:.1e} |")
     return "\n".join(lines)
 
 
 def _total(result: dict[str, Any]) -> dict[str, Any]:
     rows = list(result.values())
     total = {name: sum(row[name] for row in rows) for name in rows[0] if not name.endswith("options")}
-    return total | {n: max(row[n] for row in rows) for n in ("largest_error", "largest_error_float64")}
+    return total | {"largest_error": max(row["largest_error"] for row in rows)}

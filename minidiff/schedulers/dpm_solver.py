@@ -32,8 +32,6 @@ from minidiff.schedulers.ddpm import VARIANCES
 from minidiff.schedulers.log_snr import LogSnrScheduler
 from minidiff.schedulers.prediction import Clip, Scalar, predict_eps, predict_x0
 
-EVERYTHING, NOTHING = torch.ones(()), torch.zeros(())
-
 
 class Weights(NamedTuple):
     """The coefficients of one transition."""
@@ -73,7 +71,7 @@ class Transitions:
         alpha, sigma, h = self.alpha[t], self.sigma[t], self.lam[t] - self.lam[s]
         shrink, growth = torch.exp(-h) - 1.0, torch.exp(h) - 1.0
         if self.algorithm == "dpmsolver++":
-            to_x, d0, std = sigma / self.sigma[s], -(alpha * shrink), NOTHING
+            to_x, d0, std = sigma / self.sigma[s], -(alpha * shrink), torch.zeros(())
             d1, d2 = alpha * (shrink / h + 1.0), -(alpha * ((shrink + h) / h**2 - 0.5))
         elif self.algorithm == "sde-dpmsolver++":
             lost = 1.0 - torch.exp(-2.0 * h)
@@ -81,7 +79,7 @@ class Transitions:
             d1, d2 = alpha * (lost / (-2.0 * h) + 1.0), alpha * ((lost - 2.0 * h) / (2.0 * h) ** 2 - 0.5)
         else:  # dpmsolver, and sde-dpmsolver, which moves twice as far and adds noise
             times = 1.0 if self.algorithm == "dpmsolver" else 2.0
-            std = NOTHING if times == 1.0 else sigma * torch.sqrt((torch.exp(2 * h) - 1.0).clamp(min=0))
+            std = torch.zeros(()) if times == 1.0 else sigma * torch.sqrt((torch.exp(2 * h) - 1.0).clamp(min=0))
             to_x, d0 = alpha / self.alpha[s], -times * (sigma * growth)
             d1, d2 = -times * (sigma * (growth / h - 1.0)), -(sigma * ((growth - h) / h**2 - 0.5))
         return Weights(to_x, d0, d1, d2, 0.5 * d0, std)

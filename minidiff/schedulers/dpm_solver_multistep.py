@@ -24,7 +24,7 @@ from torch import Generator, Tensor
 from minidiff.random import randn
 from minidiff.schedulers.base import Plan, SchedulerOutput, Update
 from minidiff.schedulers.configured import records_config
-from minidiff.schedulers.dpm_solver import EVERYTHING, NOTHING, DpmSolver, Step, Transitions, remembered
+from minidiff.schedulers.dpm_solver import DpmSolver, Step, Transitions, remembered
 from minidiff.schedulers.prediction import Scalar, linear
 from minidiff.schedulers.sigma_space import wide
 
@@ -92,8 +92,8 @@ class DPMSolverMultistepScheduler(DpmSolver):
         alpha, sigma = transitions.alpha, self._seen_sigma(plan, transitions.sigma)
         steps = []
         for k in range(len(plan.times)):
-            order = self._order(plan, h, k) if h[k] else 1
-            steps.append(Step(alpha[k], sigma[k], order, *self._coefficients(transitions, k, order, h[k])))
+            order = self._order(plan, h, k) if h[k] else 1  # the higher ones divide by h
+            steps.append(Step(alpha[k], sigma[k], order, *self._coefficients(transitions, k, order)))
         return tuple(steps)
 
     def _order(self, plan: Plan, h: Sequence[float], k: int) -> int:
@@ -106,11 +106,9 @@ class DPMSolverMultistepScheduler(DpmSolver):
         return min(order, remembered(h, plan.start, k) + 1)
 
     def _coefficients(
-        self, transitions: Transitions, k: int, order: int, h: float
+        self, transitions: Transitions, k: int, order: int
     ) -> tuple[Scalar, tuple[Scalar, ...], tuple[Scalar, ...], Scalar]:
         """Return the coefficients of x and of the differences, what these are made with, and that of the noise."""
-        if not h:  # between equal levels nothing moves; the formulas are 0 / 0
-            return EVERYTHING, (NOTHING,), (), NOTHING
         w = transitions.weights(k, k + 1)
         if order == 1:
             return w.to_x, (w.d0,), (), w.std

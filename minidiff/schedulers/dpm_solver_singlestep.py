@@ -22,7 +22,7 @@ from torch import Tensor
 
 from minidiff.schedulers.base import Plan, Update
 from minidiff.schedulers.configured import records_config
-from minidiff.schedulers.dpm_solver import EVERYTHING, NOTHING, DpmSolver, Step, Transitions, remembered
+from minidiff.schedulers.dpm_solver import DpmSolver, Step, Transitions, remembered
 from minidiff.schedulers.prediction import Scalar, linear
 
 
@@ -92,7 +92,7 @@ class DPMSolverSinglestepScheduler(DpmSolver):
         for k, place in enumerate(self._places(len(plan.times))):
             # A run that begins within a group has less to go by; so have predictions at equal levels.
             order = min(place, remembered(h, plan.start, k) + 1)
-            steps.append(Step(alpha[k], sigma[k], order, *self._coefficients(transitions, k, order, h[k])))
+            steps.append(Step(alpha[k], sigma[k], order, *self._coefficients(transitions, k, order)))
         return tuple(steps)
 
     def _places(self, count: int) -> list[int]:
@@ -109,11 +109,9 @@ class DPMSolverSinglestepScheduler(DpmSolver):
         return [*places[:-1], 1] if zero else places
 
     def _coefficients(
-        self, transitions: Transitions, k: int, order: int, h: float
+        self, transitions: Transitions, k: int, order: int
     ) -> tuple[Scalar, tuple[Scalar, ...], tuple[Scalar, ...], Scalar]:
         """Return the coefficients of x and of the differences, what these are made with, and that of the noise."""
-        if not h and order == 1:
-            return EVERYTHING, (NOTHING,), (), NOTHING
         s, t, midpoint = k - order + 1, k + 1, self.config.solver_type == "midpoint"
         w = transitions.weights(s, t)
         if order == 1:

@@ -45,6 +45,7 @@ class Case(NamedTuple):
 UNCORRECTED = {"disable_corrector": tuple(range(200))}
 MULTI, SINGLE, UNIPC = "DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler", "UniPCMultistepScheduler"
 DPM1 = {"algorithm_type": "dpmsolver", "final_sigmas_type": "sigma_min"}
+EPS = {"predict_x0": False, "final_sigmas_type": "sigma_min"}
 BLOCKS = (37, 73, 145)  # one step before the end a singlestep solver has just completed a block of 1, 2 or 3
 
 CASES = [
@@ -72,11 +73,21 @@ CASES = [
     Case(UNIPC, EVEN | {"solver_type": "bh1"}, 3, 3.01),
     # Of order 4 but for its first step, which is of order 2: once an error of h³.
     Case(UNIPC, EVEN | {"solver_order": 3}, 3, 3.10),
+    Case(UNIPC, EVEN | UNCORRECTED | EPS | {"solver_order": 1}, 1, 0.99),
+    Case(UNIPC, EVEN | UNCORRECTED | EPS, 2, 1.98),
+    Case(UNIPC, EVEN | UNCORRECTED | EPS | {"solver_order": 3}, 3, 3.13),
+    Case(UNIPC, EVEN | EPS | {"solver_order": 1}, 2, 2.00),
+    Case(UNIPC, EVEN | EPS, 3, 2.95),
     Case(SINGLE, EVEN | {"solver_order": 1}, 1, 0.99),
     Case(SINGLE, EVEN, 2, 1.94, counts=(41, 81, 161)),
     Case(SINGLE, EVEN | {"solver_type": "heun"}, 2, 1.97, counts=(41, 81, 161)),
     Case(SINGLE, EVEN | {"solver_order": 3}, 3, 2.94, counts=BLOCKS),
     Case(SINGLE, EVEN | {"solver_order": 3, "solver_type": "heun"}, 3, 2.97, counts=BLOCKS),
+    Case(SINGLE, EVEN | DPM1 | {"solver_order": 1}, 1, 0.99),
+    Case(SINGLE, EVEN | DPM1, 2, 2.06, counts=(41, 81, 161)),
+    Case(SINGLE, EVEN | DPM1 | {"solver_type": "heun"}, 2, 2.04, counts=(41, 81, 161)),
+    Case(SINGLE, EVEN | DPM1 | {"solver_order": 3}, 3, 3.09, counts=BLOCKS),
+    Case(SINGLE, EVEN | DPM1 | {"solver_order": 3, "solver_type": "heun"}, 3, 2.94, counts=BLOCKS),
     Case("HeunDiscreteScheduler", EVEN, 2, 2.04),
     Case("KDPM2DiscreteScheduler", EVEN, 2, 2.03),
     # Of order 4 but for its first three steps, which are of order 1, 2 and 3.

@@ -63,6 +63,10 @@ def _twice(n: int, options: Options) -> int:
     return 2 * n - 1  # two evaluations per step, but one in the last
 
 
+def _euler(n: int, options: Options) -> int:
+    return n + (_one_more(options) and _tells_levels(options))  # it visits the level that is one more
+
+
 DPM = {
     "algorithm_type": ("dpmsolver++", "dpmsolver", "sde-dpmsolver++"),
     "solver_order": (1, 2, 3),
@@ -80,7 +84,7 @@ CLASSES = {
     "DPMSolverMultistepScheduler": Row(also={**DPM, "euler_at_final": (False, True)}),
     "DPMSolverSinglestepScheduler": Row(also=DPM),
     "EulerAncestralDiscreteScheduler": Row(),
-    "EulerDiscreteScheduler": Row(also=EULER),
+    "EulerDiscreteScheduler": Row(_euler, also=EULER),
     "HeunDiscreteScheduler": Row(_twice),
     "KDPM2AncestralDiscreteScheduler": Row(_twice, beyond=3),
     "KDPM2DiscreteScheduler": Row(_twice, beyond=3),
@@ -162,6 +166,19 @@ def turns(kind: str, options: Options, n: int) -> bool:
     return both or (flow and n >= 60)
 
 
+def stops_early(options: Options) -> bool:
+    """Say whether there is one noise level more than the run visits, as in the reference: log_linear interpolation."""
+    return _one_more(options) and not _tells_levels(options)
+
+
+def _one_more(options: Options) -> bool:
+    return options.get("interpolation_type") == "log_linear" and options["spaced_by"] is None
+
+
+def _tells_levels(options: Options) -> bool:
+    return options["timestep_type"] == "continuous" and options["prediction_type"] == "v_prediction"
+
+
 def check_plan(kind: str, options: Options, n: int) -> Any:
     """Check what must hold of the plan of n steps; return scheduler and plan, or None where it has to be refused."""
     said = refusals(kind, options, n)
@@ -172,8 +189,7 @@ def check_plan(kind: str, options: Options, n: int) -> Any:
     scheduler = build(kind, options)
     plan = scheduler.plan(n)
     calls = CLASSES[kind].calls(n, options)
-    # log_linear interpolation has one level more than the run visits, as in the reference.
-    unvisited = options.get("interpolation_type") == "log_linear" and options["spaced_by"] is None
+    unvisited = stops_early(options)
     assert len(plan.timesteps) == len(plan.times) == len(plan.steps) == calls
     assert len(plan.sigmas) == calls + CLASSES[kind].beyond + unvisited
     assert plan.timesteps.isfinite().all() and all(map(math.isfinite, _numbers(plan.steps)))
@@ -183,7 +199,7 @@ def check_plan(kind: str, options: Options, n: int) -> Any:
     levels = sigmas.unique_consecutive()
     assert (levels.diff() < 0).all() or turns(kind, options, n)
     if n <= 100 and options.get("skip_prk_steps", True):  # more steps round to equal timesteps; Runge-Kutta has halves
-        assert n <= len(levels) - unvisited <= n + 1
+        assert n <= len(levels) - _one_more(options) <= n + 1
     _check_last(kind, options, scheduler, sigmas)
     return scheduler, plan
 
@@ -221,6 +237,8 @@ def _ends_at_x0(kind: str, options: Options, plan: Any) -> bool:
     Solvers that predict eps divide by the signal of the first step; DDIM's stride is T // n whatever the spacing, as in
     the reference, so its last step may end above timestep 0 in a trailing run whose n does not divide T.
     """
+    if stops_early(options):
+        return False
     if kind == "DDIMScheduler" and plan.times[-1] >= T // plan.num_inference_steps:
         return False
     return plan.sigmas[-1] == 0 and CLASSES[kind].perfect and options.get("predict_x0", True)

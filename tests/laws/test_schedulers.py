@@ -7,13 +7,15 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
-from scheduler_runs import by_hand, combinations, error, network, noise, through_core
+from scheduler_runs import by_hand, error, network, noise, pairwise, through_core
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import minidiff
 
 SCHEDULERS = {
     "deis": minidiff.DEISMultistepScheduler(solver_order=3),
+    "lcm": minidiff.LCMScheduler(),
     "tcd": minidiff.TCDScheduler(),
     "dpm2": minidiff.KDPM2DiscreteScheduler(),
     "dpm2-ancestral": minidiff.KDPM2AncestralDiscreteScheduler(use_karras_sigmas=True),
@@ -86,6 +88,50 @@ def test_a_step_changes_nothing_that_it_was_given(scheduler):
         after, next_past = scheduler.advance(plan, i, x, out, past, noise())
         assert all(torch.equal(a, b) for a, b in zip(before, (x, out, *_tensors(past)), strict=True))
         x, past = after, next_past
+
+
+class NothingWaits(TorchDispatchMode):
+    """Refuses what a GPU would have to be waited for: to read a value, and to copy between devices."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        assert func is not torch.ops.aten._local_scalar_dense.default, "reads a value"
+        if func is torch.ops.aten._to_copy.default:
+            assert kwargs.get("device") in (None, args[0].device), "copies between devices"
+        if func is torch.ops.aten.copy_.default:
+            assert args[0].device == args[1].device, "copies between devices"
+        return func(*args, **kwargs)
+
+
+EVERY_OPTION_OF_A_STEP = {
+    **SCHEDULERS,
+    "ddim, eta": minidiff.DDIMScheduler(thresholding=True, prediction_type="v_prediction"),
+    "ddpm, learned": minidiff.DDPMScheduler(variance_type="learned_range"),
+    "dpm++, learned": minidiff.DPMSolverMultistepScheduler(variance_type="learned", thresholding=True),
+    "heun, clipped": minidiff.HeunDiscreteScheduler(clip_sample=True, prediction_type="sample"),
+    "pndm, v": minidiff.PNDMScheduler(prediction_type="v_prediction"),
+    "unipc, flow": minidiff.UniPCMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction"),
+}
+
+
+@pytest.mark.parametrize("scheduler", EVERY_OPTION_OF_A_STEP.values(), ids=EVERY_OPTION_OF_A_STEP)
+def test_nothing_in_a_step_waits_for_the_device(scheduler):
+    """Stand-in for a GPU: tensors of the meta device have no values to wait for, and do not mix with those of the CPU.
+
+    Numbers of the CPU, () tensors, mix with any device: the kernel is handed the value.
+    """
+    options = {"eta": 0.5} if "eta" in scheduler.run_options else {}
+    options |= {"s_churn": 40.0} if "s_churn" in scheduler.run_options else {}
+    plan = scheduler.plan(9, device="meta", **options)
+    x, past = noise().to("meta"), ()
+    learned = str(scheduler.config.get("variance_type")).startswith("learned")
+    with NothingWaits():
+        for i in range(len(plan.steps)):
+            shown = scheduler.scale_input(plan, i, x)
+            out = torch.cat([shown, shown], dim=1) if learned else shown
+            assert scheduler.denoised(plan, i, x, out).device.type == "meta"
+            x, past = scheduler.advance(plan, i, x, out, past, scheduler.draw_noise(plan, i, x))
+    assert x.device.type == "meta" and x.shape == noise().shape
 
 
 def _tensors(past) -> list[Tensor]:
@@ -180,82 +226,6 @@ def test_ancestral_steps_from_very_high_levels_are_finite():
             assert through_core(kind(**options), steps).isfinite().all()
 
 
-class Gaussian:
-    """Data with distribution N(0, s²) for each value, whose denoiser and whose sampling trajectories are known."""
-
-    s = 0.5
-
-    def eps(self, x: Tensor, sigma: float) -> Tensor:
-        """The best prediction of eps from x = alpha x0 + sigma_t eps."""
-        alpha = 1 / math.sqrt(1 + sigma**2)
-        return sigma * alpha * x / (alpha**2 * (self.s**2 + sigma**2))
-
-    def spread(self, sigma: float) -> float:
-        """The standard deviation of x at a noise level: the flow maps every sample in proportion to it."""
-        return math.sqrt((self.s**2 + sigma**2) / (1 + sigma**2))
-
-
-def flow_error(scheduler, steps: int) -> float:
-    """Return the relative error of a whole run on Gaussian data against the exact flow."""
-    plan, data = scheduler.plan(steps), Gaussian()
-    sigmas = plan.sigmas.tolist()
-    x, past = noise(), ()
-    for i in range(len(plan.steps)):
-        x, past = scheduler.advance(plan, i, x, data.eps(x, sigmas[i]), past)
-    exact = noise() * data.spread(sigmas[-1]) / data.spread(sigmas[0])
-    return ((x - exact).abs().max() / exact.abs().max()).item()
-
-
-@pytest.mark.parametrize("predict_x0", [True, False])
-@pytest.mark.parametrize("corrects", [False, True])
-@pytest.mark.parametrize("order", [1, 2, 3])
-def test_unipc_converges_with_its_order(order, corrects, predict_x0):
-    scheduler = minidiff.UniPCMultistepScheduler(
-        solver_order=order,
-        predict_x0=predict_x0,
-        use_exponential_sigmas=True,
-        sigma_min=0.1,
-        sigma_max=10.0,
-        final_sigmas_type="sigma_min",
-        lower_order_final=False,
-        disable_corrector=[] if corrects else list(range(100)),
-    )
-    coarse, fine = flow_error(scheduler, 20), flow_error(scheduler, 40)
-    assert math.log2(coarse / fine) > order + corrects - 0.4  # measured: 1.0, 2.1; 1.9, 3.0; 3.1, 4.1
-
-
-@pytest.mark.parametrize("algorithm", ["dpmsolver++", "dpmsolver"])
-@pytest.mark.parametrize(
-    "order, solver_type", [(1, "midpoint"), (2, "midpoint"), (2, "heun"), (3, "midpoint"), (3, "heun")]
-)
-def test_dpm_solver_singlestep_converges_with_its_order(order, solver_type, algorithm):
-    scheduler = minidiff.DPMSolverSinglestepScheduler(
-        solver_order=order,
-        solver_type=solver_type,
-        algorithm_type=algorithm,
-        final_sigmas_type="sigma_min",
-        use_exponential_sigmas=True,
-    )
-    coarse, fine = flow_error(scheduler, 36), flow_error(scheduler, 72)
-    assert math.log2(coarse / fine) > order - 0.4, (coarse, fine)
-
-
-@pytest.mark.parametrize("algorithm", ["dpmsolver++", "dpmsolver"])
-@pytest.mark.parametrize("order, solver_type", [(1, "midpoint"), (2, "midpoint"), (2, "heun"), (3, "midpoint")])
-def test_dpm_solver_converges_with_its_order(order, solver_type, algorithm):
-    scheduler = minidiff.DPMSolverMultistepScheduler(
-        solver_order=order,
-        solver_type=solver_type,
-        algorithm_type=algorithm,
-        use_lu_lambdas=True,
-        lower_order_final=False,
-        final_sigmas_type="sigma_min",
-    )
-    coarse, fine = flow_error(scheduler, 40), flow_error(scheduler, 80)
-    # Measured: 1.0, 2.0, 2.0, and 2.1 for order 3, see the docstring of dpm_solver_multistep.
-    assert math.log2(coarse / fine) > min(order, 2) - 0.4, (coarse, fine)
-
-
 NAN_IN_THE_REFERENCE = {
     "solver_type": ["bh1", "bh2"],
     "predict_x0": [True, False],
@@ -268,9 +238,8 @@ NAN_IN_THE_REFERENCE = {
 }
 
 
-@pytest.mark.parametrize("seed", range(4))
-def test_every_unipc_run_is_finite_and_ends_where_it_should(seed):
-    for options in combinations(NAN_IN_THE_REFERENCE, 40, lambda _: True, seed):
+def test_every_unipc_run_is_finite_and_ends_where_it_should():
+    for options in pairwise(NAN_IN_THE_REFERENCE):
         switch = options.pop("spaced_by")
         scheduler = minidiff.UniPCMultistepScheduler(
             **options, **({switch: True} if switch != "timestep_spacing" else {})
@@ -281,12 +250,6 @@ def test_every_unipc_run_is_finite_and_ends_where_it_should(seed):
             sigmas = scheduler.plan(steps).sigmas
             repeats = options["final_sigmas_type"] == "sigma_min" and switch != "timestep_spacing"
             assert (sigmas.diff()[:-1] < 0).all() and (sigmas[-1] < sigmas[-2] or repeats), (options, steps)
-
-
-@pytest.mark.parametrize("spacing", ["linspace", "trailing"])
-def test_unipc_takes_as_many_steps_as_training(spacing):
-    """Rounding then makes two timesteps equal; the transition between them moves nothing."""
-    assert through_core(minidiff.UniPCMultistepScheduler(timestep_spacing=spacing), 1000)[-1].isfinite().all()
 
 
 PERFECT = {
