@@ -22,7 +22,7 @@ IN_FLOAT32 = (  # within whose steps the reference rounds to float32, whatever t
     "EulerDiscreteScheduler",
     "LMSDiscreteScheduler",
 )
-STRENGTHS = (0.3, 0.75, 1.0)
+STRENGTHS = (0.4, 0.7, 1.0)  # of 3 steps: 1, 2 and 3
 PROMPT = "a red heart over two cats"
 
 
@@ -65,7 +65,7 @@ def test_every_scheduler_at_every_strength(pipes: tuple[Any, Any], name: str) ->
         original = pipe.scheduler
         pipe.scheduler = getattr(library, name).from_config(original.config)
         for strength, found in results.items():
-            options = {"num_inference_steps": 4, "guidance_scale": 1.0, "output_type": "latent"}
+            options = {"num_inference_steps": 3, "guidance_scale": 1.0, "output_type": "latent"}
             found.append(pipe(PROMPT, image=PICTURE, strength=strength, generator=seeded(), **options).images)
         pipe.scheduler = original
     for found in results.values():
@@ -81,7 +81,7 @@ def test_number_of_steps(name: str) -> None:
     for steps in (1, 2, 7, 50):
         theirs.set_timesteps(steps)
         plan = ours.plan(steps)
-        for strength in (0.0, 0.01, 0.02, 0.3, 0.5, 0.58, 0.75, 0.999, 1.0):
+        for strength in (0.0, 0.01, 0.3, 0.58, 0.75, 1.0):
             expected, _ = their_part(SimpleNamespace(scheduler=theirs), steps, strength, None)
             request = SimpleNamespace(strength=strength, timesteps=None, sigmas=None)
             if not len(expected):
@@ -128,7 +128,7 @@ CALLS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("name", CALLS)
 @pytest.mark.filterwarnings("ignore:image has values:FutureWarning")
 def test_every_argument(pipes: tuple[Any, Any], name: str) -> None:
-    arguments = {"prompt": PROMPT, "image": PICTURE, "strength": 0.6, "num_inference_steps": 5} | CALLS[name]
+    arguments = {"prompt": PROMPT, "image": PICTURE, "strength": 0.7, "num_inference_steps": 3} | CALLS[name]
     results = []
     for pipe in pipes:
         drawn = arguments.get("generator", seeded())
