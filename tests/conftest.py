@@ -19,8 +19,7 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ["HF_HUB_OFFLINE"] = "1"  # a test that reaches for the Hub by mistake fails at once
     os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
     os.environ["DIFFUSERS_VERBOSITY"] = os.environ["TRANSFORMERS_VERBOSITY"] = "error"
-    if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(min(2, os.cpu_count() or 1))  # the models are tiny: more threads only wait for each other
+    torch.set_num_threads(1)  # the models are tiny, and one process per core runs tests
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
