@@ -69,13 +69,14 @@ def valid(options: dict) -> bool:
 
 @pytest.mark.parametrize("kind, options", [(k, o) for k, g in GRIDS.items() for o in pairwise(g, valid)], ids=name)
 def test_options(kind, options):
+    ours, reference = pair(kind, options)  # once: the constructor of DPM2 plans 1000 steps in the reference, 0.1 s
     # The reference integrates at every step of LMS, which takes 10 ms, and so as long as 100 steps of the others.
     for steps, start in ((1, 0), (6, 2)) if kind == "LMSDiscreteScheduler" else ((1, 0), (3, 0), (12, 0), (7, 2)):
-        ours, theirs = pair(kind, options)
+        theirs = reference
         if ours.plan(steps).timesteps.dtype == torch.float64:  # DPM2's; beta spacing has scipy's quantile function
-            theirs.set_timesteps(steps)
-            torch.testing.assert_close(ours.plan(steps).timesteps, theirs.timesteps, rtol=1e-14, atol=1e-12)
-            theirs = _WithTimesteps(theirs, ours)
+            reference.set_timesteps(steps)
+            torch.testing.assert_close(ours.plan(steps).timesteps, reference.timesteps, rtol=1e-14, atol=1e-12)
+            theirs = _WithTimesteps(reference, ours)
         check_same_run(ours, theirs, steps, start=start * ours.order, seeded=kind in DRAWS)
         assert ours.init_noise_sigma == float(theirs.init_noise_sigma)
 
@@ -96,8 +97,9 @@ class _WithTimesteps:
 
 @pytest.mark.parametrize("kind", GRIDS)
 def test_many_steps(kind):
+    schedulers = pair(kind, {"beta_schedule": "scaled_linear"})
     for steps in (2, 7) if kind == "LMSDiscreteScheduler" else (20, 50):
-        check_same_run(*pair(kind, {"beta_schedule": "scaled_linear"}), steps, seeded=kind in DRAWS)
+        check_same_run(*schedulers, steps, seeded=kind in DRAWS)
 
 
 @pytest.mark.parametrize("order", [1, 2, 3])
@@ -178,7 +180,7 @@ def test_velocity_of_euler_is_not_the_references():
 @pytest.mark.parametrize("spacing", COMMON["timestep_spacing"])
 def test_timesteps_of_every_count(kind, spacing):
     ours, theirs = pair(kind, {"timestep_spacing": spacing, "beta_schedule": "scaled_linear"})
-    for steps in (1, 2, 3, 8, 13, 60, 333, 1000):
+    for steps in (1, 2, 3, 8, 13, 60, 333, *([1000] if spacing == "trailing" else [])):
         ours.set_timesteps(steps)
         theirs.set_timesteps(steps)
         assert torch.equal(ours.timesteps, theirs.timesteps), steps
