@@ -19,6 +19,11 @@ def read_losses(run: Path) -> dict[int, float]:
     return {record["step"]: record["loss"] for record in records if "loss" in record}
 
 
+def loss_at(losses: dict[int, float], step: int) -> float:
+    """Return the loss last logged up to a step."""
+    return losses[max(logged for logged in losses if logged <= step)]
+
+
 def row(sheet: Path, label: str) -> Image.Image:
     """Return the first pictures of a sheet in one row, with a label at the left."""
     edge = TILE * ZOOM
@@ -37,12 +42,13 @@ def main() -> None:
     """Draw the picture from the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--run", type=Path, default=Path("runs/emoji32"))
-    parser.add_argument("--steps", type=int, nargs="+", default=[200, 400, 800, 1400, 2000, 2700])
+    parser.add_argument("--steps", type=int, nargs="+", default=[200, 400, 800, 1200, 2400, 2640])
     parser.add_argument("--to", type=Path, default=Path("docs/training.png"))
     args = parser.parse_args()
     losses = read_losses(args.run)
     rows = [
-        row(args.run / "samples" / f"{step:05d}.png", f"{step} steps\nloss {losses[step]:.3f}") for step in args.steps
+        row(args.run / "samples" / f"{step:05d}.png", f"{step} steps\nloss {loss_at(losses, step):.3f}")
+        for step in args.steps
     ]
     picture = Image.new("RGB", (rows[0].width, sum(r.height for r in rows)), "white")
     for i, line in enumerate(rows):

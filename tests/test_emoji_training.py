@@ -192,9 +192,9 @@ def test_export_writes_the_average_and_a_card_of_what_was_done(training, tmp_pat
     small = {"block_out_channels": [8, 8, 8, 8], "norm_num_groups": 4, "attention_head_dim": 4}
     monkeypatch.setattr(code, "UNET", code.UNET | small)
     live, average = code.UNet2DModel(**code.UNET), code.UNet2DModel(**code.UNET)
-    state.Run(tmp_path / "run", {"live": live, "average": average}, {}).save(1600)
+    state.Run(tmp_path / "run", {"live": live, "average": average}, {}).save(2650)
     log = state.Log(tmp_path / "run", every=1)
-    settings = {"seed": 0, "steps": 1600, "batch": 50, "lr": 1.0, "muon_lr": 2.0, "workers": 3}
+    settings = {"seed": 0, "steps": 2650, "batch": 50, "lr": 1.0, "muon_lr": 2.0, "workers": 3}
     log.write({"settings": settings, "pictures": 2000})
     log.add(0, loss=[0.25, 0.75])
 
@@ -204,8 +204,8 @@ def test_export_writes_the_average_and_a_card_of_what_was_done(training, tmp_pat
     for a, b in zip(ours.unet.parameters(), average.parameters(), strict=True):
         assert torch.equal(a, b.half().float())
     card = (tmp_path / "to" / "README.md").read_text(encoding="utf-8")
-    assert "1,600 steps of 50 pictures. Settings: seed 0, steps 1600, batch 50" in card
-    assert "the rest, 5 epochs" in card  # 200 steps after the earlier ones
+    assert "2,650 steps of 50 pictures. Settings: seed 0, steps 2650, batch 50" in card
+    assert "the rest (5 epochs)" in card  # 200 steps after the earlier ones
     assert "| 1 | 0.5000 |" in card and "not measured yet" in card
 
 
@@ -214,8 +214,8 @@ def test_the_quality_in_the_card_is_a_table(training, tmp_path):
     runs = [{"pipeline": "DDIMPipeline", "steps": 50, "copies": 0.25, "distance": 0.1234, "met": 7}]
     file.write_text(json.dumps({"pictures": 8, "distance_in_data": 0.2, "runs": runs}))
     assert training("train_emoji32")._quality(file).splitlines() == [
-        "| sampler | copies | median distance | training pictures met by 8 |",
+        "| sampler | copies | median distance | pictures of the data met by 8 |",
         "| --- | ---: | ---: | ---: |",
         "| DDIMPipeline, 50 steps | 25.0% | 0.123 | 7 |",
-        "| the training pictures themselves |  | 0.200 |  |",
+        "| among the data, all kinds |  | 0.200 |  |",
     ]
