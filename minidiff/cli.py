@@ -7,6 +7,7 @@ the input ends as one line on stderr and exit code 2.
 import argparse
 import inspect
 import math
+import os
 import random
 import re
 import sys
@@ -35,6 +36,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     try:
         args.run(args)
+        sys.stdout.flush()
+    except BrokenPipeError:  # what reads our output has seen enough: `minidiff inspect ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains at the end
+        return 0
     except (ValueError, OSError) as error:
         print(f"minidiff {args.command}: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

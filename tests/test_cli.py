@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -322,3 +323,10 @@ def test_size_that_does_not_fit_is_one_line(tmp_path):
     run = minidiff_command(["generate", "x", "-o", "a.png", "--size", "66"], tmp_path)
     assert run.returncode == 2 and not run.stdout
     assert run.stderr == "minidiff generate: error: height should be divisible by 4, found 66; 64 would do\n"
+
+
+def test_a_reader_that_has_seen_enough(tmp_path):
+    script = shlex.quote(str(Path(sys.executable).with_name("minidiff")))
+    line = f"set -o pipefail; {script} inspect --keys {shlex.quote(str(embedded_checkpoint()))} | head -n 1"
+    run = subprocess.run(["bash", "-c", line], cwd=tmp_path, capture_output=True, text=True, timeout=100)
+    assert run.returncode == 0 and run.stderr == "" and run.stdout.count("\n") == 1
