@@ -23,6 +23,7 @@ from minidiff.fast import optimize
 from minidiff.fast.memo import Memo
 
 CL = torch.channels_last
+diffusers.utils.logging.set_verbosity_error()
 COMPILED = {"compiled": {}, "compiled with CUDA graphs": {"mode": "reduce-overhead"}}
 
 
