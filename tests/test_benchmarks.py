@@ -2,6 +2,8 @@
 
 import copy
 import dataclasses
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +12,8 @@ from theirs import carry_over, diffusers, randomize, transformers
 from tiny import TEXT, UNET, VAE
 
 import minidiff
+
+sys.path.append(str(Path(__file__).resolve().parent.parent))  # last, so that minidiff stays the installed one
 from benchmarks.parity import components, locate, page, pictures
 from benchmarks.parity.both import Both
 from benchmarks.speed import report

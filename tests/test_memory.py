@@ -23,6 +23,7 @@ from theirs import randomize
 from torch import Tensor, nn
 
 import minidiff
+from minidiff.embedded import embedded_checkpoint
 from minidiff.pipelines import offload
 from minidiff.pipelines.base import DiffusionPipeline
 
@@ -76,9 +77,7 @@ def make(name: str, dtype: torch.dtype = torch.float32) -> DiffusionPipeline:
         }
         width = TEXT["hidden_size"] * (2 if xl else 1)
         fields = UNET | {"in_channels": 4 * Z, "cross_attention_dim": width} | (added if xl else {})
-        tokenizer = minidiff.CLIPTokenizer.from_pretrained(
-            Path(minidiff.__file__).parents[1] / "weights" / "emoji64", subfolder="tokenizer"
-        )
+        tokenizer = minidiff.CLIPTokenizer.from_pretrained(embedded_checkpoint(), subfolder="tokenizer")
         parts = {
             "vae": minidiff.AutoencoderKL(**VAE),
             "text_encoder": minidiff.CLIPTextModel(TEXT),
