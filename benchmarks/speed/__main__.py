@@ -47,7 +47,8 @@ def measure(part: str, options: argparse.Namespace, device: torch.device) -> Ite
             elif part == "vae":
                 yield from networks.vae(family, dtype, device, rounds, [(1, min(side, 64))])
             elif part == "growth":
-                cases = [(batch, side) for batch in (1, 2, 4, 8)] + [(1, s) for s in (32, 48, 96, 128)]
+                sides = (side // 2, side * 3 // 4, side * 3 // 2, side * 2)
+                cases = [(batch, side) for batch in (1, 2, 4, 8)] + [(1, one) for one in sides]
                 yield from networks.unet_steps(family, dtype, device, 1, cases)
 
 
