@@ -20,6 +20,7 @@ the same files, which are in the page cache. The figures are medians of:
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -34,7 +35,7 @@ CONFIGS = Path(__file__).parent / "configs" / "stable-diffusion-v1-5"
 XL_CONFIGS = ROOT / "tests" / "data" / "hub_configs" / "stabilityai--stable-diffusion-xl-base-1.0"
 NETWORKS = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL", "text_encoder": "CLIPTextModel"}
 XL_NETWORKS = NETWORKS | {"text_encoder_2": "CLIPTextModelWithProjection"}
-DTYPES = {"as stored": None, "bfloat16": torch.bfloat16}
+DTYPES = {"as stored": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SIDES: dict[str, dict[str, Any]] = {  # and the options that make the difference
     "ours": {},
     "theirs": {},  # with accelerate, if it is installed
@@ -159,12 +160,25 @@ def measure_apart(model: str, side: str, kind: str, folder: Path) -> dict[str, f
     return json.loads(output.splitlines()[-1])
 
 
-def compare(model: str, folder: Path, repeats: int) -> dict[str, dict[str, dict[str, float]]]:
-    """Return the medians of ``repeats`` alternating measurements: dtype -> side -> figure."""
-    for path in folder.rglob("*.safetensors"):  # into the page cache
+def warm(folder: Path) -> None:
+    """Bring the weights into the page cache."""
+    for path in folder.rglob("*.safetensors"):
         with path.open("rb", buffering=0) as file:
             while file.read(2**24):
                 pass
+
+
+def cool(folder: Path) -> None:
+    """Ask the system to drop the weights from the page cache."""
+    for path in folder.rglob("*.safetensors"):
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def compare(model: str, folder: Path, repeats: int) -> dict[str, dict[str, dict[str, float]]]:
+    """Return the medians of ``repeats`` alternating measurements: dtype -> side -> figure."""
+    warm(folder)
     kinds, sides = (["as stored"], ["ours", "theirs"]) if model == "sdxl" else (DTYPES, SIDES)
     runs: dict[tuple[str, str], list[dict[str, float]]] = {}
     for _ in range(repeats):

@@ -1,12 +1,12 @@
 """Time minidiff against diffusers, side by side in the same run.
 
-    python -m benchmarks.speed                           # import, start, text, unet, vae, run, scheduler, memory
+    python -m benchmarks.speed                           # import, load, start, text, unet, vae, run, scheduler, memory
     python -m benchmarks.speed unet vae --dtype bfloat16
     python -m benchmarks.speed growth                    # batches 1 to 8 and growing pictures, half an hour
     python -m benchmarks.speed unet --family sdxl --dtype bfloat16
     python -m benchmarks.speed --device cuda --dtype float16 bfloat16
 
-Loading has a benchmark of its own, ``benchmarks.load``. Writes a table, a plot and JSON to --out.
+Writes a table, a plot and JSON to --out. ``benchmarks.load`` says more about loading.
 """
 
 import argparse
@@ -19,7 +19,7 @@ import torch
 from benchmarks.speed import networks, peak, processes, report, runs
 from benchmarks.speed.timing import Measured, machine
 
-PARTS = ("import", "start", "text", "unet", "vae", "run", "scheduler", "memory")
+PARTS = ("import", "load", "start", "text", "unet", "vae", "run", "scheduler", "memory")
 SIDES = {"sd15": 64, "sd21": 96, "sdxl": 128}  # latents at the size that the family was trained on
 
 
@@ -28,6 +28,8 @@ def measure(part: str, options: argparse.Namespace, device: torch.device) -> Ite
     rounds, family, side = options.rounds, options.family, options.side or SIDES[options.family]
     if part == "import":
         yield from processes.imports(rounds)
+    elif part == "load":
+        yield from processes.loads(rounds, options.checkpoint)
     elif part == "start":
         yield from processes.first_picture(rounds)
     elif part == "memory":
@@ -63,6 +65,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
     parser.add_argument("--rounds", type=int, default=3, help="how often each setting is timed (default: %(default)s)")
+    parser.add_argument(
+        "--checkpoint", type=Path, default=Path("runs/sd15"), help="for load: 4 GB of random weights, made if absent"
+    )
     parser.add_argument("--out", type=Path, default=Path("runs/speed"), help="folder of the report")
     options = parser.parse_args(arguments)
     options.out.mkdir(parents=True, exist_ok=True)

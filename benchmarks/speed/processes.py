@@ -1,7 +1,9 @@
 """What can only be measured in a fresh process: importing, the first picture from a cold start, peak memory."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
+from benchmarks import load
 from benchmarks.speed.timing import Measured, in_fresh_processes
 from minidiff.embedded import GUIDANCE, embedded_checkpoint
 
@@ -70,6 +72,24 @@ def first_picture(rounds: int, steps: int = 25) -> Iterator[Measured]:
     }
     what = f"cold start to the first picture, embedded checkpoint, {steps} steps"
     yield Measured("start", what, "float32", in_fresh_processes(codes, rounds))
+
+
+def loads(rounds: int, folder: Path) -> Iterator[Measured]:
+    """Time loading the networks of SD 1.5 in fresh processes: as stored and converted, from warm and cold files."""
+    load.make_checkpoint(folder)
+    for kind in load.DTYPES:
+        for state, prepare in {"warm": load.warm, "cold": load.cool}.items():
+            seconds: dict[str, list[float]] = {"ours": [], "theirs": []}
+            memory: dict[str, list[float]] = {"ours": [], "theirs": []}
+            for _ in range(rounds):
+                for side in seconds:
+                    prepare(folder)
+                    figures = load.measure_apart("sd15", side, kind, folder)
+                    seconds[side].append(figures["seconds"])
+                    memory[side].append(figures["peak_mb"])
+            yield Measured("load", f"load the networks of SD 1.5, {state} files", kind, seconds)
+        what = "loading as stored" if kind == "as stored" else "a converting load"
+        yield Measured("load", f"peak memory of {what}", kind, memory, unit="MB")
 
 
 def peak_memory(rounds: int, dtype: str = "float32") -> Iterator[Measured]:
