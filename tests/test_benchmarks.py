@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import json
 import sys
 from pathlib import Path
 
@@ -9,12 +10,13 @@ import pytest
 import torch
 from PIL import Image
 from theirs import carry_over, diffusers, randomize, transformers
-from tiny import TEXT, UNET, VAE
+from tiny import TEXT, UNET, VAE, save_tiny
 
 import minidiff
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))  # last, so that minidiff stays the installed one
 from benchmarks.parity import components, locate, page, pictures
+from benchmarks.parity.__main__ import main as parity
 from benchmarks.parity.both import Both
 from benchmarks.speed import report
 from benchmarks.speed.timing import Measured, in_turn
@@ -134,3 +136,28 @@ def test_in_turn():
     seconds = in_turn({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, 2, torch.device("cpu"))
     assert order == ["a", "b"] * 3
     assert {name: len(times) for name, times in seconds.items()} == {"a": 2, "b": 2}
+
+
+def test_a_whole_certificate(tmp_path, capsys):
+    """A folder, the same as a single file, and a broken copy of the folder."""
+    folder, single, broken = save_tiny(tmp_path / "hub"), tmp_path / "single.safetensors", tmp_path / "broken"
+    pipe = minidiff.StableDiffusionPipeline.from_pretrained(folder)
+    pipe.save_single_file(single)
+    state = pipe.vae.state_dict()
+    pipe.vae.load_state_dict(state | {"decoder.conv_in.bias": state["decoder.conv_in.bias"] + 0.1})
+    pipe.save_pretrained(broken)
+
+    options = ["--dtype", "float64", "--steps", "1", "--combinations", "0", "--out", str(tmp_path / "report")]
+    assert parity([str(folder), *options]) == 0
+    report = json.loads((tmp_path / "report" / "parity.json").read_text())
+    assert len(report["pictures"]) == 17 and max(p["levels"] for p in report["pictures"]) <= 1
+    assert max(row["relative"] for row in report["networks"]) <= 1e-12
+    assert "inpainting" in (tmp_path / "report" / "parity.md").read_text()
+    assert (tmp_path / "report" / "parity.html").read_text().count("data:image/png") == 3 * 17
+
+    assert parity([str(single), "--config", str(folder), *options]) == 0
+    capsys.readouterr()
+    assert parity([str(broken), "--reference", str(folder), *options]) == 1
+    said = capsys.readouterr().out
+    assert "the first that departs is decoder.conv_in " in said
+    assert "these weights are not the reference's: decoder.conv_in.bias" in said

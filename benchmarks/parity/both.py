@@ -33,15 +33,18 @@ class Both:
         return {name: (one, getattr(self.theirs, name)) for name, one in parts.items() if isinstance(one, nn.Module)}
 
 
-def load(checkpoint: str, reference: str | None = None, prediction_type: str | None = None) -> Both:
+def load(
+    checkpoint: str, reference: str | None = None, prediction_type: str | None = None, config: str | None = None
+) -> Both:
     """Load a folder, a Hub id or a single file with both libraries, in float32.
 
     Args:
         reference: where theirs is loaded from, by default the same place. With a copy that is known to be good, the
             comparison finds what is wrong with ``checkpoint``.
         prediction_type: of a single file that cannot tell.
+        config: a folder that describes a single file of no published family.
     """
-    ours = _ours(checkpoint, prediction_type)
+    ours = _ours(checkpoint, prediction_type, config)
     theirs = _theirs(reference or checkpoint, ours, prediction_type)
     for name, component in theirs.components.items():
         if isinstance(component, nn.Module):
@@ -52,10 +55,10 @@ def load(checkpoint: str, reference: str | None = None, prediction_type: str | N
     return Both(ours, theirs)
 
 
-def _ours(checkpoint: str, prediction_type: str | None) -> Any:
+def _ours(checkpoint: str, prediction_type: str | None, config: str | None) -> Any:
     if not Path(checkpoint).is_file():
         return minidiff.DiffusionPipeline.from_pretrained(checkpoint)
-    return minidiff.DiffusionPipeline.from_single_file(checkpoint, prediction_type=prediction_type)
+    return minidiff.DiffusionPipeline.from_single_file(checkpoint, prediction_type=prediction_type, config=config)
 
 
 def _theirs(checkpoint: str, ours: Any, prediction_type: str | None) -> Any:
@@ -73,6 +76,7 @@ def _save_without_weights(pipe: Any, folder: Path) -> None:
     save_json(pipe.config.to_dict(), folder / "model_index.json")
     for name, component in pipe.components.items():
         if isinstance(component, nn.Module):
+            (folder / name).mkdir()
             fields = {"_class_name": type(component).__name__, **component.config.to_dict()}
             save_json(fields, folder / name / "config.json")
         elif component is not None:

@@ -24,6 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", nargs="?", help="folder, Hub id or single file (default: the embedded one)")
     parser.add_argument("--reference", metavar="CHECKPOINT", help="what the reference loads, if not the same")
     parser.add_argument("--prediction-type", help="of a single file that cannot tell: epsilon or v_prediction")
+    parser.add_argument("--config", help="a folder that describes a single file of no published family")
     parser.add_argument(
         "--dtype", nargs="+", default=list(components.DTYPES), help="of the networks (default: %(default)s)"
     )
@@ -38,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> bool:
     """Compare everything, write the report, and return whether nothing is suspicious."""
     name = options.checkpoint or str(embedded_checkpoint())
-    both = load(name, options.reference, options.prediction_type)
+    both = load(name, options.reference, options.prediction_type, options.config)
     rows = []
     for row in components.compare(both, tuple(options.dtype), options.device):
         rows.append(row)

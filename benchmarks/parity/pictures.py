@@ -52,7 +52,11 @@ def tasks(both: Both, steps: int) -> dict[str, Callable[[Any], Image.Image]]:
     image = Image.fromarray(gradient.astype(np.uint8))
     mask = Image.fromarray((np.arange(side)[None, :] * np.ones((side, 1)) > side // 2).astype(np.uint8) * 255)
     size = {"height": side, "width": side}
-    redraw = {"image to image": lambda pipe: call(_as(pipe, "Img2Img"), prompt=PROMPT, image=image, strength=0.6)}
+    redraw = {
+        "image to image": lambda pipe: call(
+            _as(pipe, "Img2Img"), prompt=PROMPT, image=image, strength=max(0.6, 1 / steps)
+        )
+    }
     inpaint = {
         "inpainting": lambda pipe: call(_as(pipe, "Inpaint"), prompt=PROMPT, image=image, mask_image=mask, **size)
     }
