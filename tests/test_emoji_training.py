@@ -219,3 +219,14 @@ def test_the_quality_in_the_card_is_a_table(training, tmp_path):
         "| DDIMPipeline, 50 steps | 25.0% | 0.123 | 7 |",
         "| among the data, all kinds |  | 0.200 |  |",
     ]
+
+
+def test_the_average_follows_the_weights(training):
+    """mean <- d mean + (1 - d) weight, with d = min(decay, (step + 1) / (step + 10))."""
+    average, network = nn.Linear(3, 2), nn.Linear(3, 2)
+    for step, decay, d in ((0, 0.99, 0.1), (89, 0.99, 90 / 99), (10_000, 0.99, 0.99)):
+        before = [p.detach().clone() for p in average.parameters()]
+        training("run_state").update_average(average, network, step, decay)
+        for mean, old, weight in zip(average.parameters(), before, network.parameters(), strict=True):
+            torch.testing.assert_close(mean, d * old + (1 - d) * weight)
+            assert not torch.equal(mean, old)
