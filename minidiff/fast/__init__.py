@@ -5,8 +5,10 @@ where they are, so saving, adapters and hooks work as before; ``restore`` takes 
 
     part                    what is saved                                                          where
     packed.py               laying out weights at every call                                       CPU
+    winograd.py             5/9 of the multiplications of 3x3 convolutions, 3/4 of the upsampling  CPU, float32
+    convolutions.py         5/9 of the upsampling                                                  CPU, bfloat16
     attention.py            time outside the matrix products                                       CPU
-    layers.py               memory traffic of the feed-forward layers, 5/9 of the upsampling       CPU
+    feed_forward.py         memory traffic of the feed-forward layers                              CPU
     strips.py               memory traffic of the autoencoder's large maps                         CPU
     memo.py                 keys and values of the text, time embeddings, at every step            everywhere
     memory format           shuffling pixels and channels around every convolution                 GPU
@@ -23,9 +25,10 @@ from torch import nn
 from minidiff.checkpoints.model import Model
 from minidiff.clip import CLIPTextModel
 from minidiff.fast.attention import FastAttention
-from minidiff.fast.layers import FastGEGLU, FastUpsample
+from minidiff.fast.convolutions import FastConv, FastUpsample
+from minidiff.fast.feed_forward import FastGEGLU
 from minidiff.fast.memo import FastTime, FastTold
-from minidiff.fast.packed import FastConv, FastLinear
+from minidiff.fast.packed import FastLinear
 from minidiff.fast.strips import FastLevel
 from minidiff.layers import GEGLU, Attention, ResBlock, Upsample
 from minidiff.unet import UNet2DConditionModel

@@ -1,4 +1,4 @@
-"""Convolutions and linear layers whose weights are laid out once, in the blocks that the CPU's kernels multiply.
+"""Products and convolutions whose weights are laid out once, in the blocks that the CPU's kernels multiply.
 
     y = x W^T + b,  with W cut into blocks beforehand
 
@@ -90,21 +90,6 @@ class FastLinear:
             return nn.Linear.forward(self.module, x)
         rows = x.numel() // x.shape[-1]
         return product(x, self._packed.get(lambda: pack_matrix(W, rows), W), self.module.bias)
-
-
-class FastConv:
-    """The forward of an ``nn.Conv2d`` with a packed kernel."""
-
-    def __init__(self, module: nn.Conv2d, keep: bool) -> None:
-        self.module, self._packed = module, Kept(keep)
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """Convolve x (B, C_in, H, W)."""
-        W, stride, padding = self.module.weight, self.module.stride[0], self.module.padding
-        if not can_pack(x) or W.dtype != x.dtype:
-            return nn.Conv2d.forward(self.module, x)
-        packed = self._packed.get(lambda: pack_kernel(W, stride, padding, x), W)
-        return convolve(x, packed, self.module.bias, stride, padding)
 
 
 def _available() -> bool:

@@ -12,10 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from minidiff.fast import convolutions, winograd
+from minidiff.fast.convolutions import empty, rows_of_a_strip
 from minidiff.fast.packed import can_pack, convolve, hooked, pack_kernel
 from minidiff.vae import Level
 
-STRIP = 4 * 2**20  # bytes of the input that one strip takes, about a core's share of the cache
 LARGE = 32 * 2**20  # bytes of a map from which strips pay
 
 
@@ -56,32 +57,38 @@ def norm_silu_conv(
     B, C, H, W = x.shape
     a, b = affine(x, norm)
     y = empty((B, conv.out_channels, H, W), x.dtype) if out is None else out
-    rows = min(max(STRIP // (B * C * W * x.element_size()), 1), H)
+    few = winograd.pays(conv.weight, x)  # few multiplications
+    rows = rows_of_a_strip(x, even=few)
     # One buffer for all strips: memory that was just written is in the cache, and fresh memory is slow to come by.
-    buffer = empty((B, C, rows + 2, W), x.dtype)
-    kernel = pack_kernel(conv.weight, 1, (0, 1), buffer)
+    buffer = empty((B, C, rows + 2, W + 2), x.dtype)
+    buffer[:, :, :, 0] = buffer[:, :, :, -1] = 0  # the map ends in zeros
+    if few:
+        matrices, strip = winograd.pack(conv.weight, B * rows * W // 4), empty((B, conv.out_channels, rows, W), x.dtype)
+    else:
+        kernel = pack_kernel(conv.weight, 1, (0, 0), buffer)
     for first in range(0, H, rows):
         last = min(first + rows, H)
         h = buffer[:, :, : last - first + 2]  # the rows first - 1 to last, which the kernel sees
         above, below = max(first - 1, 0), min(last + 1, H)
-        inside = h[:, :, above - first + 1 : below - first + 1]
+        inside = h[:, :, above - first + 1 : below - first + 1, 1:-1]
         torch.addcmul(b, x[:, :, above:below], a, out=inside)
         F.silu(inside, inplace=True)
         if first == 0:
-            h[:, :, 0] = 0  # the map ends in zeros
+            h[:, :, 0] = 0
         if last == H:
             h[:, :, -1] = 0
-        strip = convolve(h, kernel, conv.bias, 1, (0, 1))
+        here = y[:, :, first:last]
+        if few:
+            z = here if add is None else strip[:, :, : last - first]
+            winograd.conv3x3(h, matrices, conv.bias, z)
+        else:
+            z = convolve(h, kernel, conv.bias, 1, (0, 0))
         if add is not None:
             skip, inputs = add
-            strip += skip(inputs[:, :, first:last])
-        y[:, :, first:last] = strip
+            torch.add(z, skip(inputs[:, :, first:last]), out=here)
+        elif z is not here:
+            here.copy_(z)
     return y
-
-
-def empty(shape: tuple[int, int, int, int], dtype: torch.dtype) -> Tensor:
-    """Return memory for a map (B, C, H, W), the channels last in memory."""
-    return torch.empty(shape, dtype=dtype, memory_format=torch.channels_last)
 
 
 def affine(x: Tensor, norm: nn.GroupNorm) -> tuple[Tensor, Tensor]:
@@ -93,7 +100,7 @@ def affine(x: Tensor, norm: nn.GroupNorm) -> tuple[Tensor, Tensor]:
     pixels = x.permute(0, 2, 3, 1).reshape(B, H * W, C)
     count = H * W * C // norm.num_groups
     sums, squares = torch.zeros(2, B, C, dtype=torch.float64)
-    for part in pixels.split(max(STRIP // (B * C * x.element_size()), 1), dim=1):
+    for part in pixels.split(max(convolutions.STRIP // (B * C * x.element_size()), 1), dim=1):
         part = part.to(torch.promote_types(x.dtype, torch.float32))
         sums += part.sum(dim=1)
         squares += (part * part).sum(dim=1)
