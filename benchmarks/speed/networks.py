@@ -1,13 +1,12 @@
 """Single networks of the published configurations with random weights: text encoder, UNet step, VAE decode and encode.
 
-Ours and theirs hold the same weights. On the CPU, ours runs as it is and after ``optimize``, theirs as it is and in
-channels_last; on a GPU both run compiled as well. An optimized UNet is timed as the pipeline asks it after its first
-step: the text and the times are in the memo, and one sample meets two texts.
+An optimized UNet is timed as the pipeline asks it after its first step: the text and the times are in the memo, and one
+sample meets two texts.
 """
 
-import copy
+import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import diffusers
 import torch
@@ -16,138 +15,181 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import minidiff
-from benchmarks.full_size import CONFIGS, FAMILIES, share
-from benchmarks.speed.timing import Measured, in_turn
-from minidiff.config import read_json
-from minidiff.fast import optimize
+from benchmarks.speed.settings import Settings, empty, fields_of, has
+from benchmarks.speed.timing import Measured, in_turn, name_of
 from minidiff.fast.memo import Memo
 
-CL = torch.channels_last
 diffusers.utils.logging.set_verbosity_error()
-COMPILED = {"compiled": {}, "compiled with CUDA graphs": {"mode": "reduce-overhead"}}
+Use = Callable[[nn.Module, str], Any]  # what is timed: gets the network and the setting
+TOKENS = 77
+SIZES = 6  # that SDXL is conditioned on
 
 
-def fields_of(family: str, part: str) -> dict[str, Any]:
-    """Return the published configuration of a network."""
-    return {k: v for k, v in read_json(CONFIGS / FAMILIES[family] / part / "config.json").items() if k[0] != "_"}
+class Work(NamedTuple):
+    """Something that a network does: how its settings are made, and what is asked of them.
 
-
-def empty(make: Callable[[], nn.Module], dtype: torch.dtype, device: torch.device) -> nn.Module:
-    """Build a network of theirs with random weights, faster than its own initialisation does."""
-    with torch.device("meta"):
-        network = make()
-    network = network.to(dtype).to_empty(device=device).eval()
-    for name, p in network.named_parameters():
-        if p.ndim > 1:
-            p.data.uniform_(-1, 1).mul_((3 / p[0].numel()) ** 0.5)
-        else:
-            p.data.fill_(float("norm" in name and name.endswith("weight")))
-    for buffer in network.buffers():  # position_ids of the text encoder, the only ones
-        buffer.copy_(torch.arange(buffer.shape[-1])[None])
-    return network
-
-
-class Settings:
-    """The same network in every setting, with the same weights.
-
-    Args:
-        ours_class: minidiff's class.
-        theirs: the reference's network.
-        fields: the configuration.
-        packs: whether ``optimize`` does something for it.
+    ``build(family, dtype, device, **options)`` makes the ``Settings`` with their options;
+    ``use(family, dtype, device, batch, side)`` makes the inputs for pictures whose latents have that side; ``plain``
+    builds theirs without weights, to count operations.
     """
 
-    def __init__(self, ours_class: type, theirs: nn.Module, fields: dict[str, Any], packs: bool = True) -> None:
-        device = next(theirs.parameters()).device
-        self.networks = {"ours": share(ours_class, fields, theirs), "theirs": theirs}
-        if packs:
-            self.networks["ours, optimized"] = share(ours_class, fields, theirs)
-            optimize(self.networks["ours, optimized"])
-            self.networks["theirs, channels_last"] = copy.deepcopy(theirs).to(memory_format=CL)
-        if device.type == "cuda":
-            for name, options in COMPILED.items():
-                for side in ("ours", "theirs"):
-                    network = copy.deepcopy(self.networks[side]).to(memory_format=CL)
-                    network.compile(**options)
-                    self.networks[f"{side}, {name}"] = network
-
-    def runs(self, use: Callable[[nn.Module, str], Any]) -> dict[str, Callable[[], Any]]:
-        """Return what to time, by setting; ``use`` gets the network and the setting."""
-        return {name: lambda name=name, network=network: use(network, name) for name, network in self.networks.items()}
+    part: str
+    what: str
+    build: Callable[..., Settings]
+    use: Callable[..., Use]
+    plain: Callable[[str], nn.Module]
 
 
-@torch.no_grad()
-def unet_steps(
-    family: str, dtype: torch.dtype, device: torch.device, rounds: int, cases: Sequence[tuple[int, int]]
-) -> Iterator[Measured]:
-    """Time a guided step for (pictures, side of the latents) in ``cases``."""
-    fields = fields_of(family, "unet")
-    theirs = empty(lambda: diffusers.UNet2DConditionModel.from_config(fields), dtype, device)
-    settings = Settings(minidiff.UNet2DConditionModel, theirs, fields)
-    for batch, side in cases:
-        x = torch.randn(batch, 4, side, side, device=device, dtype=dtype)
-        ctx = torch.randn(2 * batch, 77, fields["cross_attention_dim"], device=device, dtype=dtype)
-        t, added = torch.tensor(501, device=device), {}
-        if fields.get("addition_embed_type") == "text_time":
-            P = 1280
-            sizes = (fields["projection_class_embeddings_input_dim"] - P) // fields["addition_time_embed_dim"]
-            conditions = torch.randn(2 * batch, P), torch.full((2 * batch, sizes), 1024.0)
-            names = ("text_embeds", "time_ids")
-            added["added_cond_kwargs"] = {n: c.to(device, dtype) for n, c in zip(names, conditions, strict=True)}
-        memo = Memo(t[None])
-
-        def step(unet: nn.Module, setting: str, x=x, ctx=ctx, t=t, added=added, memo=memo) -> Tensor:
-            if setting != "ours, optimized":
-                return unet(torch.cat([x, x]), t, ctx, **added)[0]
-            with memo.at(0):
-                return unet(x, t, ctx, **added)[0]
-
-        flop = count(lambda: step(settings.networks["theirs"], "theirs")) if batch == 1 else 0.0
-        figures = in_turn(settings.runs(step), rounds, device)
-        what = f"{family} UNet step, guided, {batch} x {8 * side}x{8 * side}"
-        yield Measured("unet", what, name_of(dtype), figures, flop=flop)
+def plain_unet(family: str) -> nn.Module:
+    """Build the reference's UNet."""
+    return diffusers.UNet2DConditionModel.from_config(fields_of(family, "unet"))
 
 
-@torch.no_grad()
-def vae(
-    family: str, dtype: torch.dtype, device: torch.device, rounds: int, cases: Sequence[tuple[int, int]]
-) -> Iterator[Measured]:
-    """Time decoding and encoding for (pictures, side of the latents) in ``cases``."""
+def build_unet(family: str, dtype: torch.dtype, device: torch.device, **options: Any) -> Settings:
+    """Make a UNet in every setting."""
+    theirs = empty(lambda: plain_unet(family), dtype, device)
+    return Settings(minidiff.UNet2DConditionModel, theirs, fields_of(family, "unet"), **options)
+
+
+def step(family: str, dtype: torch.dtype, device: torch.device, batch: int, side: int) -> Use:
+    """Return a step under guidance: every sample meets two texts."""
+    return step_of(fields_of(family, "unet"), dtype, device, batch, side)
+
+
+def step_of(fields: dict[str, Any], dtype: torch.dtype, device: torch.device, batch: int, side: int) -> Use:
+    """Return the same for any configuration of a UNet."""
+    x = torch.randn(batch, fields["in_channels"], side, side, device=device, dtype=dtype)
+    ctx = torch.randn(2 * batch, TOKENS, fields["cross_attention_dim"], device=device, dtype=dtype)
+    t, options = torch.tensor(501, device=device), {}
+    if fields.get("addition_embed_type") == "text_time":
+        P = fields["projection_class_embeddings_input_dim"] - SIZES * fields["addition_time_embed_dim"]
+        conditions = torch.randn(2 * batch, P), torch.full((2 * batch, SIZES), 8.0 * side)
+        names = ("text_embeds", "time_ids")
+        added = {n: c.to(device, dtype) for n, c in zip(names, conditions, strict=True)}
+        options["added_cond_kwargs"] = added
+    memo = Memo(t[None])
+
+    def use(unet: nn.Module, setting: str) -> Tensor:
+        if setting != "ours, optimized":
+            return unet(torch.cat([x, x]), t, ctx, **options)[0]
+        with memo.at(0):
+            return unet(x, t, ctx, **options)[0]
+
+    return use
+
+
+def plain_vae(family: str) -> nn.Module:
+    """Build the reference's autoencoder."""
+    return diffusers.AutoencoderKL.from_config(fields_of(family, "vae"))
+
+
+def build_vae(family: str, dtype: torch.dtype, device: torch.device, **options: Any) -> Settings:
+    """Make an autoencoder in every setting."""
+    theirs = empty(lambda: plain_vae(family), dtype, device)
+    options = {"methods": ("decode", "encode"), **options}
+    return Settings(minidiff.AutoencoderKL, theirs, fields_of(family, "vae"), **options)
+
+
+def decode(family: str, dtype: torch.dtype, device: torch.device, batch: int, side: int) -> Use:
+    """Return decoding."""
+    z = torch.randn(batch, fields_of(family, "vae")["latent_channels"], side, side, device=device, dtype=dtype)
+    return lambda network, _: network.decode(z, return_dict=False)[0]
+
+
+def encode(family: str, dtype: torch.dtype, device: torch.device, batch: int, side: int) -> Use:
+    """Return encoding, up to the distribution of the latents."""
     fields = fields_of(family, "vae")
-    theirs = empty(lambda: diffusers.AutoencoderKL.from_config(fields), dtype, device)
-    settings = Settings(minidiff.AutoencoderKL, theirs, fields)
-    for batch, side in cases:
-        z = torch.randn(batch, 4, side, side, device=device, dtype=dtype)
-        x = torch.rand(batch, 3, 8 * side, 8 * side, device=device, dtype=dtype) * 2 - 1
-        for what, use in {
-            "decode": lambda network, _, z=z: network.decode(z)[0],
-            "encode": lambda network, _, x=x: network.encode(x)[0],
-        }.items():
-            flop = count(lambda use=use: use(settings.networks["theirs"], "")) if batch == 1 else 0.0
-            figures = in_turn(settings.runs(use), rounds, device)
-            what = f"{family} VAE {what}, {batch} x {8 * side}x{8 * side}"
-            yield Measured("vae", what, name_of(dtype), figures, flop=flop)
+    pixels = side * 2 ** (len(fields["block_out_channels"]) - 1)
+    x = torch.rand(batch, fields["in_channels"], pixels, pixels, device=device, dtype=dtype) * 2 - 1
+    return lambda network, _: network.encode(x, return_dict=False)[0]
+
+
+def text_class(part: str) -> str:
+    """Return the class of a text encoder; SDXL's second has a projection."""
+    return "CLIPTextModelWithProjection" if part == "text_encoder_2" else "CLIPTextModel"
+
+
+def plain_text(family: str, part: str = "text_encoder") -> nn.Module:
+    """Build a text encoder of the reference."""
+    return getattr(transformers, text_class(part))(transformers.CLIPTextConfig(**fields_of(family, part)))
+
+
+def build_text(
+    family: str, dtype: torch.dtype, device: torch.device, part: str = "text_encoder", **options: Any
+) -> Settings:
+    """Make a text encoder in every setting: there is nothing to pack and no convolution."""
+    theirs = empty(lambda: plain_text(family, part), dtype, device)
+    return Settings(getattr(minidiff, text_class(part)), theirs, fields_of(family, part), packs=False, **options)
+
+
+def ids(family: str, dtype: torch.dtype, device: torch.device, batch: int, side: int) -> Use:
+    """Return encoding a prompt and its negative for every picture."""
+    tokens = torch.randint(0, fields_of(family, "text_encoder")["vocab_size"], (2 * batch, TOKENS), device=device)
+    return lambda network, _: network(tokens)[0]
+
+
+WORKS = {
+    "unet": Work("unet", "UNet step, guided", build_unet, step, plain_unet),
+    "decode": Work("vae", "VAE decode", build_vae, decode, plain_vae),
+    "encode": Work("vae", "VAE encode", build_vae, encode, plain_vae),
+    "text": Work("text", "text encoder", build_text, ids, plain_text),
+    "text_2": Work(
+        "text",
+        "second text encoder",
+        functools.partial(build_text, part="text_encoder_2"),
+        ids,
+        functools.partial(plain_text, part="text_encoder_2"),
+    ),
+}
+
+
+def works_of(part: str, family: str) -> list[str]:
+    """Return the names in ``WORKS`` that belong to a part and that the family has."""
+    names = [name for name, work in WORKS.items() if work.part == part]
+    return [name for name in names if name != "text_2" or has(family, "text_encoder_2")]
 
 
 @torch.no_grad()
-def text(family: str, dtype: torch.dtype, device: torch.device, rounds: int) -> Iterator[Measured]:
-    """Time the text encoder on a prompt and its negative."""
-    fields = fields_of(family, "text_encoder")
-    config = transformers.CLIPTextConfig(**fields)
-    theirs = empty(lambda: transformers.CLIPTextModel(config), dtype, device)
-    settings = Settings(minidiff.CLIPTextModel, theirs, fields, packs=False)
-    ids = torch.randint(0, fields["vocab_size"], (2, 77), device=device)
-    figures = in_turn(settings.runs(lambda network, _: network(ids)[0]), 3 * rounds, device)
-    yield Measured("text", f"{family} text encoder, 2 x 77 tokens", name_of(dtype), figures)
+def timed(
+    names: Sequence[str],
+    family: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    rounds: int,
+    side: int,
+    compiled: bool = False,
+) -> Iterator[Measured | str]:
+    """Time works on one picture whose latents have that side; those of the autoencoder share its settings."""
+    built: dict[Any, Settings] = {}
+    for name in names:
+        work = WORKS[name]
+        if work.build not in built:
+            built.clear()
+            built[work.build] = work.build(family, dtype, device, compiled=compiled)
+        settings = built[work.build]
+        figures = in_turn(settings.runs(work.use(family, dtype, device, 1, side)), rounds, device)
+        flop = count(work, family, 1, side)
+        yield Measured(work.part, f"{family} {work.what}, {size(work, 1, side)}", name_of(dtype), figures, flop=flop)
+        yield from settings.notes
+        settings.notes.clear()
 
 
-def count(run: Callable[[], Any]) -> float:
-    """Return the floating point operations of a run: two for a multiplication and an addition."""
+def size(work: Work, batch: int, side: int) -> str:
+    """Return "1 x 512x512"."""
+    return f"{2 * batch} x {TOKENS} tokens" if work.part == "text" else f"{batch} x {8 * side}x{8 * side}"
+
+
+@torch.no_grad()
+def count(work: Work, family: str, batch: int, side: int) -> float:
+    """Return the floating point operations that theirs does: two for a multiplication and an addition.
+
+    Counted on tensors without memory, which takes no time. There attention falls into two products, which are counted;
+    on the CPU it is one kernel that torch's counter does not know, a sixth of a UNet step of Stable Diffusion 1.5.
+    """
+    meta = torch.device("meta")
+    with meta:
+        network = work.plain(family)
+    use = work.use(family, torch.float32, meta, batch, side)
     with FlopCounterMode(display=False) as counter:
-        run()
+        use(network.eval(), "theirs")
     return float(counter.get_total_flops())
-
-
-def name_of(dtype: torch.dtype) -> str:
-    """Return "float32" for ``torch.float32``."""
-    return str(dtype).removeprefix("torch.")
