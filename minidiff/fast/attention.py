@@ -1,11 +1,12 @@
-"""Attention in blocks of rows that stay in the cache, with the keys and values packed as if they were weights.
+"""Attention in blocks of rows whose scores stay in the cache.
 
     h[r] = softmax(q[r] k^T / sqrt(K)) v        for a block r of rows at a time
 
 torch's fused CPU kernel spends most of its time outside the matrix products where heads are narrow (K = 40 over 4,096
-pixels in Stable Diffusion 1.x). Two packed products and a softmax per block take 0.5 (bfloat16) to 0.7 (float32) of its
-time. In bfloat16 the scores are rounded to bfloat16 before the softmax, which the fused kernel does not do; the error
-that this adds is measured in ``benchmarks``.
+pixels in Stable Diffusion 1.x). Two products and a softmax per block take 0.3 to 0.7 of its time. Over long sequences
+the blocks are of one head at a time, with keys and values packed as if they were weights; in bfloat16 over short ones,
+such as texts, they are of all heads at once. In bfloat16 the scores are rounded to bfloat16 before the softmax, which
+the fused kernel does not do; the error that this adds is measured in ``benchmarks``.
 """
 
 import math
@@ -20,7 +21,9 @@ from minidiff.fast.packed import can_pack, pack_matrix, product
 from minidiff.layers import Attention
 
 ROWS = 256  # rows of a block: its scores over 4,096 pixels take 4 MB
-LEAST = 1024  # below so many pixels the fused kernel is faster
+LEAST = 1024  # keys; for fewer, the fused kernel is faster than one head at a time
+MOST = 1024  # keys; for more, one head at a time is faster than all at once
+SCORES = 4 * 2**20  # bytes of the scores of a block of all heads
 
 
 class FastAttention:
@@ -42,12 +45,17 @@ class FastAttention:
         else:
             k, v = text_keys(module, ctx)
         q, k, v = (rearrange(s, "B L (N K) -> B N L K", N=module.heads) for s in (q, k, v))
-        blocked = mask is None and not causal and can_pack(q) and min(q.shape[-2], k.shape[-2]) >= LEAST
-        h = attend(q, k, v) if blocked else F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
+        plain = mask is None and not causal and can_pack(q)
+        if plain and q.dtype == torch.bfloat16 and k.shape[-2] <= MOST:
+            h = all_heads(q, k, v)
+        elif plain and min(q.shape[-2], k.shape[-2]) >= LEAST:
+            h = head_by_head(q, k, v)
+        else:
+            h = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
         return module.out(rearrange(h, "B N L K -> B L (N K)"))
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def head_by_head(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Return softmax(q k^T / sqrt(K)) v for q (B, N, L, K), k and v (B, N, L_ctx, K): (B, N, L, K)."""
     B, N, L, K = q.shape
     q = q * (1 / math.sqrt(K))
@@ -59,4 +67,17 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
                 block = slice(first, first + ROWS)
                 weights = product(q[b, n, block].contiguous(), keys).softmax(dim=-1)  # (ROWS, L_ctx)
                 out[b, n, block] = product(weights, values)
+    return out
+
+
+def all_heads(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Return the same, with products of all heads at once."""
+    B, N, L, K = q.shape
+    q, k, v = (s.reshape(B * N, -1, K) for s in (q * (1 / math.sqrt(K)), k, v))
+    out = torch.empty(B, L, N, K, dtype=q.dtype).transpose(1, 2)
+    rows = max(SCORES // (B * N * k.shape[1] * q.element_size()), 1)
+    for first in range(0, L, rows):
+        block = slice(first, first + rows)
+        weights = torch.bmm(q[:, block], k.mT).softmax(dim=-1)  # (B N, rows, L_ctx)
+        out[:, :, block] = torch.bmm(weights, v).view(B, N, -1, K)
     return out

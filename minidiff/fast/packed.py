@@ -37,6 +37,16 @@ def product(x: Tensor, packed: Tensor, bias: Tensor | None = None) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
 
 
+def gelu_product(x: Tensor, packed: Tensor, bias: Tensor) -> Tensor:
+    """Return gelu(x W^T + b), rounded once."""
+    return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "gelu", [], "none")
+
+
+def product_times(x: Tensor, packed: Tensor, bias: Tensor, factor: Tensor) -> Tensor:
+    """Return (x W^T + b) * factor, rounded once."""
+    return torch.ops.mkldnn._linear_pointwise.binary(x, factor, packed, bias, "mul")
+
+
 def pack_kernel(W: Tensor, stride: int, padding: tuple[int, int], like: Tensor) -> Tensor:
     """Pack a convolution kernel (C_out, C_in, h, w) for feature maps of the shape of ``like``; others work too."""
     shape = list(like.shape)

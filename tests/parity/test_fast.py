@@ -59,6 +59,8 @@ def small_blocks(monkeypatch, request):
     """Take the fast ways on tiny maps too, in blocks and strips that do not divide them, with Winograd and without."""
     monkeypatch.setattr(attention, "LEAST", 1)
     monkeypatch.setattr(attention, "ROWS", 30)
+    monkeypatch.setattr(attention, "SCORES", 7000)
+    monkeypatch.setattr(attention, "MOST", 1024 if request.param == "few products" else 0)
     monkeypatch.setattr(feed_forward, "ROWS", 50)
     monkeypatch.setattr(strips, "LARGE", 0)
     monkeypatch.setattr(convolutions, "STRIP", 9000)
@@ -80,6 +82,8 @@ def in_float64(monkeypatch, small_blocks):
             "product": lambda x, W, bias=None: F.linear(x, W, bias),
             "pack_kernel": lambda W, stride, padding, like: W.clone(),
             "convolve": convolve,
+            "gelu_product": lambda x, W, bias: F.gelu(F.linear(x, W, bias)),
+            "product_times": lambda x, W, bias, factor: F.linear(x, W, bias) * factor,
         }.items():
             if hasattr(module, name):
                 monkeypatch.setattr(module, name, stand_in)
@@ -150,6 +154,51 @@ def test_the_four_kernels_see_what_the_one_saw():
         i, j = divmod(phase, 2)
         found = F.conv2d(F.pad(x, (1, 1, 1, 1)), kernel)[:, :, i : i + 5, j : j + 4]
         assert error(found, expected[:, :, i::2, j::2]) <= 1e-13  # measured 3e-16
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("L_ctx", [5, 40, 65])
+def test_attention_in_blocks(L_ctx, in_float64):
+    q, k, v = (torch.randn(2, L, 3, 8).double().transpose(1, 2) for L in (40, L_ctx, L_ctx))
+    expected = F.scaled_dot_product_attention(q, k, v)
+    for way in (attention.head_by_head, attention.all_heads):
+        assert error(way(q, k, v), expected) <= 1e-13  # measured 6e-16
+
+
+@torch.no_grad()
+def test_which_attention_is_taken(monkeypatch):
+    taken = []
+    for name in ("head_by_head", "all_heads"):
+        way = getattr(attention, name)
+        monkeypatch.setattr(attention, name, lambda *qkv, name=name, way=way: taken.append(name) or way(*qkv))
+    for dtype in (torch.float32, torch.bfloat16):
+        network = torch.nn.ModuleList([Attention(8, 8, heads=1)]).to(dtype)
+        optimize(network)
+        for L, L_ctx in ((1030, 77), (1030, 1030), (77, 77)):
+            network[0](torch.randn(1, L, 8, dtype=dtype), torch.randn(1, L_ctx, 8, dtype=dtype))
+            taken.append(None)
+    assert taken == [None, "head_by_head", None, None, "all_heads", None, "head_by_head", None, "all_heads", None]
+    taken.clear()
+    network[0](torch.randn(1, 1030, 8, dtype=dtype), causal=True)
+    assert not taken
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["linear", "convolution", "feed forward", "upsampling"])
+def test_mixed_dtypes_are_refused_as_before(kind):
+    make, shape = {
+        "linear": (lambda: torch.nn.Linear(64, 64), (1, 9, 64)),
+        "convolution": (lambda: torch.nn.Conv2d(64, 64, 3, padding=1), (1, 64, 32, 32)),
+        "feed forward": (lambda: GEGLU(64), (1, 9, 64)),
+        "upsampling": (lambda: Upsample(64), (1, 64, 32, 32)),
+    }[kind]
+    network = torch.nn.ModuleList([make()]).bfloat16()
+    with pytest.raises(RuntimeError) as before:
+        network[0](torch.randn(shape))
+    optimize(network)
+    with pytest.raises(RuntimeError) as after:
+        network[0](torch.randn(shape))
+    assert str(after.value) == str(before.value)
 
 
 @torch.no_grad()
