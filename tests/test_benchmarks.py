@@ -18,8 +18,8 @@ sys.path.append(str(Path(__file__).resolve().parent.parent))  # last, so that mi
 from benchmarks.parity import components, locate, page, pictures
 from benchmarks.parity.__main__ import main as parity
 from benchmarks.parity.both import Both
-from benchmarks.speed import report
-from benchmarks.speed.timing import Measured, in_turn
+from benchmarks.speed import growth, host, memory, networks, plots, report, settings, whole
+from benchmarks.speed.timing import Measured, in_turn, name_of
 
 
 @dataclasses.dataclass
@@ -131,11 +131,217 @@ def test_speed_figures():
     assert "0.75 | 0.97 **not met** |" in report.bounds([row])
 
 
+def test_bounds_of_a_gpu():
+    row = Measured("whole", "sd15 whole run, 1 x 512x512, 50 steps", "float16", {})
+    row.figures = {
+        "ours": [0.8],
+        "ours, optimized": [0.6],
+        "ours, compiled": [0.5],
+        "theirs": [1.0],
+        "theirs, channels_last": [0.8],
+        "theirs, compiled": [0.4],
+    }
+    rows = [line.split(" | ")[2:] for line in report.bounds([row], "cuda").splitlines()[2:]]
+    assert [[*cells[:2], cells[3].removesuffix(" |")] for cells in rows] == [
+        ["ours, optimized", "theirs", "0.60"],
+        ["ours, optimized", "theirs, channels_last", "0.75 **not met**"],
+        ["ours, compiled", "theirs, compiled", "1.25 **not met**"],
+        ["ours, compiled", "theirs, channels_last", "0.62 **not met**"],
+    ]
+    assert [cells[2] for cells in rows] == ["0.7", "0.7", "1.0", "0.4"]
+    assert report.bounds([row], "cpu").count("\n") == 1  # a bound of a GPU says nothing about a CPU
+    for name in [name for name in row.figures if "compiled" in name]:
+        del row.figures[name]
+    assert report.bounds([row], "cuda").count("\n") == 3
+    step = Measured("unet", "sd15 UNet step, guided, 1 x 512x512", "float16", {"ours": [1.0], "theirs": [1.0]})
+    assert report.bounds([step], "cuda").count("\n") == 1
+
+
 def test_in_turn():
     order = []
     seconds = in_turn({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, 2, torch.device("cpu"))
     assert order == ["a", "b"] * 3
     assert {name: len(times) for name, times in seconds.items()} == {"a": 2, "b": 2}
+
+
+@pytest.fixture
+def tiny(tmp_path, monkeypatch):
+    """The benchmark's arguments for a family "tiny", whose published configurations are those of the tests."""
+    text = {**TEXT, "vocab_size": 8192}  # the tokenizer is that of the embedded checkpoint
+    parts = {"unet": {"in_channels": 4, **UNET}, "vae": {"in_channels": 3, "latent_channels": 4, **VAE}}
+    for part, fields in (parts | {"text_encoder": text}).items():
+        (tmp_path / "tiny" / part).mkdir(parents=True)
+        (tmp_path / "tiny" / part / "config.json").write_text(json.dumps(fields))
+    monkeypatch.setattr(settings, "CONFIGS", tmp_path)
+    monkeypatch.setattr(settings, "FAMILIES", {"tiny": "tiny"})
+    return "tiny", torch.float32, torch.device("cpu")
+
+
+EAGER = {"ours", "ours, optimized", "theirs", "theirs, channels_last"}
+
+
+def test_settings_share_their_weights(tiny):
+    made = networks.build_unet(*tiny, compiled=True).networks
+    assert set(made) == EAGER | {"ours, compiled", "theirs, compiled"}  # CUDA graphs are for a GPU
+    assert all((network._compiled_call_impl is not None) == ("compiled" in name) for name, network in made.items())
+    vae = networks.build_vae(*tiny, compiled=True, only=("ours", "ours, compiled")).networks
+    assert {name: "decode" in vars(network) for name, network in vae.items()} == {"ours": False, "ours, compiled": True}
+    places = {
+        name: {p.data_ptr() for p in network.parameters() if p.ndim == 4 and p.shape[-1] == 3}
+        for name, network in made.items()
+    }
+    assert places["ours"] == places["theirs"] == places["ours, optimized"]
+    assert places["ours, compiled"] == places["theirs, compiled"] == places["theirs, channels_last"]
+    assert not places["theirs"] & places["theirs, channels_last"]
+    use = networks.step(*tiny, 1, 8)
+    with torch.no_grad():
+        outs = {name: use(network, name) for name, network in made.items() if "compiled" not in name}
+    assert all(torch.allclose(out, outs["theirs"], atol=1e-5) for out in outs.values())
+
+
+def test_a_setting_that_does_not_fit_is_left_out(tiny, monkeypatch):
+    weights = list(networks.plain_unet("tiny").parameters())
+    convolutions = sum(p.nbytes for p in weights if p.ndim == 4)
+    free = sum(p.nbytes for p in weights) + convolutions
+    for room, left_out in ((1.2 * free, []), (free, ["theirs, channels_last"])):  # a tenth is not counted upon
+        monkeypatch.setattr(settings, "available", lambda device, room=room: room)
+        made = networks.build_unet(*tiny)
+        assert set(made.networks) == EAGER - set(left_out)
+        assert [name for name in left_out if f"{name!r} is left out" in made.notes[0]] == left_out
+
+
+class Doubling(torch.nn.Module):
+    def forward(self, x):
+        return 2 * x
+
+    def decode(self, x):
+        return x + x
+
+
+def test_compiled_settings(tiny):
+    """With the compiler's front end alone; ``test_compile`` shows that our networks pass it in one piece."""
+    traced = []
+
+    def backend(graph, inputs):
+        traced.append(inputs[-1].shape[0])
+        return graph.forward
+
+    def broken(graph, inputs):
+        raise RuntimeError("no such kernel")
+
+    made = networks.build_text(*tiny)
+    for setting, use in {
+        "ours, compiled": backend,
+        "theirs, compiled": backend,
+        "theirs, compiled too": broken,
+    }.items():
+        made.networks[setting] = settings.compile_(Doubling(), ("forward", "decode"), {"backend": use})
+    del made.networks["ours"], made.networks["theirs"]
+    for size in (3, 4):
+        x = torch.ones(size)
+        runs = made.runs(lambda network, setting, x=x: network(x) + network.decode(x))
+        assert list(runs) == ["ours, compiled", "theirs, compiled"]
+    assert traced == [3, 3, 4, 4]  # calls and decode, once for each shape and not for any
+    assert made.notes[0] == "'ours, compiled': the first run, with compiling, took 0 s"
+    assert "'theirs, compiled too' is left out, compiling failed" in made.notes[2] and "no such kernel" in made.notes[2]
+
+
+def test_whole_runs_of_a_family(tiny, monkeypatch):
+    pictures, draw = [], whole.draw
+    monkeypatch.setattr(whole, "draw", lambda *args: pictures.append(draw(*args).images[0]))
+    (row,) = whole.whole_runs(*tiny, 1, 8, steps=3)
+    assert set(row.figures) == EAGER and all(len(times) == 1 for times in row.figures.values())
+    assert row.what == "tiny whole run, 1 x 64x64, 3 steps"
+    step, decode = (networks.count(networks.WORKS[name], "tiny", 1, 8) for name in ("unet", "decode"))
+    assert row.flop == 3 * step + decode
+    levels = [torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).int() for picture in pictures[-4:]]
+    assert max((level - levels[0]).abs().max() for level in levels) <= 1  # all settings draw the same picture
+
+
+def test_attention_is_counted(tiny):
+    """On the CPU it is one kernel that torch's counter does not know."""
+    wide = networks.count(networks.WORKS["unet"], "tiny", 1, 32) / networks.count(networks.WORKS["unet"], "tiny", 1, 16)
+    assert wide > 4.2  # convolutions alone grow by 4
+
+
+def test_growth_stops_where_the_next_would_not_fit(tiny, monkeypatch):
+    work, made = networks.WORKS["decode"], networks.build_vae(*tiny)
+    monkeypatch.setitem(networks.WORKS, "decode", work._replace(build=lambda *args, **options: made))
+    row, cost = growth.measure(work, made, *tiny, 1, 2, 4)
+    assert set(row.figures) == EAGER and row.case == {"batch": 2, "pixels": 32**2} and row.flop > 0
+    assert cost.seconds == max(max(times) for times in row.figures.values())
+
+    def measure(work, settings, family, dtype, device, rounds, batch, side):
+        case = {"batch": batch, "pixels": side**2}
+        cost = growth.Cost(seconds=batch * side**2, peak=1000 * batch * side**2)
+        return Measured("growth", "case", name_of(dtype), {"ours": [1.0], "theirs": [1.0]}, case=case), cost
+
+    monkeypatch.setattr(growth, "measure", measure)
+    monkeypatch.setattr(growth, "available", lambda device: 500_000)
+    found = list(growth.growth(("decode",), *tiny, 1, 8, longest=10**9))
+    cases = [(one.case["batch"], one.case["pixels"]) for one in found if isinstance(one, Measured)]
+    assert cases == [(1, 8**2), (2, 8**2), (4, 8**2), (1, 4**2), (1, 6**2), (1, 12**2), (1, 16**2)]
+    assert [one.split(":")[0] for one in found if isinstance(one, str)] == [
+        "growth stops before tiny VAE decode, 8 x 64x64 in float32",  # 1.25 x 512 kB
+        "growth stops before tiny VAE decode, 1 x 192x192 in float32",  # 1.25 x 576 kB
+    ]
+    found = list(growth.growth(("decode",), *tiny, 1, 8, longest=150))
+    cases = [(one.case["batch"], one.case["pixels"]) for one in found if isinstance(one, Measured)]
+    assert cases == [(1, 8**2), (2, 8**2), (1, 4**2), (1, 6**2)]  # 64 s for 8 x 8; 12 x 12 may take 324 s
+
+    def fails(*args):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(growth, "measure", fails)
+    found = list(growth.growth(("decode",), *tiny, 1, 8, longest=10**9))
+    assert found[0] == "growth stops before tiny VAE decode, 1 x 64x64 in float32: it failed: out of memory"
+
+
+def test_growth_says_why_it_stops():
+    cpu, cost = torch.device("cpu"), growth.Cost(seconds=10.0, peak=10**15)
+    assert growth.too_much(cost, 2, 2, cpu, 60).startswith("it needs about 2.5e+06 GB beyond the weights, ")
+    small = growth.Cost(seconds=10.0, peak=1)
+    assert growth.too_much(small, 2, 4, cpu, 60) is None
+    assert growth.too_much(small, 4, 16, cpu, 60) == "one run may take 160 s, more than --longest 60"
+
+
+def test_curves_of_growth():
+    def row(batch, pixels, ours, theirs):
+        figures = {"ours": [9.0], "ours, optimized": [ours], "theirs": [theirs], "theirs, channels_last": [2 * theirs]}
+        what = f"sd15 UNet step, guided, {batch} x {pixels}"
+        return Measured("growth", what, "float32", figures, case={"batch": batch, "pixels": pixels})
+
+    rows = [row(1, 10**6, 1.0, 2.0), row(4, 10**6, 2.0, 6.0), row(1, 250_000, 0.5, 0.75)]
+    assert plots.batch_curve(rows, "ours") == ([1, 4], [1.0, 0.5])
+    assert plots.batch_curve(rows, "theirs") == ([1, 4], [2.0, 1.5])
+    assert plots.pixel_curve(rows, "ours") == ([0.25, 1.0], [2.0, 1.0])
+    assert plots.pixel_curve(rows, "theirs") == ([0.25, 1.0], [3.0, 2.0])
+
+
+def test_host_time(tiny, monkeypatch):
+    monkeypatch.setattr(host, "NARROWER", 1)
+    seconds, operators, kernels = host.host_time("tiny", 1)
+    assert all(set(row.figures) == EAGER - {"theirs, channels_last"} for row in (seconds, operators, kernels))
+    assert seconds.unit == "s" and operators.unit == kernels.unit == "operators"
+    for name in operators.figures:
+        assert 0 < kernels.median(name) < operators.median(name)
+    assert kernels.median("ours, optimized") < kernels.median("ours") < kernels.median("theirs")
+    with host.Count() as counted:
+        torch.ones(4).view(2, 2).add_(1)
+    assert (counted.operators, counted.kernels) == (3, 2)
+
+
+def test_peak_memory(tiny):
+    cpu = torch.device("cpu")
+    assert 90e6 < settings.peak_of(lambda: torch.ones(25_000_000), cpu) < 130e6
+    assert 0 <= memory.measure("whole", "ours, optimized", *tiny, 8) < 100
+    scheduler = minidiff.DDIMScheduler()
+    bytes_of_a_step = memory.step_bytes(scheduler)
+    assert 1 < bytes_of_a_step / (4 * 4 * 64 * 64) < 10
+    row = Measured("memory", "peak", "float32", {"ours": [1.0], "theirs": [20.0]}, unit="MB")
+    assert memory._unless_small(row) is row
+    row.figures["theirs"] = [2.0]
+    assert "2.0 MB in diffusers, too little for resident memory" in memory._unless_small(row)
 
 
 def test_a_whole_certificate(tmp_path, capsys):

@@ -25,6 +25,7 @@ Writes tables, plots and JSON to --out. ``benchmarks.load`` says more about load
 """
 
 import argparse
+import gc
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -71,6 +72,7 @@ def measure_networks(
     part: str, family: str, name: str, options: argparse.Namespace, few: int
 ) -> Iterator[Measured | str]:
     """Yield what a part measures of a family's networks in one dtype."""
+    gc.collect()  # an optimized network refers to itself: those of the part before are still there
     rounds, device, dtype = options.rounds, options.device, getattr(torch, name)
     side = options.side or SIDES[family]
     # On a CPU half the size suffices to compare decodings of SDXL, and a whole picture takes a minute.

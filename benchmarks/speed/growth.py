@@ -1,5 +1,6 @@
 """How the cost of a UNet step and of a decoding grows with the batch and with the picture, up to what fits."""
 
+import gc
 import itertools
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -72,7 +73,9 @@ def growth(
                     yield f"growth stops before {what} in {name_of(dtype)}: {why}"
                     break
                 last = batch, one
-        yield from settings.notes
+        yield from (f"growth of {family} {work.what}, {name_of(dtype)}: {note}" for note in settings.notes)
+        del settings
+        gc.collect()  # an optimized network refers to itself
 
 
 def _pack(work: Work, settings: Settings, family: str, dtype: torch.dtype, device: torch.device, side: int) -> None:
@@ -87,7 +90,7 @@ def too_much(cost: Cost, memory: float, time: float, device: torch.device, longe
     """Return why a case should not be tried that may take so many times the memory and the time of ``cost``."""
     need, free = SPARE * memory * cost.peak, available(device)
     if need > free:
-        return f"it needs about {need / 1e9:.1f} GB beyond the weights, {free / 1e9:.1f} GB are free"
+        return f"it needs about {need / 1e9:.2g} GB beyond the weights, {free / 1e9:.2g} GB are free"
     if time * cost.seconds > longest:
         return f"one run may take {time * cost.seconds:.0f} s, more than --longest {longest:g}"
     return None

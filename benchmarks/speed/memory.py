@@ -5,6 +5,7 @@ Resident memory moves in pages and keeps what was freed: less than ``LEAST`` is 
 few tensors of 66 kB, far below; there the bytes of its tensors are counted instead.
 """
 
+import gc
 import statistics
 from collections.abc import Iterator
 from functools import partial
@@ -60,6 +61,7 @@ def measure(kind: str, setting: str, family: str, dtype: torch.dtype, device: to
         run = partial(work.use(family, dtype, device, 1, side), network, setting)
     if device.type == "cuda" or kind == "text":
         run()  # libraries load their kernels: small against a UNet step, not against a text
+    gc.collect()
     return peak_of(run, device) / 1e6
 
 

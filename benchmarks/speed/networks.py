@@ -170,7 +170,7 @@ def timed(
         figures = in_turn(settings.runs(work.use(family, dtype, device, 1, side)), rounds, device)
         flop = count(work, family, 1, side)
         yield Measured(work.part, f"{family} {work.what}, {size(work, 1, side)}", name_of(dtype), figures, flop=flop)
-        yield from settings.notes
+        yield from (f"{family} {work.what}, {name_of(dtype)}: {note}" for note in settings.notes)
         settings.notes.clear()
 
 

@@ -17,7 +17,7 @@ which torch's compiler does not follow, so a UNet falls into some 80 pieces.
 import copy
 import ctypes
 import functools
-import gc
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -148,11 +148,15 @@ class Settings:
 
         Compiled settings are run once. One that fails is left out with a note: the others still can be measured.
         """
-        torch.compiler.reset()  # every shape is compiled for itself; a torch process keeps no more than eight
         runs = {name: functools.partial(use, network, name) for name, network in self.networks.items()}
-        for name in [name for name in runs if "compiled" in name]:
+        compiled = [name for name in runs if "compiled" in name]
+        if compiled:
+            torch.compiler.reset()  # every shape is compiled for itself, and torch keeps no more than eight
+        for name in compiled:
+            start = time.perf_counter()
             try:
                 runs[name]()
+                self.notes.append(f"{name!r}: the first run, with compiling, took {time.perf_counter() - start:.0f} s")
             except Exception as error:  # whatever the compiler, its C++ or Triton raise
                 self.notes.append(f"{name!r} is left out, compiling failed: {type(error).__name__}: {error}"[:400])
                 del runs[name]
@@ -170,7 +174,6 @@ def available(device: torch.device) -> int:
 
 def peak_of(run: Callable[[], Any], device: torch.device) -> int:
     """Return how many bytes a run needs at most beyond what is there before: allocated on a GPU, else resident."""
-    gc.collect()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
@@ -178,14 +181,14 @@ def peak_of(run: Callable[[], Any], device: torch.device) -> int:
         run()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
-    give_back()
+    _give_back()
     Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
     before = memory()["VmRSS"]
     run()
     return max(memory()["VmHWM"] - before, 0)
 
 
-def give_back() -> None:
+def _give_back() -> None:
     """Return freed memory to the system, where the C library can: else a run may fill it and seem to need none."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:

@@ -96,7 +96,8 @@ def whole_runs(
     compiled: bool = False,
 ) -> Iterator[Measured | str]:
     """Time whole calls in every setting, after a short one of each that does not count."""
-    torch.compiler.reset()
+    if compiled:
+        torch.compiler.reset()
     pipes, notes = pipelines(family, dtype, device, compiled=compiled)
     for name, pipe in list(pipes.items()):
         try:
@@ -104,11 +105,11 @@ def whole_runs(
         except Exception as error:
             if "compiled" not in name:
                 raise
-            notes.append(f"{name!r} is left out of whole runs: {type(error).__name__}: {error}"[:400])
+            notes.append(f"{name!r} is left out: {type(error).__name__}: {error}"[:400])
             del pipes[name]
     runs = {name: partial(draw, pipe, device, steps, batch, side) for name, pipe in pipes.items()}
     figures = in_turn(runs, rounds, device, warmups=0)
     flop = steps * count(WORKS["unet"], family, batch, side) + count(WORKS["decode"], family, batch, side)
     what = f"{family} whole run, {batch} x {8 * side}x{8 * side}, {steps} steps"
     yield Measured("whole", what, name_of(dtype), figures, flop=flop)
-    yield from notes
+    yield from (f"{what}, {name_of(dtype)}: {note}" for note in notes)
