@@ -13,7 +13,6 @@ import math
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor
 
 from minidiff.fast.memo import text_keys
@@ -44,7 +43,9 @@ class FastAttention:
             k, v = module.k(x), module.v(x)
         else:
             k, v = text_keys(module, ctx)
-        q, k, v = (rearrange(s, "B L (N K) -> B N L K", N=module.heads) for s in (q, k, v))
+        # Views, and not einops as elsewhere: on a GPU a step takes as long as Python takes to ask for it.
+        B, N, D = len(q), module.heads, q.shape[-1]
+        q, k, v = (s.reshape(B, -1, N, D // N).transpose(1, 2) for s in (q, k, v))  # (B, N, L, K)
         plain = mask is None and not causal and can_pack(q)
         if plain and q.dtype == torch.bfloat16 and k.shape[-2] <= MOST:
             h = all_heads(q, k, v)
@@ -52,7 +53,7 @@ class FastAttention:
             h = head_by_head(q, k, v)
         else:
             h = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
-        return module.out(rearrange(h, "B N L K -> B L (N K)"))
+        return module.out(h.transpose(1, 2).reshape(B, -1, D))
 
 
 def head_by_head(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
