@@ -69,9 +69,9 @@ def twin(network: nn.Module) -> nn.Module:
 def compile_(network: nn.Module, methods: Sequence[str], options: dict[str, Any]) -> nn.Module:
     """Compile methods of a network, "forward" standing for a call of the network itself.
 
-    For the shapes that it gets and in one piece, so that no part is left to the interpreter unnoticed.
+    In one piece, so that no part is left to the interpreter unnoticed.
     """
-    options = {"dynamic": False, "fullgraph": True, **options}
+    options = {"fullgraph": True, **options}
     for name in methods:
         if name == "forward":
             network.compile(**options)
@@ -151,7 +151,7 @@ class Settings:
         runs = {name: functools.partial(use, network, name) for name, network in self.networks.items()}
         compiled = [name for name in runs if "compiled" in name]
         if compiled:
-            torch.compiler.reset()  # every shape is compiled for itself, and torch keeps no more than eight
+            torch.compiler.reset()  # else the second shape would be compiled for any, and torch gives up at the eighth
         for name in compiled:
             start = time.perf_counter()
             try:
