@@ -218,6 +218,12 @@ class Doubling(torch.nn.Module):
         return x + x
 
 
+class Torn(Doubling):
+    def forward(self, x):
+        torch._dynamo.graph_break()
+        return x
+
+
 def test_compiled_settings(tiny):
     """With the compiler's front end alone; ``test_compile`` shows that our networks pass it in one piece."""
     traced = []
@@ -236,6 +242,7 @@ def test_compiled_settings(tiny):
         "theirs, compiled too": broken,
     }.items():
         made.networks[setting] = settings.compile_(Doubling(), ("forward", "decode"), {"backend": use})
+    made.networks["ours, compiled in parts"] = settings.compile_(Torn(), ("forward",), {"backend": backend})
     del made.networks["ours"], made.networks["theirs"]
     for size in range(2, 12):
         x = torch.ones(size)
@@ -245,6 +252,7 @@ def test_compiled_settings(tiny):
     assert traced == [size for size in range(2, 12) for _ in range(2)]
     assert made.notes[0] == "'ours, compiled': the first run, with compiling, took 0 s"
     assert "'theirs, compiled too' is left out, compiling failed" in made.notes[2] and "no such kernel" in made.notes[2]
+    assert "'ours, compiled in parts' is left out" in made.notes[3]
 
 
 class Asked:
