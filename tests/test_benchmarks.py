@@ -19,6 +19,7 @@ sys.path.append(str(Path(__file__).resolve().parent.parent))  # last, so that mi
 from benchmarks.parity import components, locate, page, pictures
 from benchmarks.parity.__main__ import main as parity
 from benchmarks.parity.both import Both
+from benchmarks.speed import __main__ as speed
 from benchmarks.speed import growth, host, memory, networks, plots, report, settings, whole
 from benchmarks.speed.timing import Measured, in_turn, name_of
 
@@ -366,6 +367,35 @@ def test_host_time(tiny, monkeypatch):
     with host.Count() as counted:
         torch.ones(4).view(2, 2).add_(1)
     assert (counted.operators, counted.kernels) == (3, 2)
+
+
+def test_the_command(tiny, tmp_path, monkeypatch, capsys):
+    def no_schedulers(rounds):
+        raise ValueError("no schedulers")
+
+    monkeypatch.setattr(speed, "SIDES", {"tiny": 8})
+    monkeypatch.setattr(speed.peak, "measure", lambda dtype, device: {"mm": 100.0, "linear": 200.0})
+    monkeypatch.setattr(speed.runs, "scheduler_steps", no_schedulers)
+    for name in ("ratios", "growth"):  # what draws them need not be installed for tests
+        monkeypatch.setattr(speed.plots, name, lambda rows, path: path.touch())
+    options = ["--family", "tiny", "--dtype", "float32", "--rounds", "1", "--out", str(tmp_path / "out")]
+    assert speed.main(["text", *options]) == 0
+    assert speed.main(["scheduler", "text", *options]) == 1
+    for text in (capsys.readouterr().out, (tmp_path / "out" / "speed.md").read_text()):
+        assert "| tiny text encoder, 2 x 77 tokens | float32 |" in text and "| linear | 200 |" in text
+        assert "* scheduler FAILED: ValueError: no schedulers" in text and f"threads {torch.get_num_threads()}" in text
+    found = json.loads((tmp_path / "out" / "speed.json").read_text())
+    assert [row["part"] for row in found["rows"]] == ["text"] and len(found["notes"]) == 1
+    assert found["machine"]["torch"] == torch.__version__ and (tmp_path / "out" / "speed.png").exists()
+
+
+def test_the_command_line(capsys):
+    assert speed.parse([]).parts == list(speed.PARTS) and speed.parse([]).dtype == ["float32", "bfloat16"]
+    assert speed.parse(["growth", "host"]).parts == ["growth", "host"]
+    for wrong, said in ((["unets"], "unknown part unets"), (["--device", "meta"], "no such device")):
+        with pytest.raises(SystemExit):
+            speed.parse(wrong)
+        assert said in capsys.readouterr().err
 
 
 def test_peak_memory(tiny):

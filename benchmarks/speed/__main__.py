@@ -21,14 +21,18 @@
     growth      UNet steps and decodings: batches, and pictures up to what fits
     host        a UNet step without its arithmetic: what bounds a GPU in eager mode
 
-Writes tables, plots and JSON to --out. ``benchmarks.load`` says more about loading.
+Writes tables, plots and JSON to --out; a part that fails is named there, and the others go on. ``benchmarks.load`` says
+more about loading.
 """
 
 import argparse
 import gc
 import json
+import sys
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -38,34 +42,36 @@ from benchmarks.speed.timing import Measured, machine
 PARTS = ("import", "load", "start", "text", "unet", "vae", "run", "whole", "scheduler", "memory")
 ON_REQUEST = ("growth", "host")
 SIDES = {"sd15": 64, "sd21": 96, "sdxl": 128}  # latents at the size that the family was trained on
+OF_NETWORKS = ("text", "unet", "vae", "whole", "memory", "growth")
 DTYPES = {"cpu": ["float32", "bfloat16"], "cuda": ["float16", "bfloat16"]}
 
 
-def measure(part: str, options: argparse.Namespace) -> Iterator[Measured | str]:
-    """Yield what a part measures, and what is to be said about it."""
+def tasks(part: str, options: argparse.Namespace) -> Iterator[tuple[str, Iterator[Measured | str]]]:
+    """Yield what a part measures, piece by piece: a name, and what yields figures and what is to be said about them."""
     rounds, device, few = options.rounds, options.device, max(options.rounds // 3, 1)
     if part == "import":
-        yield from processes.imports(rounds)
+        yield part, processes.imports(rounds)
     elif part == "load" and options.family != ["sdxl"]:
-        yield from processes.loads(rounds, options.checkpoint)
+        yield part, processes.loads(rounds, options.checkpoint)
     elif part == "start":
-        yield from processes.first_picture(rounds, device)
+        yield part, processes.first_picture(rounds, device)
     elif part == "scheduler":
-        yield from runs.scheduler_steps(3 * rounds)
+        yield part, runs.scheduler_steps(3 * rounds)
     elif part == "memory":
-        yield from memory.import_memory(few)
-        yield from memory.scheduler_memory()
-    for family in options.family:
-        if part == "load" and family == "sdxl":
-            yield from processes.loads_xl(rounds, options.checkpoint_xl)
-        elif part == "host":
-            yield from host.host_time(family, 10 * rounds)
-        for dtype in options.dtype:
-            yield from measure_networks(part, family, dtype, options, few)
+        yield part, memory.import_memory(few)
+        yield part, memory.scheduler_memory()
     if part == "run":
         for dtype in options.dtype:
             for batch in (1, 4):
-                yield from runs.embedded_runs(getattr(torch, dtype), device, rounds, batch=batch)
+                yield f"{part} in {dtype}", runs.embedded_runs(getattr(torch, dtype), device, rounds, batch=batch)
+    for family in options.family:
+        if part == "load" and family == "sdxl":
+            yield f"{part} of {family}", processes.loads_xl(rounds, options.checkpoint_xl)
+        elif part == "host":
+            yield f"{part} of {family}", host.host_time(family, 10 * rounds)
+        elif part in OF_NETWORKS:
+            for dtype in options.dtype:
+                yield f"{part} of {family} in {dtype}", measure_networks(part, family, dtype, options, few)
 
 
 def measure_networks(
@@ -75,8 +81,8 @@ def measure_networks(
     gc.collect()  # an optimized network refers to itself: those of the part before are still there
     rounds, device, dtype = options.rounds, options.device, getattr(torch, name)
     side = options.side or SIDES[family]
-    # On a CPU half the size suffices to compare decodings of SDXL, and a whole picture takes a minute.
-    decoded = side if device.type == "cuda" else min(side, SIDES["sd15"])
+    # On a CPU, decoding 1024 x 1024 pixels takes half a minute; half the sides suffice to compare.
+    decoded = side if device.type == "cuda" else min(side, 64)
     compiled = device.type == "cuda" if options.compiled is None else options.compiled
     common = family, dtype, device
     if part == "text":
@@ -95,15 +101,21 @@ def measure_networks(
         yield from growth.growth(("unet", "decode"), *common, few, side, **grown)
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Run the benchmark from the command line."""
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    """Return what the command line asks for."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.speed", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("parts", nargs="*", choices=[*PARTS, *ON_REQUEST], default=list(PARTS), metavar="PART")
+    # No choices=: on some versions of Python, argparse checks an absent list against them as if it were one of them.
+    parser.add_argument("parts", nargs="*", metavar="PART", help="default: all but growth and host")
     parser.add_argument("--family", nargs="+", choices=SIDES, default=["sd15"], help="whose networks (default: sd15)")
     parser.add_argument("--side", type=int, help="height and width of the latents (default: the family's own)")
-    parser.add_argument("--dtype", nargs="+", help="default: float32 bfloat16, on a GPU float16 bfloat16")
+    parser.add_argument(
+        "--dtype",
+        nargs="+",
+        choices=("float64", "float32", "float16", "bfloat16"),
+        help="default: float32 bfloat16, on a GPU float16 bfloat16",
+    )
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
     parser.add_argument("--rounds", type=int, help="how often each setting is timed (default: 3, on a GPU 9)")
     parser.add_argument("--steps", type=int, help="of whole runs of published size (default: 20, on a GPU 50)")
@@ -123,9 +135,21 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--out", type=Path, default=Path("runs/speed"), help="folder of the report")
     options = parser.parse_args(arguments)
+    if unknown := set(options.parts) - {*PARTS, *ON_REQUEST}:
+        parser.error(f"unknown part {', '.join(sorted(unknown))}; there are {', '.join([*PARTS, *ON_REQUEST])}")
+    options.parts = options.parts or list(PARTS)
     kind = options.device.type
+    if kind not in DTYPES or (kind == "cuda" and not torch.cuda.is_available()):
+        parser.error(f"--device {options.device}: there is no such device here, or it is neither a CPU nor a GPU")
     options.dtype = options.dtype or DTYPES[kind]
     options.rounds = options.rounds or (9 if kind == "cuda" else 3)
+    return options
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the benchmark from the command line; return the exit status, 1 if a part failed."""
+    options = parse(arguments)
+    kind = options.device.type
     options.out.mkdir(parents=True, exist_ok=True)
     where = machine(options.device)
     print(", ".join(f"{name} {value}" for name, value in where.items()), flush=True)
@@ -135,18 +159,38 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"peak in {name}: {operations[best]:.0f} GFLOP/s ({best})", flush=True)
     rows: list[Measured] = []
     notes: list[str] = []
+    failed = False
     for part in options.parts:
-        for found in measure(part, options):
-            (notes if isinstance(found, str) else rows).append(found)
-            print(found if isinstance(found, str) else report.table([found], peaks).splitlines()[-1], flush=True)
-            written = report.to_json(rows, peaks, where, notes)  # after every row: a long run may be cut off
-            (options.out / "speed.json").write_text(json.dumps(written, indent=2) + "\n")
-    (options.out / "speed.md").write_text(report.markdown(rows, peaks, where, notes, kind))
+        for name, found in tasks(part, options):
+            try:
+                for one in found:
+                    (notes if isinstance(one, str) else rows).append(one)
+                    print(one if isinstance(one, str) else report.table([one], peaks).splitlines()[-1], flush=True)
+                    write(options, rows, peaks, where, notes)  # after every row: a long run may be cut off
+            except Exception as error:
+                traceback.print_exc()
+                notes.append(f"{name} FAILED: {type(error).__name__}: {error}"[:400])
+                write(options, rows, peaks, where, notes)
+                failed = True
     plots.ratios(rows, options.out / "speed.png")
     if any(row.part == "growth" for row in rows):
         plots.growth(rows, options.out / "growth.png")
-    print(f"\n{report.table(rows, peaks)}\n\n{report.bounds(rows, kind)}\n\nwritten to {options.out}")
+    print(f"\n{report.markdown(rows, peaks, where, notes, kind)}\nwritten to {options.out}")
+    return int(failed)
+
+
+def write(
+    options: argparse.Namespace,
+    rows: list[Measured],
+    peaks: dict[str, dict[str, float]],
+    where: dict[str, Any],
+    notes: list[str],
+) -> None:
+    """Write what is known so far as JSON and Markdown."""
+    written = report.to_json(rows, peaks, where, notes)
+    (options.out / "speed.json").write_text(json.dumps(written, indent=2) + "\n")
+    (options.out / "speed.md").write_text(report.markdown(rows, peaks, where, notes, options.device.type))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -85,7 +85,8 @@ def _load(
                 prepare(folder)
                 figures = load.measure_apart(model, side, kind, folder)
                 seconds[side].append(figures["seconds"])
-                memory[side].append(figures["peak_mb"])
+                if state == "warm":  # mapped pages count once they are touched, and of cold files fewer are
+                    memory[side].append(figures["peak_mb"])
         yield Measured("load", f"load the networks of {what}, {state} files", dtype, seconds)
     loading = "loading as stored" if as_stored else "a converting load"
     yield Measured("load", f"peak memory of {loading}, {what}", dtype, memory, unit="MB")

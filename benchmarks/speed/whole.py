@@ -30,7 +30,7 @@ from minidiff.embedded import embedded_checkpoint
 PROMPT = "a red apple on a wooden table"
 EULER = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
 GUIDANCE = 7.5
-WARM = 4  # steps of the run that does not count: a CUDA graph is replayed from the third on
+WARM = {"cpu": 2, "cuda": 4}  # steps of the run that does not count: a CUDA graph is replayed from the third on
 
 
 @torch.no_grad()
@@ -101,7 +101,7 @@ def whole_runs(
     pipes, notes = pipelines(family, dtype, device, compiled=compiled)
     for name, pipe in list(pipes.items()):
         try:
-            draw(pipe, device, WARM if compiled else 2, batch, side)
+            draw(pipe, device, WARM[device.type], batch, side)
         except Exception as error:
             if "compiled" not in name:
                 raise
