@@ -371,6 +371,7 @@ def test_host_time(tiny, monkeypatch):
 
 def test_the_command(tiny, tmp_path, monkeypatch, capsys):
     def no_schedulers(rounds):
+        yield "not all is well"
         raise ValueError("no schedulers")
 
     monkeypatch.setattr(speed, "SIDES", {"tiny": 8})
@@ -385,7 +386,7 @@ def test_the_command(tiny, tmp_path, monkeypatch, capsys):
         assert "| tiny text encoder, 2 x 77 tokens | float32 |" in text and "| linear | 200 |" in text
         assert "* scheduler FAILED: ValueError: no schedulers" in text and f"threads {torch.get_num_threads()}" in text
     found = json.loads((tmp_path / "out" / "speed.json").read_text())
-    assert [row["part"] for row in found["rows"]] == ["text"] and len(found["notes"]) == 1
+    assert [row["part"] for row in found["rows"]] == ["text"] and len(found["notes"]) == 2
     assert found["machine"]["torch"] == torch.__version__ and (tmp_path / "out" / "speed.png").exists()
 
 
