@@ -6,8 +6,8 @@
     autoencoder     0.3 GB                             0.2 GB
 
 The pipelines of all settings share their weights as ``Settings`` describes: on the CPU, channels_last needs 2.6 GB more
-for Stable Diffusion 1.5 and packing 3.4 GB, together 10.2 GB. SDXL in bfloat16 takes 14 GB; in float32 it would take
-28 GB, so that on 24 GB its optimized setting is left out.
+for Stable Diffusion 1.5 and packing 3.4 GB. With libraries and all, 11.3 GB were seen at 128x128 pixels; for
+SDXL in bfloat16 13.7 GB. In float32 SDXL would take 28 GB, so that on 24 GB a setting is left out.
 
 The tokenizer is that of the embedded checkpoint, whose ids are below those of the published vocabulary; the time does
 not depend on which words they are. The sampler is Euler's, which asks the UNet once a step.
