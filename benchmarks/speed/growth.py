@@ -69,11 +69,12 @@ def growth(
                         why = f"it failed: {error}".splitlines()[0][:300]
                     else:
                         yield row
+                        yield from (f"{what} in {name_of(dtype)}: {note}" for note in settings.notes)
+                        settings.notes.clear()
                 if why is not None:
                     yield f"growth stops before {what} in {name_of(dtype)}: {why}"
                     break
                 last = batch, one
-        yield from (f"growth of {family} {work.what}, {name_of(dtype)}: {note}" for note in settings.notes)
         del settings
         gc.collect()  # an optimized network refers to itself
 
