@@ -143,7 +143,7 @@ def repeated(x: Tensor, B: int) -> Tensor:
     Under guidance each sample meets two texts. Until the first of them is looked at, both halves of the batch are the
     same and one is enough; where a larger batch joins in, the smaller is repeated.
     """
-    return x if len(x) == B else x.repeat(B // len(x), *[1] * (x.ndim - 1))
+    return x if len(x) == B else torch.cat([x] * (B // len(x)))  # x.repeat would lose the memory format
 
 
 def halve(x: Tensor) -> Tensor:

@@ -34,10 +34,10 @@ from minidiff.layers import GEGLU, Attention, ResBlock, Upsample
 from minidiff.unet import UNet2DConditionModel
 from minidiff.vae import AutoencoderKL, Level
 
-_FORWARDS: dict[type[nn.Module], Callable] = {
+_FORWARDS: dict[type[nn.Module], Callable] = {Attention: FastAttention}
+_FORWARDS_ON_CPU: dict[type[nn.Module], Callable] = {
     nn.Linear: FastLinear,
     nn.Conv2d: FastConv,
-    Attention: FastAttention,
     GEGLU: FastGEGLU,
     Upsample: FastUpsample,
     Level: FastLevel,
@@ -45,18 +45,25 @@ _FORWARDS: dict[type[nn.Module], Callable] = {
 
 
 def optimize(network: Model) -> None:
-    """Make a network of minidiff faster in inference; in training it computes as before."""
+    """Make a network of minidiff faster in inference where it is now; in training it computes as before.
+
+    A network that goes to another device works there too, but is as fast as it can be after another ``optimize``.
+    """
     if isinstance(network, CLIPTextModel):
         return  # is asked once; packing its weights would take as long
+    restore(network)
+    on_cpu = next(network.parameters()).device.type == "cpu"
+    # On a GPU a step takes as long as Python takes to ask for it: what would only pass the call on is left out.
+    forwards = _FORWARDS | _FORWARDS_ON_CPU if on_cpu else _FORWARDS
     keep = not isinstance(network, AutoencoderKL)
     for module in network.modules():
-        if type(module) in _FORWARDS:
-            module.forward = _FORWARDS[type(module)](module, keep)
+        if type(module) in forwards:
+            module.forward = forwards[type(module)](module, keep)
         if isinstance(module, ResBlock) and isinstance(network, UNet2DConditionModel):
             module._time = FastTold(module)
     if isinstance(network, UNet2DConditionModel):
         network._time_condition = FastTime(network)
-    if next(network.parameters()).device.type != "cpu":
+    if not on_cpu:
         network.to(memory_format=torch.channels_last)
 
 

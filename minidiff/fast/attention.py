@@ -61,12 +61,14 @@ def head_by_head(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     B, N, L, K = q.shape
     q = q * (1 / math.sqrt(K))
     out = torch.empty(B, L, N, K, dtype=q.dtype).transpose(1, 2)  # laid out as the caller reads it
+    memory = q.new_empty(ROWS, k.shape[2])  # for all blocks: fresh memory would take longer than the softmax
     for b in range(B):
         for n in range(N):
             keys, values = pack_matrix(k[b, n], ROWS), pack_matrix(v[b, n].T, ROWS)
             for first in range(0, L, ROWS):
                 block = slice(first, first + ROWS)
-                weights = product(q[b, n, block].contiguous(), keys).softmax(dim=-1)  # (ROWS, L_ctx)
+                scores = product(q[b, n, block].contiguous(), keys)  # (ROWS, L_ctx)
+                weights = torch.softmax(scores, dim=-1, out=memory[: len(scores)])
                 out[b, n, block] = product(weights, values)
     return out
 
@@ -76,9 +78,12 @@ def all_heads(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     B, N, L, K = q.shape
     q, k, v = (s.reshape(B * N, -1, K) for s in (q * (1 / math.sqrt(K)), k, v))
     out = torch.empty(B, L, N, K, dtype=q.dtype).transpose(1, 2)
-    rows = max(SCORES // (B * N * k.shape[1] * q.element_size()), 1)
+    rows = min(max(SCORES // (B * N * k.shape[1] * q.element_size()), 1), L)
+    memory = q.new_empty(2, B * N * rows * k.shape[1])
     for first in range(0, L, rows):
         block = slice(first, first + rows)
-        weights = torch.bmm(q[:, block], k.mT).softmax(dim=-1)  # (B N, rows, L_ctx)
+        shape = B * N, min(rows, L - first), k.shape[1]
+        scores, weights = (part[: math.prod(shape)].view(shape) for part in memory)
+        torch.softmax(torch.bmm(q[:, block], k.mT, out=scores), dim=-1, out=weights)
         out[:, :, block] = torch.bmm(weights, v).view(B, N, -1, K)
     return out

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minidiff.fast import winograd
-from minidiff.fast.packed import Kept, can_pack, convolve, hooked, pack_kernel
+from minidiff.fast.packed import Kept, can_pack, convolve, hooked, pack_kernel, pack_matrix, product
 from minidiff.layers import Upsample
 
 STRIP = 4 * 2**20  # bytes of the input that one strip takes, about a core's share of the cache
@@ -24,8 +24,11 @@ class FastConv:
         W, bias, stride, padding = self.module.weight, self.module.bias, self.module.stride[0], self.module.padding
         if not can_pack(x) or W.dtype != x.dtype:
             return nn.Conv2d.forward(self.module, x)
+        if W.shape[2:] == (1, 1) and (stride, padding) == (1, (0, 0)):
+            packed = self._packed.get(lambda: pack_matrix(W.flatten(1), x.numel() // x.shape[1]), W)
+            return product(x.permute(0, 2, 3, 1).contiguous(), packed, bias).permute(0, 3, 1, 2)
         if (stride, padding) != (1, (1, 1)) or not winograd.pays(W, x):
-            packed = self._packed.get(lambda: pack_kernel(W, stride, padding, x), W)
+            packed = self._packed.get(lambda: pack_kernel(W, stride, padding, x), W, shape=x.shape)
             return convolve(x, packed, bias, stride, padding)
         matrices = self._matrices.get(lambda: winograd.pack(W, x.numel() // x.shape[1] // 4), W)
         y = empty((len(x), len(W), *x.shape[2:]), x.dtype)
@@ -62,7 +65,7 @@ class FastUpsample:
                 winograd.conv3x3_doubled(strip, matrices, conv.bias, y[:, :, 2 * first : 2 * last])
             return y
         packed = self._packed.get(
-            lambda: [pack_kernel(k, 1, (0, 0), x) for k in four_kernels(conv.weight)], conv.weight
+            lambda: [pack_kernel(k, 1, (0, 0), x) for k in four_kernels(conv.weight)], conv.weight, shape=x.shape
         )
         for first, last, strip in bordered_strips(x):
             for phase, kernel in enumerate(packed):

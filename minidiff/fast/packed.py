@@ -48,7 +48,10 @@ def product_times(x: Tensor, packed: Tensor, bias: Tensor, factor: Tensor) -> Te
 
 
 def pack_kernel(W: Tensor, stride: int, padding: tuple[int, int], like: Tensor) -> Tensor:
-    """Pack a convolution kernel (C_out, C_in, h, w) for feature maps of the shape of ``like``; others work too."""
+    """Pack a convolution kernel (C_out, C_in, h, w) for feature maps of the shape of ``like``.
+
+    Others work too, but the blocks may be the wrong ones for them, and then they are laid out anew at every call.
+    """
     shape = list(like.shape)
     return torch.ops.mkldnn._reorder_convolution_weight(W, list(padding), [stride] * 2, [1, 1], 1, shape)
 
@@ -72,11 +75,11 @@ class Kept:
         # which are part of the key, could be those of other tensors once they are gone.
         self._entry: tuple[Any, Any, Any] = (None, None, ())
 
-    def get(self, make: Callable[[], Any], *sources: Tensor) -> Any:
-        """Return the value, made anew if a source is another tensor or was written to."""
+    def get(self, make: Callable[[], Any], *sources: Tensor, shape: torch.Size | None = None) -> Any:
+        """Return the value, made anew if a source is another tensor or was written to, or for another ``shape``."""
         if not self.keep:
             return make()
-        key = [(s.data_ptr(), s.dtype, s.device, None if s.is_inference() else s._version) for s in sources]
+        key = [shape, *((s.data_ptr(), s.dtype, s.device, None if s.is_inference() else s._version) for s in sources)]
         kept, value, _ = self._entry
         if kept != key:
             value = make()

@@ -264,6 +264,7 @@ class DiffusionPipeline(SingleFilePipeline, MemorySavers):
 
         Weights, names and, beyond rounding, results stay the same; see ``minidiff.fast`` for what is done. On the CPU
         it takes memory for a second copy of the UNet's weights. Another pipeline with the same networks is faster too.
+        It is for the device that the networks are on: call it after ``to``.
         """
         from minidiff.fast import optimize
 

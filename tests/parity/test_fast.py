@@ -19,7 +19,7 @@ from tiny_xl import save_base
 import minidiff
 from minidiff.fast import attention, convolutions, feed_forward, optimize, packed, restore, strips, winograd
 from minidiff.fast.convolutions import FastConv, FastUpsample, four_kernels
-from minidiff.layers import GEGLU, Attention, Upsample
+from minidiff.layers import GEGLU, Attention, Upsample, repeated
 from minidiff.vae import Level
 
 VAE = {
@@ -265,6 +265,35 @@ def test_packed_layers(make, dtype, bound, small_blocks):
     assert error(network[0](x.to(dtype)).double(), precise) <= bound
 
 
+@torch.no_grad()
+def test_another_size_is_packed_for(monkeypatch):
+    """A kernel packed for one size of map can be slow for another: 1x1 as a product, all others packed anew."""
+    shapes = []
+    pack = convolutions.pack_kernel
+    monkeypatch.setattr(
+        convolutions,
+        "pack_kernel",
+        lambda W, stride, padding, like: shapes.append(like.shape) or pack(W, stride, padding, like),
+    )
+    network = torch.nn.ModuleList([torch.nn.Conv2d(8, 8, 3, padding=1), torch.nn.Conv2d(8, 8, 1), Upsample(8)])
+    optimize(network)
+    small, large = torch.randn(1, 8, 4, 4), torch.randn(1, 8, 6, 6)
+    for x in (small, small, large):
+        for layer in network:
+            layer(x)
+    assert shapes == [small.shape] * 5 + [large.shape] * 5  # the upsampling has four kernels
+    x = large.contiguous(memory_format=torch.channels_last)
+    assert error(network[1](x), F.conv2d(x, network[1].weight, network[1].bias)) <= 1e-6  # measured 2e-7
+    assert network[1](x).is_contiguous(memory_format=torch.channels_last)
+
+
+@torch.no_grad()
+def test_repeating_keeps_the_memory_format():
+    x = torch.randn(1, 8, 4, 4).contiguous(memory_format=torch.channels_last)
+    assert repeated(x, 2).is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(repeated(x, 2), torch.cat([x, x]))
+
+
 # --- pipelines -------------------------------------------------------------------------------------------------------
 
 CALL = {"num_inference_steps": 3, "output_type": "np", "guidance_scale": 5.0}
@@ -399,6 +428,23 @@ def test_what_is_saved(folder, small_blocks):
     assert seen == {"keys": [4], "first": [2] * 6}  # PNDM takes one step twice
     kinds = {type(m) for network in (pipe.unet, pipe.vae) for m in network.modules() if "forward" in vars(m)}
     assert kinds == {torch.nn.Linear, torch.nn.Conv2d, Attention, GEGLU, Upsample, Level}
+
+
+def test_what_is_installed_beside_the_cpu():
+    """On any other device only what helps there; optimized again on the CPU, everything."""
+    for network, there in (
+        (minidiff.UNet2DConditionModel(**UNET), {Attention}),
+        (minidiff.AutoencoderKL(**VAE), {Attention}),
+    ):
+        optimize(network)
+        here = {type(m) for m in network.modules() if "forward" in vars(m)}
+        assert here > there
+        optimize(network.to("meta"))
+        assert {type(m) for m in network.modules() if "forward" in vars(m)} == there
+        convolution = next(m for m in network.modules() if isinstance(m, torch.nn.Conv2d))
+        assert convolution.weight.is_contiguous(memory_format=torch.channels_last)
+        optimize(network.to_empty(device="cpu"))
+        assert {type(m) for m in network.modules() if "forward" in vars(m)} == here
 
 
 @torch.no_grad()
