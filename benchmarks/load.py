@@ -160,6 +160,23 @@ def measure_apart(model: str, side: str, kind: str, folder: Path) -> dict[str, f
     return json.loads(output.splitlines()[-1])
 
 
+def fresh_memory(size: int) -> float:
+    """Return how many seconds a fresh process needs to write ``size`` bytes of new memory, on all threads.
+
+    A converting load has to do that, whoever loads, so it cannot be faster; on a virtual machine it may take most of
+    the time.
+    """
+    code = f"""
+import torch, time
+memory = torch.empty({size}, dtype=torch.uint8)
+start = time.perf_counter()
+memory.fill_(1)
+print(time.perf_counter() - start)
+"""
+    output = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    return float(output)
+
+
 def warm(folder: Path) -> None:
     """Bring the weights into the page cache."""
     for path in folder.rglob("*.safetensors"):

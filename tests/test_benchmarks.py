@@ -16,11 +16,12 @@ from tiny_xl import BASE_UNET, SECOND
 import minidiff
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))  # last, so that minidiff stays the installed one
+from benchmarks import load
 from benchmarks.parity import components, locate, page, pictures
 from benchmarks.parity.__main__ import main as parity
 from benchmarks.parity.both import Both
 from benchmarks.speed import __main__ as speed
-from benchmarks.speed import growth, host, memory, networks, plots, report, settings, whole
+from benchmarks.speed import growth, host, memory, networks, plots, processes, report, settings, whole
 from benchmarks.speed.timing import Measured, in_turn, name_of
 
 
@@ -226,6 +227,19 @@ class Doubling(torch.nn.Module):
 
     def decode(self, x):
         return x + x
+
+
+def test_what_no_load_can_do_without(monkeypatch, tmp_path):
+    """A converting load is reported beside the time that as much new memory takes; one as stored is not."""
+    asked = []
+    figures = {"seconds": 2.0, "peak_mb": 5.0, "weights_mb": 3.0}
+    monkeypatch.setattr(load, "measure_apart", lambda model, side, kind, folder: asked.append(side) or figures)
+    monkeypatch.setattr(load, "fresh_memory", lambda size, real=load.fresh_memory: real(size) + size)
+    rows = list(processes._load(tmp_path, "bfloat16", "a model", 1))
+    assert 3e6 < rows[0].figures[processes.FRESH][0] < 3e6 + 10  # the bytes of the weights, and a real time
+    assert processes.FRESH not in rows[1].figures and set(asked) == {"ours", "theirs"}
+    assert "| new memory of that size alone: 3000000." in report.table(rows, {})
+    assert all(processes.FRESH not in row.figures for row in processes._load(tmp_path, "as stored", "a model", 1))
 
 
 class Torn(Doubling):

@@ -9,6 +9,8 @@ from benchmarks import load
 from benchmarks.speed.timing import Measured, in_fresh_processes
 from minidiff.embedded import GUIDANCE, embedded_checkpoint
 
+FRESH = "fresh memory"  # the time to write as much new memory as the weights take, which no load can do without
+
 IMPORT = """
 import torch, time
 start = time.perf_counter()
@@ -81,12 +83,15 @@ def _load(
     for state, prepare in {"warm": load.warm, "cold": load.cool}.items():
         seconds: dict[str, list[float]] = {"ours": [], "theirs": []}
         for _ in range(rounds):
-            for side in seconds:
+            for side in memory:
                 prepare(folder)
                 figures = load.measure_apart(model, side, kind, folder)
                 seconds[side].append(figures["seconds"])
                 if state == "warm":  # mapped pages count once they are touched, and of cold files fewer are
                     memory[side].append(figures["peak_mb"])
+            if not as_stored and state == "warm":
+                fresh = load.fresh_memory(round(1e6 * figures["weights_mb"]))
+                seconds.setdefault(FRESH, []).append(fresh)
         yield Measured("load", f"load the networks of {what}, {state} files", dtype, seconds)
     loading = "loading as stored" if as_stored else "a converting load"
     yield Measured("load", f"peak memory of {loading}, {what}", dtype, memory, unit="MB")

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from benchmarks.speed.processes import FRESH
 from benchmarks.speed.timing import Measured
 
 
@@ -56,6 +57,8 @@ def table(rows: Sequence[Measured], peaks: dict[str, dict[str, float]]) -> str:
             achieved = f"{speed:.0f} GFLOP/s"
             if row.dtype in peaks:
                 achieved += f", {speed / max(peaks[row.dtype].values()):.0%} of the peak"
+        if FRESH in row.figures:
+            achieved = f"new memory of that size alone: {row.median(FRESH):.2f} s"
         spread = f"{ratio:.2f} ({least:.2f} to {most:.2f})"
         lines.append(f"| {row.what} | {row.dtype} | {sides[0]} | {sides[1]} | {spread} | {achieved} |")
     return "\n".join(lines)
