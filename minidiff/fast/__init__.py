@@ -34,8 +34,8 @@ from minidiff.layers import GEGLU, Attention, ResBlock, Upsample
 from minidiff.unet import UNet2DConditionModel
 from minidiff.vae import AutoencoderKL, Level
 
-_FORWARDS: dict[type[nn.Module], Callable] = {Attention: FastAttention}
-_FORWARDS_ON_CPU: dict[type[nn.Module], Callable] = {
+FORWARDS: dict[type[nn.Module], Callable] = {Attention: FastAttention}
+FORWARDS_ON_CPU: dict[type[nn.Module], Callable] = {
     nn.Linear: FastLinear,
     nn.Conv2d: FastConv,
     GEGLU: FastGEGLU,
@@ -54,7 +54,7 @@ def optimize(network: Model) -> None:
     restore(network)
     on_cpu = next(network.parameters()).device.type == "cpu"
     # On a GPU a step takes as long as Python takes to ask for it: what would only pass the call on is left out.
-    forwards = _FORWARDS | _FORWARDS_ON_CPU if on_cpu else _FORWARDS
+    forwards = FORWARDS | FORWARDS_ON_CPU if on_cpu else FORWARDS
     keep = not isinstance(network, AutoencoderKL)
     for module in network.modules():
         if type(module) in forwards:
