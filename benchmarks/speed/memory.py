@@ -33,13 +33,11 @@ STEPS = 2  # of a whole run: the peak of the third is that of the second
 IMPORT = """
 import torch
 from pathlib import Path
-def resident():
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return {{line.split(":")[0]: int(line.split()[1]) / 1e3 * 1.024 for line in lines if line.endswith("kB")}}
+from benchmarks.load import memory
 Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
-before = resident()["VmRSS"]
+before = memory()["VmRSS"]
 from {library} import StableDiffusionPipeline
-print(resident()["VmHWM"] - before)
+print((memory()["VmHWM"] - before) / 1e6)
 """
 APART = """
 import torch

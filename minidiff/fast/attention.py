@@ -20,7 +20,7 @@ from minidiff.fast.packed import can_pack, pack_matrix, product
 from minidiff.layers import Attention
 
 ROWS = 256  # rows of a block: its scores over 4,096 pixels take 4 MB
-LEAST = 1024  # keys; for fewer, the fused kernel is faster than one head at a time
+LEAST = 1024  # pixels and keys; for fewer, the fused kernel is faster than one head at a time
 MOST = 1024  # keys; for more, one head at a time is faster than all at once
 SCORES = 4 * 2**20  # bytes of the scores of a block of all heads
 
@@ -74,7 +74,7 @@ def head_by_head(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def all_heads(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Return the same, with products of all heads at once."""
+    """Return the same as ``head_by_head``, with products of all heads at once."""
     B, N, L, K = q.shape
     q, k, v = (s.reshape(B * N, -1, K) for s in (q * (1 / math.sqrt(K)), k, v))
     out = torch.empty(B, L, N, K, dtype=q.dtype).transpose(1, 2)

@@ -26,7 +26,7 @@ class FastConv:
             return nn.Conv2d.forward(self.module, x)
         if W.shape[2:] == (1, 1) and (stride, padding) == (1, (0, 0)):
             packed = self._packed.get(lambda: pack_matrix(W.flatten(1), x.numel() // x.shape[1]), W)
-            return product(x.permute(0, 2, 3, 1).contiguous(), packed, bias).permute(0, 3, 1, 2)
+            return product(winograd.pixels(x).contiguous(), packed, bias).permute(0, 3, 1, 2)
         if (stride, padding) != (1, (1, 1)) or not winograd.pays(W, x):
             packed = self._packed.get(lambda: pack_kernel(W, stride, padding, x), W, shape=x.shape)
             return convolve(x, packed, bias, stride, padding)

@@ -97,7 +97,7 @@ def affine(x: Tensor, norm: nn.GroupNorm) -> tuple[Tensor, Tensor]:
     a = w / sqrt(var + eps), b = bias - mean a, with mean and variance over the channels of a group and all pixels.
     """
     B, C, H, W = x.shape
-    pixels = x.permute(0, 2, 3, 1).reshape(B, H * W, C)
+    pixels = winograd.pixels(x).reshape(B, H * W, C)
     count = H * W * C // norm.num_groups
     sums, squares = torch.zeros(2, B, C, dtype=torch.float64)
     for part in pixels.split(max(convolutions.STRIP // (B * C * x.element_size()), 1), dim=1):
