@@ -7,6 +7,8 @@ and the Hub client are loaded only by the code that asks for them.
 from importlib import import_module
 from typing import Any
 
+from minidiff.compat.paths import PATHS
+
 __version__ = "0.1.0"
 
 _HOME = {  # public name -> module that defines it
@@ -55,9 +57,12 @@ __all__ = ["__version__", *_HOME]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME:
+    if name in _HOME:
+        value = getattr(import_module(_HOME[name]), name)
+    elif name in PATHS:
+        value = import_module(f"minidiff.{name}")
+    else:
         raise AttributeError(f"minidiff has no {name!r}; it has {', '.join(__all__)}")
-    value = getattr(import_module(_HOME[name]), name)
     globals()[name] = value  # the next access does not come here
     return value
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from minidiff.adapters.lora import lora_scaled
 from minidiff.clip import CLIPTextModel
+from minidiff.compat.paths import names_at
 from minidiff.errors import ConfigError
 from minidiff.outputs import Output
 from minidiff.pipelines.callbacks import Callback
@@ -316,3 +317,6 @@ def _corrected(scheduler: Scheduler, corrections: Mapping[str, Any]) -> Schedule
         return scheduler
     logger.info("scheduler config updated for Stable Diffusion, as the reference does: %s", outdated)
     return type(scheduler).from_config({**scheduler.config, **outdated})
+
+
+__path__, __getattr__ = [], names_at(__name__)  # the reference has a package of this name

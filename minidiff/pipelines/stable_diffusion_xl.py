@@ -22,6 +22,7 @@ from torch import Tensor
 
 from minidiff.adapters.lora import lora_scaled
 from minidiff.clip import CLIPTextModel, CLIPTextModelWithProjection
+from minidiff.compat.paths import names_at
 from minidiff.errors import ConfigError
 from minidiff.outputs import Output
 from minidiff.pipelines.callbacks import Callback
@@ -470,3 +471,6 @@ def _check_fit(components: Mapping[str, Any], time_ids: int) -> None:
                 f"tokenizer{suffix} and text_encoder{suffix} do not fit: {len(tokenizer)} tokens against vocab_size "
                 f"{encoder.config.vocab_size}"
             )
+
+
+__path__, __getattr__ = [], names_at(__name__)  # the reference has a package of this name

@@ -1,0 +1,113 @@
+"""The reference's dotted paths, for programs that write them: ``from minidiff.schedulers.scheduling_ddim import ...``.
+
+minidiff's files lie where a reader looks for them, and are named for what they hold. ``PATHS`` says for each published
+path in which of our modules its names are; ``NAMES`` says what is called otherwise here. A path that is no file of
+minidiff becomes a module when it is first imported, empty but for its ``__getattr__``: nothing is loaded that is not
+asked for. Where a file of ours has the name of a published path (``minidiff.schedulers``), its last line is that same
+``__getattr__``, and a ``__path__`` if it is no folder but the published path is.
+"""
+
+import sys
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
+
+import minidiff
+
+_SCHEDULERS = {  # scheduling_... -> ours
+    "ddim": "ddim",
+    "ddpm": "ddpm",
+    "deis_multistep": "deis",
+    "dpmsolver_multistep": "dpm_solver_multistep",
+    "dpmsolver_singlestep": "dpm_solver_singlestep",
+    "euler_ancestral_discrete": "euler_ancestral",
+    "euler_discrete": "euler",
+    "heun_discrete": "heun",
+    "k_dpm_2_ancestral_discrete": "k_dpm_2",
+    "k_dpm_2_discrete": "k_dpm_2",
+    "lcm": "lcm",
+    "lms_discrete": "lms",
+    "pndm": "pndm",
+    "tcd": "tcd",
+    "unipc_multistep": "unipc",
+}
+_TASKS = ("", "_img2img", "_inpaint", "_instruct_pix2pix")
+
+# Published path -> where its names are, both below minidiff. A folder stands for the public names that lie in it.
+PATHS: dict[str, Sequence[str]] = {
+    "image_processor": ["pipelines.image_inputs"],
+    "loaders": ["adapters"],
+    "models": ["unet", "unet_unconditional", "vae"],
+    "pipelines": ["pipelines", "pipelines.ddpm"],
+    "pipelines.auto_pipeline": ["pipelines.auto"],
+    "pipelines.pipeline_utils": ["pipelines.base", "pipelines.ddpm"],
+    "pipelines.stable_diffusion": ["pipelines"],
+    "pipelines.stable_diffusion.pipeline_output": ["pipelines.stable_diffusion"],
+    "pipelines.stable_diffusion_xl": ["pipelines"],
+    "pipelines.stable_diffusion_xl.pipeline_output": ["pipelines.stable_diffusion_xl"],
+    "schedulers": ["schedulers"],
+    "utils": ["images", "outputs"],
+    "utils.loading_utils": ["images"],
+    "utils.pil_utils": ["images"],
+    **{
+        f"pipelines.{family}.pipeline_{family}{task}": [f"pipelines.{family}{task}"]
+        for family in ("stable_diffusion", "stable_diffusion_xl")
+        for task in _TASKS
+    },
+    **{f"schedulers.scheduling_{theirs}": [f"schedulers.{ours}"] for theirs, ours in _SCHEDULERS.items()},
+}
+
+NAMES: dict[str, tuple[str, str]] = {  # published name -> the module below minidiff and the name it has there
+    "BaseOutput": ("outputs", "Output"),
+    "LoraLoaderMixin": ("adapters.lora_loader", "LoraLoader"),
+    "StableDiffusionLoraLoaderMixin": ("adapters.lora_loader", "LoraLoader"),
+    "StableDiffusionXLLoraLoaderMixin": ("adapters.lora_loader", "LoraLoader"),
+    "TextualInversionLoaderMixin": ("adapters.textual_inversion", "TextualInversionLoader"),
+}
+
+
+def names_at(path: str) -> Callable[[str], Any]:
+    """Return the ``__getattr__`` of a published path, given in full (``__name__``)."""
+    below = path.partition(".")[2]
+    homes = PATHS[below]
+
+    def get(name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        if f"{below}.{name}" in PATHS:
+            return import_module(f"{path}.{name}")
+        for home, ours in [NAMES[name]] if name in NAMES else [(home, name) for home in homes]:
+            module = f"minidiff.{home}"
+            if minidiff._HOME.get(name, "").startswith(f"{module}."):
+                return getattr(minidiff, name)
+            if ours in (found := vars(import_module(module))):
+                return found[ours]
+        raise AttributeError(f"{path} has no {name!r}; minidiff has {', '.join(minidiff.__all__)}")
+
+    return get
+
+
+class PublishedPaths:
+    """Python's protocol for finding and making the modules of ``PATHS``; the last to be asked, after the files."""
+
+    @staticmethod
+    def find_spec(fullname: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        """Return what is needed to make a module of ``PATHS``, None for other names."""
+        package, _, below = fullname.partition(".")
+        if package != "minidiff" or below not in PATHS:
+            return None
+        return ModuleSpec(fullname, PublishedPaths, is_package=any(other.startswith(f"{below}.") for other in PATHS))
+
+    @staticmethod
+    def create_module(spec: ModuleSpec) -> None:
+        """Leave it to Python to make the empty module."""
+
+    @staticmethod
+    def exec_module(module: ModuleType) -> None:
+        """Give the empty module its names."""
+        module.__getattr__ = names_at(module.__name__)
+
+
+sys.meta_path.append(PublishedPaths)
