@@ -1,4 +1,4 @@
-"""Single files for tests: full-size ones that hold no data, and pictures drawn from tiny ones."""
+"""Single files for tests: full-size ones that hold no data, tiny twins of each layout, and pictures drawn from them."""
 
 import json
 from collections.abc import Mapping
@@ -7,6 +7,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from theirs import diffusers, randomize, transformers
+from tiny import SCHEDULER, TEXT, UNET, VAE, save_tiny
+from tiny_xl import save_base, save_refiner, vocabulary
+
+import minidiff
 
 SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8}
 
@@ -38,3 +43,51 @@ def states_equal(a: Any, b: Any) -> bool:
     """Tell whether two networks have the same weights bit for bit, under the same names."""
     x, y = a.state_dict(), b.state_dict()
     return x.keys() == y.keys() and all(torch.equal(x[name], y[name]) for name in x)
+
+
+def save_sd2(folder: Path) -> Path:
+    """Make a tiny pipeline with the traits of SD 2.x: an OpenCLIP text encoder (gelu), linear projections, v."""
+    vocab, merges = vocabulary()
+    text = transformers.CLIPTextConfig(**TEXT, hidden_act="gelu", vocab_size=len(vocab))
+    unet = diffusers.UNet2DConditionModel(**UNET, use_linear_projection=True)
+    diffusers.StableDiffusionPipeline(
+        vae=randomize(diffusers.AutoencoderKL(**VAE), seed=1),
+        text_encoder=randomize(transformers.CLIPTextModel(text), seed=2),
+        tokenizer=transformers.CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=77, pad_token="!"),
+        unet=randomize(unet, seed=3),
+        scheduler=diffusers.DDIMScheduler.from_config(SCHEDULER | {"prediction_type": "v_prediction"}),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    ).save_pretrained(folder)
+    return folder
+
+
+TWINS = {
+    "sd1": (save_tiny, "StableDiffusionPipeline", {}),
+    "sd2": (save_sd2, "StableDiffusionPipeline", {}),
+    "xl": (save_base, "StableDiffusionXLPipeline", {}),
+    "refiner": (
+        save_refiner,
+        "StableDiffusionXLImg2ImgPipeline",
+        {"image": np.full((2, 32, 32, 3), 0.4, "float32"), "strength": 1.0},
+    ),
+}
+
+
+class Twin:
+    """A tiny pipeline in Hub layout, made by the reference, and the single file that we wrote of it."""
+
+    def __init__(self, kind: str, folder: Path) -> None:
+        save, self.class_name, self.arguments = TWINS[kind]
+        self.kind, self.folder, self.file = kind, save(folder / kind), folder / f"{kind}.safetensors"
+        self.ours = self.our_class.from_pretrained(self.folder)
+        self.ours.save_single_file(self.file)
+
+    @property
+    def our_class(self) -> Any:
+        return getattr(minidiff, self.class_name)
+
+    @property
+    def their_class(self) -> Any:
+        return getattr(diffusers, self.class_name)

@@ -16,10 +16,10 @@ import pytest
 import torch
 from hub_server import HubServer, Repository, run_with
 from safetensors.torch import load_file, save_file
-from single_files import draw, sparse_file, states_equal
-from theirs import diffusers, randomize, transformers
-from tiny import SCHEDULER, TEXT, UNET, VAE, save_tiny
-from tiny_xl import save_base, save_refiner, vocabulary
+from single_files import TWINS, Twin, draw, sparse_file, states_equal
+from theirs import diffusers, transformers
+from tiny import VAE
+from tiny_xl import vocabulary
 from vocabulary import PUBLISHED as TOKENIZERS
 from vocabulary import load_script, write_folder
 
@@ -35,9 +35,10 @@ from minidiff import (
 )
 from minidiff.checkpoints import families, hub
 from minidiff.checkpoints.checkpoint import open_checkpoint
-from minidiff.checkpoints.contents import EMA_PREFIX, Contents, ema_name, why_dropped
+from minidiff.checkpoints.contents import Contents, why_dropped
 from minidiff.checkpoints.convert import convert
 from minidiff.checkpoints.families import FAMILIES, Published, recognise
+from minidiff.checkpoints.names import EMA_PREFIX, ema_name
 from minidiff.checkpoints.single_file import find
 from minidiff.cli import main
 from minidiff.clip import clip_config
@@ -50,54 +51,6 @@ NETWORKS = ("unet", "vae", "text_encoder", "text_encoder_2")
 
 
 # --- tiny twins: the three directions --------------------------------------------------------------------------------
-
-
-def save_sd2(folder: Path) -> Path:
-    """Make a tiny pipeline with the traits of SD 2.x: an OpenCLIP text encoder (gelu), linear projections, v."""
-    vocab, merges = vocabulary()
-    text = transformers.CLIPTextConfig(**TEXT, hidden_act="gelu", vocab_size=len(vocab))
-    unet = diffusers.UNet2DConditionModel(**UNET, use_linear_projection=True)
-    diffusers.StableDiffusionPipeline(
-        vae=randomize(diffusers.AutoencoderKL(**VAE), seed=1),
-        text_encoder=randomize(transformers.CLIPTextModel(text), seed=2),
-        tokenizer=transformers.CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=77, pad_token="!"),
-        unet=randomize(unet, seed=3),
-        scheduler=diffusers.DDIMScheduler.from_config(SCHEDULER | {"prediction_type": "v_prediction"}),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    ).save_pretrained(folder)
-    return folder
-
-
-TWINS = {
-    "sd1": (save_tiny, "StableDiffusionPipeline", {}),
-    "sd2": (save_sd2, "StableDiffusionPipeline", {}),
-    "xl": (save_base, "StableDiffusionXLPipeline", {}),
-    "refiner": (
-        save_refiner,
-        "StableDiffusionXLImg2ImgPipeline",
-        {"image": np.full((2, 32, 32, 3), 0.4, "float32"), "strength": 1.0},
-    ),
-}
-
-
-class Twin:
-    """A tiny pipeline in Hub layout, made by the reference, and the single file that we wrote of it."""
-
-    def __init__(self, kind: str, folder: Path) -> None:
-        save, self.class_name, self.arguments = TWINS[kind]
-        self.kind, self.folder, self.file = kind, save(folder / kind), folder / f"{kind}.safetensors"
-        self.ours = self.our_class.from_pretrained(self.folder)
-        self.ours.save_single_file(self.file)
-
-    @property
-    def our_class(self) -> Any:
-        return getattr(minidiff, self.class_name)
-
-    @property
-    def their_class(self) -> Any:
-        return getattr(diffusers, self.class_name)
 
 
 @pytest.fixture(scope="module")
@@ -277,7 +230,10 @@ def test_other_spellings_of_whole_files(sd1: Twin, tmp_path: Path) -> None:
     save_file(other, tmp_path / "other.safetensors")
     pipe = StableDiffusionPipeline.from_single_file(tmp_path / "other.safetensors", config=sd1.folder)
     assert all(states_equal(getattr(pipe, name), getattr(sd1.ours, name)) for name in NETWORKS[:3])
-    reasons = {tensor.name: reason for tensor, reason in Contents.of(tmp_path / "other.safetensors").dropped()}
+    reasons = {
+        tensor.name: reason
+        for tensor, reason in open_checkpoint(tmp_path / "other.safetensors", config=sd1.folder).dropped
+    }
     assert reasons.keys() == other.keys() - {name.replace(f"{text}text_model.", text) for name in tensors}
 
 

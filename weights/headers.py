@@ -111,7 +111,7 @@ def differences(expected: Tensors, found: Tensors) -> list[str]:
         for name in expected
         if name in found and found[name] != expected[name]
     ]
-    extra = [name for name in found if name not in expected and not why_dropped(name)]
+    extra = [name for name in found if name not in expected and not why_dropped(name, expected)]
     return lines + [f"unexpected  {name} {found[name]}" for name in extra]
 
 

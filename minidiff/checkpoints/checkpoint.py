@@ -77,7 +77,7 @@ def open_checkpoint(
     family, configs, prediction = describe(contents, config, prediction_type, {}, ask=ask and has_unet)
     with paused_collector(), OnMeta():
         networks = dict(_networks_of_file(contents, configs))
-    parts, wrong = contents.match(networks, use_ema=use_ema)
+    parts, wrong, dropped = contents.match(networks, use_ema=use_ema)
     index = _index(configs)
     if family is None and prediction is None and has_unet and index:
         prediction = _scheduler_prediction(configs)
@@ -93,7 +93,7 @@ def open_checkpoint(
         configs=configs,
         index=index,
         wrong=wrong,
-        dropped=list(contents.dropped()),
+        dropped=dropped,
     )
 
 

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from minidiff.checkpoints.hub import MissingFileError, Repo
+from minidiff.checkpoints.names import ema_name
 from minidiff.config import read_json
 from minidiff.errors import CheckpointError
 
@@ -65,7 +66,8 @@ FAMILIES = (
 )
 AUTOENCODER = Family("autoencoder of Stable Diffusion", 0, 0, {"epsilon": "stable-diffusion-v1-5"})
 
-_CROSS_KEYS = re.compile(r".*\.attn2\.to_k\.weight")
+_CROSS_KEYS = re.compile(r".*attn2\.?to_k\.?weight")  # a moving average has no dots in its names
+_HUB_SPELLING = re.compile(r"(down_blocks|mid_block|up_blocks|(en|de)coder\.(down|up)_blocks)\..*")
 _STRANGERS = {  # names that only other kinds of files have -> what they are and what reads them
     r"lora_(unet|te\d?)_.*|.*\.lora_(A|B|up|down)\..*|.*\.lora\.(up|down)\..*": (
         "a LoRA: load the model that it belongs to, then call pipe.load_lora_weights(file)"
@@ -76,12 +78,8 @@ _STRANGERS = {  # names that only other kinds of files have -> what they are and
     r"control_model\..*|controlnet_.*": "a ControlNet, which minidiff does not implement",
     r"edm_(mean|std)": "Playground 2.5, whose noise process (EDM) minidiff does not implement",
     r".*\.time_mix(er|_blocks?)\..*|.*motion_modules\..*": "a video model, which minidiff does not implement",
-    r"(model\.diffusion_model\.)?(joint_blocks|double_blocks)\..*": (
+    r"(model\.diffusion_model\.)?(joint_blocks|double_blocks|(single_)?transformer_blocks)\..*": (
         "a transformer (Stable Diffusion 3, Flux), which minidiff does not implement"
-    ),
-    r"(down_blocks|mid_block|up_blocks|(en|de)coder\.(down|up)_blocks)\..*": (
-        "in the Hub's spelling: put it beside its config.json and call from_pretrained with the folder, or pass "
-        "config=FOLDER"
     ),
 }
 
@@ -184,11 +182,15 @@ def recognise(shapes: Mapping[str, tuple[int, ...]], unet: str | None, where: st
     Raises:
         CheckpointError: if it is none that minidiff knows, saying what was found.
     """
-    if stranger := _stranger(shapes):
-        raise CheckpointError(f"{where} is {stranger}")
+    if found := next(filter(_HUB_SPELLING.fullmatch, shapes), None):
+        raise CheckpointError(
+            f"{where} is in the Hub's spelling (it has {found}): put it beside its config.json and call "
+            "from_pretrained with the folder, or pass config=FOLDER"
+        )
     if unet is None:
         return AUTOENCODER
-    first = f"{unet}input_blocks.0.0.weight"
+    names = f"{unet}input_blocks.0.0.weight", f"{unet}conv_in.weight"
+    first = next((name for one in names for name in (one, ema_name(one)) if name in shapes), names[0])
     widths = Counter(shape[1] for name, shape in shapes.items() if _CROSS_KEYS.fullmatch(name) and len(shape) == 2)
     ctx = widths.most_common(1)[0][0] if widths else None
     channels = shapes[first][1] if len(shapes.get(first, ())) == 4 else 4  # its absence is reported with the others
@@ -203,8 +205,8 @@ def recognise(shapes: Mapping[str, tuple[int, ...]], unet: str | None, where: st
     )
 
 
-def _stranger(names: Iterable[str]) -> str | None:
-    """Say what a file is that is no checkpoint in the original spelling, by the first name that gives it away."""
+def stranger(names: Iterable[str]) -> str | None:
+    """Say what a file is that is no checkpoint, by the first name that gives it away; None if it may be one."""
     names = list(names)
     for pattern, what in _STRANGERS.items():
         if found := next((name for name in names if re.fullmatch(pattern, name)), None):
@@ -223,6 +225,13 @@ def told_prediction(names: Iterable[str], metadata: Mapping[str, str]) -> str | 
     return told or ("v_prediction" if "v_pred" in names else None)
 
 
+def checked_prediction(asked: str | None) -> str | None:
+    """Return what the caller asked for. Raises ``ValueError`` if it is unknown."""
+    if asked not in (None, *PREDICTIONS):
+        raise ValueError(f"prediction_type should be one of {', '.join(PREDICTIONS)}, found {asked!r}")
+    return asked
+
+
 def choose_prediction(family: Family, asked: str | None, told: str | None, where: str, ask: bool = True) -> str | None:
     """Return what the UNet predicts: what the caller asked for, else what the file says, else what the family does.
 
@@ -231,9 +240,7 @@ def choose_prediction(family: Family, asked: str | None, told: str | None, where
     Raises:
         ValueError: in that case if ``ask`` is True, or if ``asked`` is unknown.
     """
-    if asked is not None and asked not in PREDICTIONS:
-        raise ValueError(f"prediction_type should be one of {', '.join(PREDICTIONS)}, found {asked!r}")
-    prediction = asked or told
+    prediction = checked_prediction(asked) or told
     if prediction is None and len(family.configs) > 1:
         if not ask:
             return None

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from minidiff.checkpoints.hub import Weights
+from minidiff.checkpoints.names import unwrapped
 from minidiff.checkpoints.remap import Row, Spelling
 from minidiff.errors import CheckpointError
 
@@ -200,7 +201,7 @@ def match(
     Args:
         expected: shapes by name.
         stored: what the files hold.
-        canonical: turns a stored name into an expected one, or into None for a tensor that is left out on purpose.
+        canonical: turns a stored name, without wrappers, into an expected one, or into None for a tensor that is left out on purpose.
         flat: names that may also be stored without their trailing axes of length 1.
 
     Returns:
@@ -209,7 +210,7 @@ def match(
     found: dict[str, Stored] = {}
     wrong: dict[str, list[str]] = defaultdict(list)
     for tensor in stored:
-        name = canonical(tensor.name)
+        name = canonical(unwrapped(tensor.name))
         if name is None:
             continue
         if name not in expected:

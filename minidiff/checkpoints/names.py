@@ -33,7 +33,19 @@ CLIP_PREFIX = "cond_stage_model.transformer."  # SD 1.x: transformers' own names
 OPENCLIP_PREFIX = "cond_stage_model.model."  # SD 2.x: OpenCLIP's names
 SDXL_CLIP_PREFIX = "conditioner.embedders.0.transformer."  # SDXL base, first text encoder: transformers' names
 SDXL_OPENCLIP_PREFIX = "conditioner.embedders.1.model."  # SDXL base, second text encoder: OpenCLIP's names
-REFINER_OPENCLIP_PREFIX = "conditioner.embedders.0.model."  # SDXL refiner, its only text encoder: OpenCLIP's names
+REFINER_OPENCLIP_PREFIX = "conditioner.embedders.0.model."  # SDXL refiner (and SD-Turbo), its only text encoder
+EMA_PREFIX = "model_ema."
+_WRAPPERS = re.compile(r"(?<![^.])(_orig_mod|module)\.")  # of torch.compile and data parallelism
+
+
+def unwrapped(name: str) -> str:
+    """Return a tensor's name without what wrappers of modules put into it."""
+    return _WRAPPERS.sub("", name)
+
+
+def ema_name(name: str) -> str:
+    """Return the name of the moving average of a UNet's tensor: all its dots but the first are gone."""
+    return EMA_PREFIX + name.removeprefix("model.").replace(".", "")
 
 
 def _tensor(ours: str, hub: str, ldm: str, hub_op: Op = SAME, ldm_op: Op = SAME) -> Row:
@@ -314,6 +326,8 @@ def _clip_attention_rows(ours: str, hub: str, prefix: str, openclip: str | None)
 
 _OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}  # diffusers before 0.15
 _OLD_ATTENTION_NAME = re.compile(r"(.*\battentions\.\d+\.)(query|key|value|proj_attn)(\.(?:weight|bias))")
+_LIKE_HUB = re.compile(r"(.*\.attn_1\.)(to_[qkv]|to_out\.0|query|key|value|proj_attn)(\.(?:weight|bias))")
+_ORIGINAL = {"to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
 
 # Hub tensors that are not weights of a CLIP text encoder, by the pattern of their name.
 CLIP_DROPPED = {
@@ -332,19 +346,14 @@ LDM_DROPPED = {
     r"v_pred|ztsnr": "marks of what the UNet predicts and how it was trained: they are read, but are no weights",
     r"global_step": "the number of training steps",
     r"(first_stage_model\.)?loss\..*": "the discriminator and perceptual loss the autoencoder was trained with",
-    r"(cond_stage_model|conditioner\.embedders\.0)\.transformer\.text_model\.embeddings\.position_ids": (
-        "a constant 0..76, saved as a buffer"
-    ),
-    r"cond_stage_model\.model\.transformer\.resblocks\.23\..*": (
-        "SD 2.x conditions on the state before OpenCLIP's last layer, so its Hub version has 23 of the 24 layers"
-    ),
-    r"cond_stage_model\.model\.text_projection"
-    r"|(cond_stage_model|conditioner\.embedders\.0)\.transformer\.text_projection(\.weight)?": (
+    r".*\.embeddings\.position_ids": "a constant 0..76, saved as a buffer",
+    r"(cond_stage_model|conditioner\.embedders\.0)(\.transformer)?\.text_projection(\.weight)?": (
         "maps to the space shared with pictures, which conditions nothing"
     ),
     r"(cond_stage_model|conditioner\.embedders\.[01])\.((model|transformer)\.)?logit_scale": (
         "temperature of the contrastive loss the text encoder was trained with"
     ),
+    r"embedding_manager\..*": "what textual inversion was trained with beside the model: its words are files of their own",
 }
 
 
@@ -352,6 +361,13 @@ def canonical_vae_name(name: str) -> str | None:
     """Return the modern Hub spelling of an autoencoder's tensor."""
     match = _OLD_ATTENTION_NAME.fullmatch(name)
     return f"{match[1]}{_OLD_ATTENTION[match[2]]}{match[3]}" if match else name
+
+
+def canonical_original_vae_name(name: str) -> str:
+    """Return the original spelling of an autoencoder's tensor whose attention is named as on the Hub, now or before."""
+    if match := _LIKE_HUB.fullmatch(name):
+        name = f"{match[1]}{_ORIGINAL[_OLD_ATTENTION.get(match[2], match[2])]}{match[3]}"
+    return name
 
 
 def canonical_unet_name(name: str) -> str | None:

@@ -20,11 +20,13 @@ from minidiff.checkpoints.families import (
     Folder,
     choose_prediction,
     config_of,
+    checked_prediction,
     recognise,
+    stranger,
     told_prediction,
 )
-from minidiff.checkpoints.hub import PICKLES, WHY_NO_PICKLES, Repo, Weights
-from minidiff.checkpoints.load import OnMeta, as_dtype, fill, listed, load_weights, paused_collector
+from minidiff.checkpoints.hub import PICKLES, WHY_NO_PICKLES, Repo
+from minidiff.checkpoints.load import OnMeta, as_dtype, fill, listed, paused_collector
 from minidiff.checkpoints.model import Model, refuse_unless_harmless
 from minidiff.errors import CheckpointError, CheckpointNotFoundError
 
@@ -90,19 +92,20 @@ def describe(
 ) -> tuple[Family | None, Configs, str | None]:
     """Return the family of a file, what configures it, and what its UNet predicts.
 
-    With ``config`` the file is not judged: family and prediction are None unless the latter is ``asked`` for. ``ask``
-    is whether a prediction that nobody says is an error; otherwise it is None.
+    With ``config`` the family is None. ``ask`` is whether a prediction that nobody says is an error; otherwise, and
+    where ``config`` says it, it is None.
     """
+    if what := stranger(contents.shapes):
+        raise CheckpointError(f"{contents.path} is {what}")
+    told = told_prediction(contents.shapes, contents.metadata)
     if config is not None:
-        return None, Folder(Repo(config, **where)), asked
-    shapes = {tensor.name: tensor.shape for tensor in contents.stored}
-    family = recognise(shapes, contents.prefixes.get("unet"), str(contents.path))
+        return None, Folder(Repo(config, **where)), checked_prediction(asked) or told
+    family = recognise(contents.shapes, contents.prefixes.get("unet"), str(contents.path))
     if family is AUTOENCODER and "vae" not in contents.prefixes:
-        some = ", ".join(sorted(contents.names)[:3])
+        some = ", ".join(sorted(contents.shapes)[:3])
         raise CheckpointError(
-            f"{contents.path} holds no network in the original spelling: {len(contents.names)} tensors such as {some}"
+            f"{contents.path} holds no network in the original spelling: {len(contents.shapes)} tensors such as {some}"
         )
-    told = told_prediction(contents.names, contents.metadata)
     prediction = choose_prediction(family, asked, told, str(contents.path), ask)
     return family, config_of(family, prediction), prediction
 
@@ -129,7 +132,9 @@ def say_ema(contents: Contents, use_ema: bool) -> None:
     """Raise if a moving average is asked for and absent; say which weights are taken if the file has both."""
     if use_ema and not contents.has_ema:
         raise CheckpointError(f"use_ema=True: {contents.path} holds no moving average (model_ema.*); leave it out")
-    if contents.has_ema and not use_ema:
+    if contents.only_ema and not use_ema:
+        logger.warning("%s holds only the moving average of the UNet's weights: it is loaded", contents.path.name)
+    elif contents.has_ema and not use_ema:
         logger.warning(
             "%s holds the UNet's weights and their moving average: the weights are loaded, use_ema=True takes the "
             "average",
@@ -189,7 +194,7 @@ class SingleFileModel:
         )
         contents, part = Contents.of(path), cls.single_file_part
         family, configs, _ = describe(contents, config, prediction_type, where, ask=part == "unet")
-        if part not in contents.prefixes and config is None:
+        if part not in contents.prefixes:
             absent(contents, part, cls)
         if part == "unet":
             say_ema(contents, use_ema)
@@ -204,10 +209,7 @@ class SingleFileModel:
         with paused_collector():
             with OnMeta():
                 model = cls.from_config(fields, **overrides)
-            if part not in contents.prefixes:  # with config=, a network in the Hub's spelling will do
-                load_weights(model, Weights({path.name: path}, None, None), wanted)
-                return model.eval()
-            parts, wrong = contents.match({part: model}, use_ema=use_ema, ignore=lambda owner: True)
+            parts, wrong, _ = contents.match({part: model}, use_ema=use_ema, ignore=lambda owner: True)
             raise_if_wrong(contents, wrong, f"{cls.__name__} as {configs} describes it")
             return load_part(parts[0], wanted)
 

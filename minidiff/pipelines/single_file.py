@@ -123,7 +123,7 @@ def _small_component(kind: type, name: str, configs: Configs, contents: Contents
     changes: dict[str, Any] = {}
     if prediction is not None and fields.get("prediction_type", "epsilon") != prediction:
         changes["prediction_type"] = prediction
-    if "ztsnr" in contents.names:  # a mark of models trained with zero terminal SNR
+    if "ztsnr" in contents.shapes:  # a mark of models trained with zero terminal SNR
         changes["rescale_betas_zero_snr"] = True
     return kind.from_config(fields, **changes)
 
@@ -137,6 +137,6 @@ def _networks(
             absent(contents, name, kind)
     with OnMeta():
         networks = {name: kind.from_config(configs.read(f"{name}/config.json")) for name, kind in kinds.items()}
-    parts, wrong = contents.match(networks, use_ema=use_ema, ignore=lambda owner: owner is not None)
+    parts, wrong, _ = contents.match(networks, use_ema=use_ema, ignore=lambda owner: owner is not None)
     raise_if_wrong(contents, wrong, configs)
     return {part.name: load_part(part, dtype) for part in parts}

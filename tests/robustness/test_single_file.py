@@ -127,18 +127,22 @@ FOREIGN = {
     "control_model.input_blocks.0.0.weight": ([320, 4, 3, 3], "is a ControlNet"),
     "edm_mean": ([1, 4, 1, 1], "is Playground 2.5"),
     "model.diffusion_model.joint_blocks.0.x_block.attn.qkv.weight": ([4, 4], r"is a transformer \(Stable Diffusion 3"),
-    "down_blocks.0.resnets.0.conv1.weight": ([4, 4, 3, 3], "is in the Hub's spelling: .*from_pretrained"),
+    "single_transformer_blocks.0.attn.to_q.weight": ([4, 4], r"is a transformer \(Stable Diffusion 3"),
+    "down_blocks.0.resnets.0.conv1.weight": ([4, 4, 3, 3], "is in the Hub's spelling .*from_pretrained.*config="),
     "a.weight": ([4, 4], "holds no network in the original spelling: 1 tensors such as a.weight"),
 }
 
 
 @pytest.mark.parametrize("name", FOREIGN)
-def test_other_kinds_of_files_are_named(name: str, tmp_path: Path) -> None:
+def test_other_kinds_of_files_are_named(name: str, folder: Path, tmp_path: Path) -> None:
     shape, message = FOREIGN[name]
     path = sparse_file(tmp_path / "foreign.safetensors", {name: ["F32", shape]})
     for kind in (StableDiffusionPipeline, UNet2DConditionModel):
         with pytest.raises(CheckpointError, match=message):
             kind.from_single_file(path)
+        if "config=" not in message and "no network" not in message:  # a configuration does not make it another
+            with pytest.raises(CheckpointError, match=message):
+                kind.from_single_file(path, config=folder)
 
 
 @pytest.mark.parametrize(
