@@ -63,7 +63,11 @@ def test_report_of_both_layouts(folder: Path, single: Path, capsys: pytest.Captu
         assert re.search(r"missing +nothing\n +unexpected +nothing", text)
         starts = {m.start(3) - text.rindex("\n", 0, m.start(3)) for m in re.finditer(r"(\w+) +(\w+) +()\d+ +", text)}
         assert starts  # columns of numbers end at one place
-    code, _, err = run(capsys, "inspect", single)
+    code, said, _ = run(capsys, "inspect", single)  # its header says what it is
+    assert code == 0 and said.splitlines()[1:] == of_file.splitlines()[1:]
+    silent = single.with_name("silent.safetensors")
+    save_file(load_file(single), silent)
+    code, _, err = run(capsys, "inspect", silent)
     assert code == 2 and "is no checkpoint that minidiff knows" in err and "pass config=" in err
 
 

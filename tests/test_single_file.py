@@ -489,6 +489,125 @@ def test_a_bare_autoencoder_says_which_scaling_it_was_given(
     assert vae.config.scaling_factor == 0.13025 and not caplog.text
 
 
+# --- what a file says of itself: what its UNet predicts, and its configuration ---------------------------------------
+
+
+def as_v(twin: Twin, folder: Path, scheduler: Any) -> Path:
+    """Save the twin with another scheduler, in Hub layout and as one file."""
+    pipe = twin.our_class(**{**twin.ours.components, "scheduler": scheduler})
+    pipe.save_pretrained(folder)
+    pipe.save_single_file(folder / "x.safetensors")
+    return folder
+
+
+ZERO_SNR = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
+
+
+def test_marks_of_v_prediction_and_zero_snr_travel(sd1: Twin, tmp_path: Path) -> None:
+    """Other programs look for empty tensors of these names."""
+    folder = as_v(sd1, tmp_path / "v", DDIMScheduler.from_config(sd1.ours.scheduler.config, **ZERO_SNR))
+    convert(folder, tmp_path / "a.safetensors")
+    assert_same_file(tmp_path / "a.safetensors", folder / "x.safetensors")
+    tensors = load_file(tmp_path / "a.safetensors")
+    assert tensors["v_pred"].shape == tensors["ztsnr"].shape == (0,)
+    assert not {"v_pred", "ztsnr"} & load_file(sd1.file).keys()
+    save_file(
+        tensors, tmp_path / "marks.safetensors"
+    )  # with nothing but the marks, and a configuration that lacks them
+    plain = as_v(sd1, tmp_path / "plain", DDIMScheduler.from_config(sd1.ours.scheduler.config))
+    pipe = StableDiffusionPipeline.from_single_file(tmp_path / "marks.safetensors", config=plain)
+    assert ZERO_SNR.items() <= dict(pipe.scheduler.config).items()
+    checkpoint = convert(tmp_path / "marks.safetensors", tmp_path / "hub", config=plain)
+    assert (checkpoint.prediction, checkpoint.zero_snr) == ("v_prediction", True)
+    fields = json.loads((tmp_path / "hub/scheduler/scheduler_config.json").read_text())
+    assert ZERO_SNR.items() <= fields.items()
+    convert(tmp_path / "marks.safetensors", tmp_path / "again.safetensors", config=plain)
+    assert {"v_pred", "ztsnr"} < load_file(tmp_path / "again.safetensors").keys()
+    save_file(load_file(sd1.file), tmp_path / "said.safetensors", {"modelspec.prediction_type": "v"})
+    pipe = StableDiffusionPipeline.from_single_file(tmp_path / "said.safetensors", config=plain)
+    assert pipe.scheduler.config.prediction_type == "v_prediction"
+    with pytest.raises(ConfigError, match="PNDMScheduler has no option 'rescale_betas_zero_snr'"):
+        convert(tmp_path / "marks.safetensors", tmp_path / "pndm", config=sd1.folder)
+    assert not (tmp_path / "pndm").exists()
+    convert(tmp_path / "marks.safetensors", tmp_path / "pndm.safetensors", config=sd1.folder)  # a file need not
+    assert {"v_pred", "ztsnr"} < load_file(tmp_path / "pndm.safetensors").keys()
+    again = StableDiffusionPipeline.from_single_file(tmp_path / "pndm.safetensors", scheduler=DDIMScheduler(**ZERO_SNR))
+    assert states_equal(again.unet, sd1.ours.unet)
+
+
+def test_a_scheduler_that_contradicts_the_file_is_said(sd1: Twin, tmp_path: Path, caplog: Any) -> None:
+    save_file(load_file(sd1.file) | {"v_pred": torch.ones(0)}, tmp_path / "v.safetensors")
+    for prediction, said in (("v_prediction", False), ("epsilon", True)):
+        scheduler = DDIMScheduler(prediction_type=prediction)
+        options = {"config": sd1.folder, "scheduler": scheduler}
+        pipe = StableDiffusionPipeline.from_single_file(tmp_path / "v.safetensors", **options)
+        assert isinstance(pipe.scheduler, DDIMScheduler) and pipe.scheduler.config.prediction_type == prediction
+        assert (
+            "says that its UNet predicts v_prediction, and the given scheduler or prediction_type epsilon"
+            in caplog.text
+        ) == said
+
+
+def test_a_saved_file_needs_nothing_beside_it(twin: Twin, tmp_path: Path) -> None:
+    """Its header says its configuration, down to a vocabulary that is not CLIP's."""
+    for kind in (DiffusionPipeline, twin.our_class):
+        pipe = kind.from_single_file(twin.file)
+        assert type(pipe) is twin.our_class and pipe.config.to_dict() == twin.ours.config.to_dict()
+        assert pipe.scheduler.config.to_dict() == twin.ours.scheduler.config.to_dict()
+        assert np.array_equal(draw(pipe, **twin.arguments), draw(twin.ours, **twin.arguments))
+    assert states_equal(UNet2DConditionModel.from_single_file(twin.file), twin.ours.unet)
+    convert(twin.file, tmp_path / "hub")
+    convert(tmp_path / "hub", tmp_path / "back.safetensors")
+    assert_same_file(tmp_path / "back.safetensors", twin.file)
+    convert(tmp_path / "hub/vae", tmp_path / "vae.safetensors")  # a network alone says its own
+    vae = AutoencoderKL.from_single_file(tmp_path / "vae.safetensors")
+    assert states_equal(vae, twin.ours.vae) and vae.config.scaling_factor == twin.ours.vae.config.scaling_factor
+    with pytest.raises(CheckpointNotFoundError, match="in the header of .*vae.safetensors has no model_index.json"):
+        DiffusionPipeline.from_single_file(tmp_path / "vae.safetensors")
+
+
+def test_new_words_travel_in_a_file(sd1: Twin, tmp_path: Path) -> None:
+    pipe = StableDiffusionPipeline.from_pretrained(sd1.folder)
+    pipe.load_textual_inversion({"<cat>": torch.ones(2, 24)})
+    pipe.save_single_file(tmp_path / "x.safetensors")
+    again = StableDiffusionPipeline.from_single_file(tmp_path / "x.safetensors")
+    assert again.tokenizer("a <cat>").input_ids == pipe.tokenizer("a <cat>").input_ids
+    assert states_equal(again.text_encoder, pipe.text_encoder)
+
+
+SAID: dict[str, tuple[Any, str]] = {
+    "not JSON": ("{", "is not JSON"),
+    "not an object": ("[1]", "should be an object of objects"),
+    "no objects": ({"model_index.json": 1}, "should be an object of objects"),
+    "merges": ({"tokenizer/merges.txt": 1}, "should be an object of objects"),
+    "nothing": ({}, "has no model_index.json"),
+    "another class": (
+        {"model_index.json": {"_class_name": "os.system"}},
+        "asks for os.system, which minidiff does not",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SAID)
+def test_a_header_is_believed_only_so_far(name: str, sd1: Twin, tmp_path: Path) -> None:
+    said, message = SAID[name]
+    text = said if isinstance(said, str) else json.dumps(said)
+    save_file(load_file(sd1.file), tmp_path / "x.safetensors", {"minidiff.config": text})
+    with pytest.raises((CheckpointError, ConfigError), match=message) as error:
+        DiffusionPipeline.from_single_file(tmp_path / "x.safetensors")
+    assert "x.safetensors" in str(error.value)
+    StableDiffusionPipeline.from_single_file(tmp_path / "x.safetensors", config=sd1.folder)  # what the caller says wins
+
+
+def test_a_header_that_describes_another_model_is_an_error(sd1: Twin, tmp_path: Path) -> None:
+    metadata = dict(Contents.of(sd1.file).metadata)
+    tensors = load_file(sd1.file)
+    tensors["model.diffusion_model.input_blocks.0.0.weight"] = torch.ones(16, 9, 3, 3)
+    save_file(tensors, tmp_path / "x.safetensors", metadata)
+    with pytest.raises(CheckpointError, match="x.safetensors does not fit the configuration in the header of"):
+        DiffusionPipeline.from_single_file(tmp_path / "x.safetensors")
+
+
 # --- where files come from, and what is refused ----------------------------------------------------------------------
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import minidiff
 from minidiff.checkpoints.contents import NETWORKS, Contents, Part
-from minidiff.checkpoints.families import AUTOENCODER, FAMILIES, Configs, Family, Folder
+from minidiff.checkpoints.families import AUTOENCODER, FAMILIES, ZERO_SNR_MARK, Configs, Family, Folder
 from minidiff.checkpoints.hub import MissingFileError, Repo, variant_of
 from minidiff.checkpoints.load import OnMeta, Stored, expected_shapes, listed, match, paused_collector, read_header
 from minidiff.checkpoints.model import Model
@@ -22,7 +22,8 @@ class Checkpoint:
     """What a file or folder holds.
 
     ``index`` is the content of ``model_index.json``, empty for a network on its own. ``prediction`` is what the UNet
-    predicts, None if there is no UNet or nobody says. ``wrong`` has lines of text by what is wrong with the tensors
+    predicts, None if there is no UNet or nobody says; ``zero_snr`` whether it was trained with zero terminal SNR. ``wrong``
+    has lines of text by what is wrong with the tensors
     that they name, ``dropped`` the tensors that are left out on purpose, each with the reason.
     """
 
@@ -35,6 +36,7 @@ class Checkpoint:
     index: Mapping[str, Any] = field(default_factory=dict)
     wrong: Mapping[str, list[str]] = field(default_factory=dict)
     dropped: list[tuple[Stored, str]] = field(default_factory=list)
+    zero_snr: bool = False
 
     def check(self) -> "Checkpoint":
         """Return the checkpoint itself. Raises ``CheckpointError`` with everything that is wrong."""
@@ -94,6 +96,7 @@ def open_checkpoint(
         index=index,
         wrong=wrong,
         dropped=dropped,
+        zero_snr=ZERO_SNR_MARK in contents.shapes or (has_unet and bool(index) and _zero_snr(configs)),
     )
 
 
@@ -133,9 +136,11 @@ def _open_folder(path: Path, variant: str | None) -> Checkpoint:
         dropped += [(tensor, "not a weight of this network") for tensor in left_out]
         for problem, lines in problems.items():
             wrong.setdefault(problem, []).extend(f"{name}: {line}" if name else line for line in lines)
-    prediction = _scheduler_prediction(configs) if "unet" in kinds and "scheduler" in index else None
+    scheduled = "unet" in kinds and "scheduler" in index
+    prediction = _scheduler_prediction(configs) if scheduled else None
     title = _title(part.model for part in parts)
-    return Checkpoint(path, "hub", title, prediction, parts, configs, index, wrong, dropped)
+    zero_snr = scheduled and _zero_snr(configs)
+    return Checkpoint(path, "hub", title, prediction, parts, configs, index, wrong, dropped, zero_snr)
 
 
 def _read_part(
@@ -169,6 +174,10 @@ def scheduler_fields(configs: Configs, name: str = "scheduler") -> dict[str, Any
 
 def _scheduler_prediction(configs: Configs) -> str:
     return scheduler_fields(configs).get("prediction_type", "epsilon")
+
+
+def _zero_snr(configs: Configs) -> bool:
+    return bool(scheduler_fields(configs).get("rescale_betas_zero_snr"))
 
 
 def _is_ours(name: object) -> bool:

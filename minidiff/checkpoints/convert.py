@@ -9,15 +9,20 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from uuid import uuid4
 
 import torch
 
+import minidiff
 from minidiff.checkpoints.checkpoint import Checkpoint, open_checkpoint, scheduler_fields
-from minidiff.checkpoints.contents import NETWORKS
+from minidiff.checkpoints.contents import NETWORKS, Part
+from minidiff.checkpoints.families import scheduler_changes
+from minidiff.checkpoints.header import said_by
 from minidiff.checkpoints.model import REFERENCE_VERSION
-from minidiff.checkpoints.original import groups_of_part, original_metadata, original_tables
+from minidiff.checkpoints.original import groups_of_part, marks, original_metadata, original_tables
 from minidiff.checkpoints.save import save_json
 from minidiff.checkpoints.stream import Group, write_stream
 from minidiff.errors import CheckpointNotFoundError
@@ -97,8 +102,14 @@ def _write_single_file(checkpoint: Checkpoint, target: Path, dtype: torch.dtype 
     parts = {part.name: part for part in checkpoint.parts if part.name in ("", *NETWORKS)}
     tables = original_tables({name: part.model for name, part in parts.items()})
     groups = [group for name, rows in tables.items() for group in groups_of_part(parts[name], rows, "ldm", dtype)]
+    groups += marks(checkpoint.prediction, checkpoint.zero_snr)
     total = sum(group.size for group in groups)
-    write_stream(target, groups, original_metadata(checkpoint.prediction), lambda size: progress(size, total))
+    with TemporaryDirectory() as folder:
+        for name, rows in tables.items():
+            _write_config(parts[name], list(groups_of_part(parts[name], rows, "ldm", dtype)), Path(folder, name))
+        _write_small_files(replace(checkpoint, prediction=None, zero_snr=False), Path(folder))  # the marks say that
+        metadata = original_metadata(checkpoint.prediction, said_by(Path(folder)))
+    write_stream(target, groups, metadata, lambda size: progress(size, total))
 
 
 def _write_folder(checkpoint: Checkpoint, target: Path, dtype: torch.dtype | None, progress: Progress) -> None:
@@ -109,15 +120,18 @@ def _write_folder(checkpoint: Checkpoint, target: Path, dtype: torch.dtype | Non
         temporary.mkdir()
         for part, groups in work:
             folder = temporary / part.name
-            folder.mkdir(exist_ok=True)
-            part.model.to(_usual_dtype(groups))  # on the meta device: a text encoder's config.json names its dtype
-            part.model.save_config(folder)
+            _write_config(part, groups, folder)
             path = folder / f"{part.model.weights_stem}.safetensors"
             write_stream(path, groups, {"format": "pt"}, lambda size: progress(size, total))
         _write_small_files(checkpoint, temporary)
         _replace(temporary, target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _write_config(part: Part, groups: list[Group], folder: Path) -> None:
+    part.model.to(_usual_dtype(groups))  # on the meta device: a text encoder's config.json names its dtype
+    part.model.save_config(folder)
 
 
 def _write_small_files(checkpoint: Checkpoint, folder: Path) -> None:
@@ -133,8 +147,9 @@ def _write_small_files(checkpoint: Checkpoint, folder: Path) -> None:
             checkpoint.configs.tokenizer(name).save_pretrained(folder / name)
         elif kind.endswith("Scheduler"):
             fields = scheduler_fields(checkpoint.configs, name)
-            if checkpoint.prediction is not None:
-                fields["prediction_type"] = checkpoint.prediction
+            if changes := scheduler_changes(fields, checkpoint.prediction, checkpoint.zero_snr):
+                getattr(minidiff, kind).from_config(fields, **changes)  # raises if it has no such option
+                fields |= changes
             (folder / name).mkdir()
             save_json(fields, folder / name / "scheduler_config.json")
         else:  # such as a safety checker, whose weights were not read

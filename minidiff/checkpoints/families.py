@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 PUBLISHED = Path(__file__).with_name("published")
 MERGES = PUBLISHED / "clip_merges.txt.gz"
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
+V_MARK, ZERO_SNR_MARK = "v_pred", "ztsnr"  # empty tensors: the UNet predicts v, and was trained with zero terminal SNR
 
 
 class Family(NamedTuple):
@@ -96,32 +97,42 @@ class Configs:
         raise NotImplementedError
 
 
-class Published(Configs):
-    """The configuration of a published model, which comes with the package."""
+class Sections(Configs):
+    """A configuration that is in memory: the content of each file under its name in Hub layout."""
 
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self._sections = read_json(PUBLISHED / f"{name}.json")
-        if base := self._sections.get("extends"):
-            self._sections = {**Published(base)._sections, **self._sections}
+    def __init__(self, title: str, sections: Mapping[str, Any]) -> None:
+        self.title, self.sections = title, sections
 
     def __str__(self) -> str:
-        return f"the configuration of {self.name}"
+        return self.title
 
     def read(self, name: str) -> dict[str, Any]:
         """Return a file such as ``"unet/config.json"``."""
-        if name not in self._sections:
-            raise MissingFileError(f"{self} has no {name}; it has {', '.join(self._sections)}")
-        return dict(self._sections[name])
+        if name not in self.sections:
+            raise MissingFileError(f"{self} has no {name}; it has {', '.join(self.sections) or 'nothing'}")
+        return dict(self.sections[name])
 
     def tokenizer(self, name: str) -> "CLIPTokenizer":
-        """Return CLIP's tokenizer with this model's special tokens."""
+        """Return the tokenizer of the component ``name``."""
         from minidiff.tokenizer import CLIPTokenizer
         from minidiff.tokenizer_files import read_fields
 
         config, roles = (self.read(f"{name}/{file}.json") for file in ("tokenizer_config", "special_tokens_map"))
-        vocab, merges = clip_vocabulary()
+        vocab, merges = self._vocabulary(name)
         return CLIPTokenizer(vocab, merges, **read_fields(config, roles, []))
+
+    def _vocabulary(self, name: str) -> tuple[dict[str, int], list[Any]]:
+        return clip_vocabulary()
+
+
+class Published(Sections):
+    """The configuration of a published model, which comes with the package."""
+
+    def __init__(self, name: str) -> None:
+        sections = read_json(PUBLISHED / f"{name}.json")
+        if base := sections.get("extends"):
+            sections = {**Published(base).sections, **sections}
+        super().__init__(f"the configuration of {name}", sections)
 
 
 class Folder(Configs):
@@ -222,7 +233,7 @@ def told_prediction(names: Iterable[str], metadata: Mapping[str, str]) -> str | 
     """
     said = metadata.get("modelspec.prediction_type", "").lower()
     told = {"epsilon": "epsilon", "v": "v_prediction", "v_prediction": "v_prediction", "sample": "sample"}.get(said)
-    return told or ("v_prediction" if "v_pred" in names else None)
+    return told or ("v_prediction" if V_MARK in names else None)
 
 
 def checked_prediction(asked: str | None) -> str | None:
@@ -230,6 +241,16 @@ def checked_prediction(asked: str | None) -> str | None:
     if asked not in (None, *PREDICTIONS):
         raise ValueError(f"prediction_type should be one of {', '.join(PREDICTIONS)}, found {asked!r}")
     return asked
+
+
+def scheduler_changes(fields: Mapping[str, Any], prediction: str | None, zero_snr: bool) -> dict[str, Any]:
+    """Return the fields that a scheduler of this configuration needs otherwise for what a file says of its UNet."""
+    changes: dict[str, Any] = {}
+    if prediction is not None and fields.get("prediction_type", "epsilon") != prediction:
+        changes["prediction_type"] = prediction
+    if zero_snr and not fields.get("rescale_betas_zero_snr"):
+        changes["rescale_betas_zero_snr"] = True
+    return changes
 
 
 def choose_prediction(family: Family, asked: str | None, told: str | None, where: str, ask: bool = True) -> str | None:

@@ -201,7 +201,8 @@ def match(
     Args:
         expected: shapes by name.
         stored: what the files hold.
-        canonical: turns a stored name, without wrappers, into an expected one, or into None for a tensor that is left out on purpose.
+        canonical: turns a stored name, without wrappers, into an expected one, or into None for a tensor that is left
+            out on purpose.
         flat: names that may also be stored without their trailing axes of length 1.
 
     Returns:

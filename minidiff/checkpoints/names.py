@@ -353,7 +353,7 @@ LDM_DROPPED = {
     r"(cond_stage_model|conditioner\.embedders\.[01])\.((model|transformer)\.)?logit_scale": (
         "temperature of the contrastive loss the text encoder was trained with"
     ),
-    r"embedding_manager\..*": "what textual inversion was trained with beside the model: its words are files of their own",
+    r"embedding_manager\..*": "what was trained beside the model for new words, which are files of their own",
 }
 
 

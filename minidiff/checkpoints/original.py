@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 
 from minidiff.checkpoints.contents import Part
+from minidiff.checkpoints.families import V_MARK, ZERO_SNR_MARK
+from minidiff.checkpoints.header import KEY
 from minidiff.checkpoints.load import STORED_DTYPES, Stored, expected_shapes, read_pieces, read_tensor
 from minidiff.checkpoints.model import Model
 from minidiff.checkpoints.names import (
@@ -60,10 +62,20 @@ def _bare(row: Row) -> Row:
     return row._replace(ldm=tuple(name.removeprefix(VAE_PREFIX) for name in row.ldm))
 
 
-def original_metadata(prediction: str | None) -> dict[str, str]:
-    """Return the metadata of a single file; what the UNet predicts is said by the ModelSpec convention."""
+def original_metadata(prediction: str | None, configuration: str) -> dict[str, str]:
+    """Return the metadata of a single file: by the ModelSpec convention what the UNet predicts, and what configures it.
+
+    ``configuration`` is that of ``header.said_by``.
+    """
     said = {"modelspec.prediction_type": {"v_prediction": "v"}.get(prediction, prediction)} if prediction else {}
-    return {"format": "pt", **said}
+    return {"format": "pt", KEY: configuration, **said}
+
+
+def marks(prediction: str | None, zero_snr: bool) -> Iterator[Group]:
+    """Yield the empty tensors by which other programs tell what the UNet predicts and how it was trained."""
+    for name, there in ((V_MARK, prediction == "v_prediction"), (ZERO_SNR_MARK, zero_snr)):
+        if there:
+            yield Group([(name, torch.float32, (0,))], lambda: ())
 
 
 def groups_of_model(model: Model, rows: list[Row]) -> Iterator[Group]:

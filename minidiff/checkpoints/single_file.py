@@ -18,13 +18,14 @@ from minidiff.checkpoints.families import (
     Configs,
     Family,
     Folder,
+    checked_prediction,
     choose_prediction,
     config_of,
-    checked_prediction,
     recognise,
     stranger,
     told_prediction,
 )
+from minidiff.checkpoints.header import Said
 from minidiff.checkpoints.hub import PICKLES, WHY_NO_PICKLES, Repo
 from minidiff.checkpoints.load import OnMeta, as_dtype, fill, listed, paused_collector
 from minidiff.checkpoints.model import Model, refuse_unless_harmless
@@ -92,14 +93,15 @@ def describe(
 ) -> tuple[Family | None, Configs, str | None]:
     """Return the family of a file, what configures it, and what its UNet predicts.
 
-    With ``config`` the family is None. ``ask`` is whether a prediction that nobody says is an error; otherwise, and
-    where ``config`` says it, it is None.
+    With ``config``, or if the file says its configuration, the family is None. ``ask`` is whether a prediction that
+    nobody says is an error; otherwise, and where the configuration says it, it is None.
     """
     if what := stranger(contents.shapes):
         raise CheckpointError(f"{contents.path} is {what}")
     told = told_prediction(contents.shapes, contents.metadata)
-    if config is not None:
-        return None, Folder(Repo(config, **where)), checked_prediction(asked) or told
+    configs = Folder(Repo(config, **where)) if config is not None else Said.of(contents.path, contents.metadata)
+    if configs is not None:
+        return None, configs, checked_prediction(asked) or told
     family = recognise(contents.shapes, contents.prefixes.get("unet"), str(contents.path))
     if family is AUTOENCODER and "vae" not in contents.prefixes:
         some = ", ".join(sorted(contents.shapes)[:3])

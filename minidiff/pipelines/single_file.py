@@ -4,20 +4,25 @@ The configuration and the tokenizers come with the package, or from ``config=``;
 Checked against ``diffusers.loaders.FromSingleFileMixin``.
 """
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from torch import nn
 
 from minidiff.checkpoints.contents import Contents
-from minidiff.checkpoints.families import Configs
+from minidiff.checkpoints.families import ZERO_SNR_MARK, Configs, scheduler_changes, told_prediction
 from minidiff.checkpoints.load import OnMeta, as_dtype, paused_collector
 from minidiff.checkpoints.model import Model
+from minidiff.checkpoints.save import save_json
 from minidiff.checkpoints.single_file import absent, describe, find, load_part, raise_if_wrong, refuse, say_ema
 from minidiff.errors import CheckpointError, ConfigError
 from minidiff.schedulers.configured import Configured
+
+logger = logging.getLogger("minidiff")
 
 
 class SingleFilePipeline:
@@ -75,6 +80,7 @@ class SingleFilePipeline:
         if asked is None and overrides.get("scheduler") is not None:
             asked = overrides["scheduler"].config.get("prediction_type")
         _, configs, prediction = describe(contents, config, asked, where)
+        _say_contradiction(contents, asked)
         say_ema(contents, use_ema)
 
         index = configs.read("model_index.json")
@@ -93,13 +99,14 @@ class SingleFilePipeline:
     def save_single_file(self, path: str | Path) -> None:
         """Write all networks to one safetensors file in the original CompVis / Stability spelling.
 
-        The dtypes stay. What the UNet predicts goes into the metadata, so that ``from_single_file`` need not ask;
-        configuration, tokenizers and scheduler have no place in such a file. The file appears when it is complete.
+        The dtypes stay. What the UNet predicts goes into the metadata and, for other programs, into empty tensors
+        ``v_pred`` and ``ztsnr``; configuration, tokenizers and scheduler go into the metadata too, so that
+        ``from_single_file`` needs nothing else. The file appears when it is complete.
 
         Raises:
             CheckpointError: if the pipeline has a network that the original spelling has no names for.
         """
-        from minidiff.checkpoints.original import groups_of_model, original_metadata, original_tables
+        from minidiff.checkpoints.original import groups_of_model, marks, original_metadata, original_tables
         from minidiff.checkpoints.stream import write_stream
 
         networks = {name: part for name, part in self.components.items() if isinstance(part, nn.Module)}
@@ -107,8 +114,34 @@ class SingleFilePipeline:
         if "unet" not in tables:
             raise CheckpointError(f"{type(self).__name__} has no unet, so there is no single file of it")
         groups = [group for name, rows in tables.items() for group in groups_of_model(networks[name], rows)]
-        metadata = original_metadata(self.scheduler.config.get("prediction_type", "epsilon"))
-        write_stream(Path(path), groups, metadata)
+        said = self.scheduler.config
+        prediction = said.get("prediction_type", "epsilon")
+        groups += marks(prediction, bool(said.get("rescale_betas_zero_snr")))
+        write_stream(Path(path), groups, original_metadata(prediction, self._configuration()))
+
+    def _configuration(self) -> str:
+        """Return what the header of a single file says: all that ``save_pretrained`` writes besides weights."""
+        from minidiff.checkpoints.header import said_by
+
+        with TemporaryDirectory() as name:
+            folder = Path(name)
+            save_json(self.config.to_dict(), folder / "model_index.json")
+            for name, part in self.components.items():
+                if part is not None:
+                    (part.save_config if isinstance(part, Model) else part.save_pretrained)(folder / name)
+            return said_by(folder)
+
+
+def _say_contradiction(contents: Contents, asked: str | None) -> None:
+    """Warn if the file says that its UNet predicts something else than the caller, or the given scheduler, does."""
+    told = told_prediction(contents.shapes, contents.metadata)
+    if None not in (told, asked) and told != asked:
+        logger.warning(
+            "%s says that its UNet predicts %s, and the given scheduler or prediction_type %s, which is believed",
+            contents.path.name,
+            told,
+            asked,
+        )
 
 
 def _small_component(kind: type, name: str, configs: Configs, contents: Contents, prediction: str | None) -> Any:
@@ -120,12 +153,7 @@ def _small_component(kind: type, name: str, configs: Configs, contents: Contents
     if not issubclass(kind, Configured):
         raise ConfigError(f"{name} ({kind.__name__}) has no place in a single file; pass {name}=...")
     fields = configs.read(f"{name}/scheduler_config.json")
-    changes: dict[str, Any] = {}
-    if prediction is not None and fields.get("prediction_type", "epsilon") != prediction:
-        changes["prediction_type"] = prediction
-    if "ztsnr" in contents.shapes:  # a mark of models trained with zero terminal SNR
-        changes["rescale_betas_zero_snr"] = True
-    return kind.from_config(fields, **changes)
+    return kind.from_config(fields, **scheduler_changes(fields, prediction, ZERO_SNR_MARK in contents.shapes))
 
 
 def _networks(

@@ -12,7 +12,6 @@ give exactly the tensors of the Hub file.
 """
 
 import json
-import re
 from collections.abc import Callable
 from itertools import permutations
 from pathlib import Path
