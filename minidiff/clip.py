@@ -116,8 +116,30 @@ class CLIPTextModel(Model):
         self.position_embed = nn.Embedding(spec.positions, spec.D)
         self.layers = nn.ModuleList(Layer(spec) for _ in range(spec.layers))
         self.norm_out = nn.LayerNorm(spec.D, eps=spec.eps)
-        for embed in (self.token_embed, self.position_embed):
-            nn.init.normal_(embed.weight, std=0.02)  # torch's default, std 1, drowns the position in the token
+        self._draw(self.token_embed, self.position_embed, stds=(0.02, 0.02))
+        out_std, mlp_std = spec.D**-0.5, (2 * spec.D) ** -0.5
+        in_std = out_std * (2 * spec.layers) ** -0.5
+        for layer in self.layers:
+            attn = layer.attn
+            self._draw(attn.q, attn.k, attn.v, attn.out, stds=(in_std, in_std, in_std, out_std))
+            self._draw(layer.fc1, layer.fc2, stds=(mlp_std, in_std))
+
+    @torch.no_grad()
+    def _draw(self, *modules: nn.Linear | nn.Embedding, stds: tuple[float, ...]) -> None:
+        """Draw initial weights N(0, std²), times ``initializer_factor``; biases are 0.
+
+        The reference draws twice, first with one width for all, and the random numbers of whatever is drawn next depend
+        on it. (torch's own initial weights, N(0, 1) in tables, would drown the position in the token.)
+        """
+        if modules[0].weight.is_meta:
+            return
+        factor, width = self.config.get("initializer_factor", 1.0), self.config.get("initializer_range") or 0.02
+        for module in modules:
+            nn.init.normal_(module.weight, std=width)
+        for module, std in zip(modules, stds, strict=True):
+            nn.init.normal_(module.weight, std=std * factor)
+            if getattr(module, "bias", None) is not None:
+                nn.init.zeros_(module.bias)
 
     @classmethod
     def from_config(cls, fields: Mapping[str, Any], **overrides: Any) -> "CLIPTextModel":
@@ -241,6 +263,7 @@ class CLIPTextModelWithProjection(CLIPTextModel):
         if type(P) is not int or P < 1:
             raise ConfigError(f"CLIPTextModelWithProjection: projection_dim should be a positive integer, found {P!r}")
         self.text_projection = nn.Linear(self.spec.D, P, bias=False)
+        self._draw(self.text_projection, stds=(self.spec.D**-0.5,))
 
     def forward(
         self,

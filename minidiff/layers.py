@@ -67,6 +67,7 @@ class FourierFeatures(nn.Module):
 
     def __init__(self, count: int) -> None:
         super().__init__()
+        torch.randn(count)  # the reference draws twice and keeps the second
         self.weight = nn.Parameter(16 * torch.randn(count), requires_grad=False)
 
     def forward(self, t: Tensor) -> Tensor:

@@ -83,13 +83,13 @@ class Block(nn.Module):
 
     def __init__(
         self,
-        res: Iterable[ResBlock],
-        attn: Iterable[SpatialTransformer | PixelAttention],
+        layers: Iterable[tuple[ResBlock, SpatialTransformer | PixelAttention | None]],
         resample: Downsample | Upsample | ResBlock | None,
     ) -> None:
         super().__init__()
+        res, attn = zip(*layers, strict=True)
+        self.attn = nn.ModuleList(module for module in attn if module is not None)
         self.res = nn.ModuleList(res)
-        self.attn = nn.ModuleList(attn)
         self.resample = resample
 
     def layer(self, j: int, x: Tensor, temb: Tensor, ctx: Tensor | None) -> Tensor:
@@ -111,7 +111,12 @@ class Block(nn.Module):
 
 
 class UNet(SlicedAttention, Model):
-    """The body of every UNet. The public faces below and in ``unet_unconditional`` say what goes in and comes out."""
+    """The body of every UNet. The public faces below and in ``unet_unconditional`` say what goes in and comes out.
+
+    Layers are made in the order in which the reference makes them, which is the order in which their initial weights
+    are drawn: under one seed both are the same network. They are registered in its order too, in which optimizers store
+    what belongs to the parameters; hence ``self.up`` before ``self.mid``, and attention before residual blocks.
+    """
 
     weights_stem = "diffusion_pytorch_model"
 
@@ -120,60 +125,63 @@ class UNet(SlicedAttention, Model):
         self.config, self.spec = config, spec
         levels, last = spec.levels, len(spec.levels) - 1
         C = levels[0].channels
-        self.time_embed = TimeMLP(spec.time_features, spec.E)
         self.conv_in = nn.Conv2d(spec.in_channels, C, 3, padding=1)
+        self._make_embeddings()
 
         skips = [C]  # channels of everything that is kept for the way up
-        self.down = nn.ModuleList()
+        self.down, self.up = nn.ModuleList(), nn.ModuleList()
         for i, lv in enumerate(levels):
-            blocks = [self._res(C if j == 0 else lv.channels, lv.channels) for j in range(lv.layers)]
-            attn = self._attention(lv, lv.depth, lv.pixel_attn, lv.layers)
-            C = lv.channels
+            layers = []
+            for _ in range(lv.layers):
+                layers.append((self._res(C, lv.channels), self._attention(lv, lv.depth, lv.pixel_attn)))
+                C = lv.channels
             resample = None
             if i < last:
                 resample = self._res(C, C) if lv.res_down else Downsample(C, padding=spec.downsample_padding)
-            self.down.append(Block(blocks, attn, resample))
+            self.down.append(Block(layers, resample))
             skips += [C] * (lv.layers + (i < last))
 
         self.mid = self._middle(levels[-1]) if spec.mid else None
 
-        self.up = nn.ModuleList()
         for i, lv in enumerate(reversed(levels)):
-            blocks = []
+            layers = []
             for _ in range(lv.layers + 1):
-                blocks.append(self._res(C + skips.pop(), lv.channels))
+                res = self._res(C + skips.pop(), lv.channels)
+                layers.append((res, self._attention(lv, lv.up_depth, lv.up_pixel_attn)))
                 C = lv.channels
-            attn = self._attention(lv, lv.up_depth, lv.up_pixel_attn, lv.layers + 1)
             resample = None
             if i < last:
                 resample = self._res(C, C) if lv.res_up else Upsample(C)
-            self.up.append(Block(blocks, attn, resample))
+            self.up.append(Block(layers, resample))
 
         self.norm_out = nn.GroupNorm(spec.groups, C, eps=spec.eps)
         self.conv_out = nn.Conv2d(C, spec.out_channels, 3, padding=1)
+
+    def _make_embeddings(self) -> None:
+        """Make what embeds the time and, in the faces, all else that the network is told beside the sample."""
+        self.time_embed = TimeMLP(self.spec.time_features, self.spec.E)
 
     def _res(self, C_in: int, C_out: int, scale: float = 1.0) -> ResBlock:
         spec = self.spec
         options = {"E": spec.E, "scale_shift": spec.scale_shift, "dropout": spec.dropout, "scale": scale}
         return ResBlock(C_in, C_out, groups=spec.groups, eps=spec.eps, **options)
 
-    def _attention(
-        self, lv: Level, depth: int, pixels: bool, count: int
-    ) -> list[SpatialTransformer] | list[PixelAttention]:
-        """Make what stands behind the ``count`` residual blocks of a level."""
+    def _attention(self, lv: Level, depth: int, pixels: bool) -> SpatialTransformer | PixelAttention | None:
+        """Make what stands behind a residual block of a level."""
         C, heads, groups = lv.channels, lv.heads, self.spec.groups
         if depth:
-            return [SpatialTransformer(C, lv.D_ctx, depth=depth, heads=heads, groups=groups) for _ in range(count)]
-        return [PixelAttention(C, heads=heads, groups=groups, eps=self.spec.eps) for _ in range(count if pixels else 0)]
+            return SpatialTransformer(C, lv.D_ctx, depth=depth, heads=heads, groups=groups)
+        return PixelAttention(C, heads=heads, groups=groups, eps=self.spec.eps) if pixels else None
 
     def _middle(self, lv: Level) -> Block:
         """Make two residual blocks with attention (or none) between them, at the coarsest level."""
         spec, C = self.spec, lv.channels
-        attn = self._attention(lv, spec.mid_depth, False, 1)
+        first = self._res(C, C, spec.mid_scale)
+        attn = self._attention(lv, spec.mid_depth, False)
         if spec.mid_pixel_attn:
             options = {"groups": spec.mid_groups, "eps": spec.eps, "scale": spec.mid_scale}
-            attn = [PixelAttention(C, heads=lv.heads, **options)]
-        return Block([self._res(C, C, spec.mid_scale) for _ in range(2)], attn, None)
+            attn = PixelAttention(C, heads=lv.heads, **options)
+        return Block([(first, attn), (self._res(C, C, spec.mid_scale), None)], None)
 
     @classmethod
     def from_config(cls, fields: Mapping[str, Any], **overrides: Any) -> "UNet":
@@ -250,9 +258,11 @@ class UNet2DConditionModel(SingleFileModel, UNet):
 
     def __init__(self, **fields: Any) -> None:
         config = unet_config(fields)
-        spec = unet_spec(config)
-        super().__init__(config, spec)
-        self.add_embed = TimeMLP(spec.added, spec.E) if spec.added is not None else None
+        super().__init__(config, unet_spec(config))
+
+    def _make_embeddings(self) -> None:
+        super()._make_embeddings()
+        self.add_embed = TimeMLP(self.spec.added, self.spec.E) if self.spec.added is not None else None
 
     def forward(
         self,

@@ -45,12 +45,15 @@ class UNet2DModel(UNet):
     def __init__(self, **fields: Any) -> None:
         config = unconditional_unet_config(fields)
         super().__init__(config, unconditional_unet_spec(config))
-        C = config.block_out_channels[0]
+
+    def _make_embeddings(self) -> None:
+        config, C = self.config, self.config.block_out_channels[0]
         self.time_proj = None
         if config.time_embedding_type == "fourier":
             self.time_proj = FourierFeatures(C)
         elif config.time_embedding_type == "learned":
             self.time_proj = nn.Embedding(config.num_train_timesteps, C)
+        super()._make_embeddings()
         self.class_embed = None
         if config.class_embed_type == "timestep":
             self.class_embed = TimeMLP(self.spec.time_features, self.spec.E)

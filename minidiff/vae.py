@@ -11,6 +11,7 @@ import itertools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -46,12 +47,12 @@ class VAESpec(NamedTuple):
 class Level(nn.Module):
     """Residual blocks at one resolution, then a change of resolution (none at the coarsest / finest level)."""
 
-    def __init__(self, channels: list[int], groups: int, resample: nn.Module | None) -> None:
+    def __init__(self, channels: list[int], groups: int, resample: Callable[[int], nn.Module] | None) -> None:
         super().__init__()
         self.res = nn.ModuleList(
             ResBlock(C_in, C_out, groups=groups, eps=_EPS) for C_in, C_out in itertools.pairwise(channels)
         )
-        self.resample = resample
+        self.resample = resample(channels[-1]) if resample is not None else None
 
     def forward(self, x: Tensor) -> Tensor:
         for res in self.res:
@@ -64,8 +65,9 @@ class Middle(nn.Module):
 
     def __init__(self, C: int, groups: int, attention: bool) -> None:
         super().__init__()
-        self.res = nn.ModuleList(ResBlock(C, C, groups=groups, eps=_EPS) for _ in range(2))
+        first = ResBlock(C, C, groups=groups, eps=_EPS)
         self.attn = PixelAttention(C, heads=1, groups=groups, eps=_EPS) if attention else nn.Identity()
+        self.res = nn.ModuleList([first, ResBlock(C, C, groups=groups, eps=_EPS)])
 
     def forward(self, x: Tensor) -> Tensor:
         return self.res[1](self.attn(self.res[0](x)))
@@ -82,7 +84,7 @@ class Encoder(nn.Module):
             Level(
                 [channels[max(i - 1, 0)]] + [C] * spec.layers,
                 spec.groups,
-                Downsample(C, padding=0) if i < last else None,
+                partial(Downsample, padding=0) if i < last else None,
             )
             for i, C in enumerate(channels)
         )
@@ -104,9 +106,10 @@ class Decoder(nn.Module):
         super().__init__()
         channels, last = spec.channels[::-1], len(spec.channels) - 1
         self.conv_in = nn.Conv2d(spec.latent_channels, channels[0], 3, padding=1)
+        self.up = nn.ModuleList()
         self.mid = Middle(channels[0], spec.groups, spec.mid_attention)
-        self.up = nn.ModuleList(
-            Level([channels[max(i - 1, 0)]] + [C] * (spec.layers + 1), spec.groups, Upsample(C) if i < last else None)
+        self.up.extend(
+            Level([channels[max(i - 1, 0)]] + [C] * (spec.layers + 1), spec.groups, Upsample if i < last else None)
             for i, C in enumerate(channels)
         )
         self.norm_out = nn.GroupNorm(spec.groups, channels[-1], eps=_EPS)
@@ -172,7 +175,8 @@ class DecoderOutput(Output):
 class AutoencoderKL(SingleFileModel, Model):
     """Encode pictures to latent Gaussians and decode latents to pictures.
 
-    Keyword arguments are the fields of the Hub's ``vae/config.json``, with the reference's defaults.
+    Keyword arguments are the fields of the Hub's ``vae/config.json``, with the reference's defaults. Layers are made
+    and registered in the reference's order, see ``minidiff.unet.UNet``.
 
     Raises:
         ConfigError: naming each field that is unknown or has a value that is not implemented.

@@ -3,6 +3,7 @@
 ``from theirs import diffusers`` imports the reference on first use, so tests that do not need it do not wait for it.
 """
 
+from collections.abc import Callable
 from types import ModuleType
 from typing import TypeVar
 
@@ -62,3 +63,24 @@ def carry_over(theirs: nn.Module, ours: Module) -> Module:
     tensors = {ours.canonical_hub_name(name): tensor for name, tensor in theirs.state_dict().items()}
     ours.load_state_dict(translate(tensors, ours.rows(), "hub", "ours"), strict=True, assign=True)
     return ours.eval()
+
+
+def assert_same_start(make_ours: Callable[[], nn.Module], make_theirs: Callable[[], nn.Module]) -> None:
+    """Build both under one seed: the weights are equal bit for bit, and so are the random numbers that come next."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        theirs, next_of_theirs = make_theirs(), torch.get_rng_state()
+        torch.manual_seed(3)
+        ours, next_of_ours = make_ours(), torch.get_rng_state()
+    found = translate(ours.state_dict(), ours.rows(), "ours", "hub")
+    expected = {ours.canonical_hub_name(name): tensor for name, tensor in theirs.state_dict().items()}
+    assert found.keys() == expected.keys()
+    different = [name for name, tensor in expected.items() if not torch.equal(found[name], tensor)]
+    assert not different, f"{len(different)} of {len(expected)} differ, first {different[:3]}"
+    assert torch.equal(next_of_ours, next_of_theirs)
+
+
+def assert_same_order(ours: nn.Module, theirs: nn.Module) -> None:
+    """The parameters come in the same order, in which optimizers and averages of weights store what belongs to them."""
+    hub = {name: other for row in ours.rows() for name, other in zip(row.ours, row.hub, strict=True)}
+    assert [hub[name] for name, _ in ours.named_parameters()] == [name for name, _ in theirs.named_parameters()]

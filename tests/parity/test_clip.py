@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from theirs import carry_over, randomize, relative_error, transformers
+from theirs import assert_same_start, carry_over, randomize, relative_error, transformers
 from torch import Tensor, nn
 
+import minidiff
 from minidiff.clip import CLIPTextConfig, CLIPTextModel
 
 CONFIGS = Path(__file__).parents[1] / "data" / "hub_configs"
@@ -93,6 +94,24 @@ BRANCHES = {
 def test_branch_of_the_configuration(branch: str) -> None:
     ours, theirs = make_pair(BRANCHES[branch])
     assert_equal_outputs(ours, theirs, texts())
+
+
+STARTS = {
+    **BRANCHES,
+    "initializer": small(initializer_factor=0.5, initializer_range=0.1),
+    "odd sizes": small(hidden_size=20),
+}
+
+
+@pytest.mark.parametrize("branch", STARTS)
+@pytest.mark.parametrize("kind", ["CLIPTextModel", "CLIPTextModelWithProjection"])
+def test_new_weights(kind: str, branch: str) -> None:
+    """Initial weights are drawn as the reference draws them."""
+    fields = STARTS[branch]
+    make_theirs = getattr(transformers, kind)
+    assert_same_start(
+        lambda: getattr(minidiff, kind)(fields), lambda: make_theirs(transformers.CLIPTextConfig(**fields))
+    )
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from theirs import carry_over, diffusers, randomize, relative_error, transformers
+from theirs import assert_same_order, assert_same_start, carry_over, diffusers, randomize, relative_error, transformers
 from torch import Tensor, nn
 
 from minidiff import CLIPTextModelWithProjection, UNet2DConditionModel
@@ -96,6 +96,17 @@ BRANCHES = {
 def test_branch_of_the_added_condition(branch: str) -> None:
     ours, theirs = make_unets(BRANCHES[branch])
     assert unet_error(ours, theirs, 501, inputs(ours)) <= BOUND
+
+
+@pytest.mark.parametrize("branch", BRANCHES)
+def test_new_weights(branch: str) -> None:
+    """Initial weights are drawn as the reference draws them, and stand in its order."""
+    fields = BRANCHES[branch]
+    assert_same_start(
+        lambda: UNet2DConditionModel.from_config(fields), lambda: diffusers.UNet2DConditionModel.from_config(fields)
+    )
+    with torch.device("meta"):
+        assert_same_order(UNet2DConditionModel.from_config(fields), diffusers.UNet2DConditionModel.from_config(fields))
 
 
 @torch.no_grad()

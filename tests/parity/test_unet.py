@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from theirs import carry_over, diffusers, randomize, relative_error
+from theirs import assert_same_order, assert_same_start, carry_over, diffusers, randomize, relative_error
 from torch import Tensor, nn
 
 from minidiff.unet import UNet2DConditionModel
@@ -125,6 +125,17 @@ def test_branch_of_the_configuration(branch: str) -> None:
     ours, theirs = make_pair(BRANCHES[branch])
     x, ctx = inputs(ours)
     assert error(ours, theirs, x, 501, ctx) <= BOUND
+
+
+@pytest.mark.parametrize("branch", BRANCHES)
+def test_new_weights(branch: str) -> None:
+    """Initial weights are drawn as the reference draws them, and stand in its order."""
+    fields = BRANCHES[branch]
+    assert_same_start(
+        lambda: UNet2DConditionModel.from_config(fields), lambda: diffusers.UNet2DConditionModel.from_config(fields)
+    )
+    with torch.device("meta"):
+        assert_same_order(UNet2DConditionModel.from_config(fields), diffusers.UNet2DConditionModel.from_config(fields))
 
 
 # An option that leaves the tensors as they are must change the result, or its parity case would show nothing.

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from theirs import carry_over, diffusers, randomize, relative_error
+from theirs import assert_same_order, assert_same_start, carry_over, diffusers, randomize, relative_error
 from torch import Tensor, nn
 
 from minidiff.checkpoints.remap import translate
@@ -127,6 +127,15 @@ BRANCHES = {
 def test_branch_of_the_configuration(branch: str) -> None:
     ours, theirs = make_pair(BRANCHES[branch])
     assert error(ours, theirs, noisy(C=ours.config.in_channels), 501) <= BOUND
+
+
+@pytest.mark.parametrize("branch", BRANCHES)
+def test_new_weights(branch: str) -> None:
+    """Initial weights are drawn as the reference draws them, and stand in its order."""
+    fields = BRANCHES[branch]
+    assert_same_start(lambda: UNet2DModel.from_config(fields), lambda: diffusers.UNet2DModel.from_config(fields))
+    with torch.device("meta"):
+        assert_same_order(UNet2DModel.from_config(fields), diffusers.UNet2DModel.from_config(fields))
 
 
 def test_defaults_of_the_class() -> None:

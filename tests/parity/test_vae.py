@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from theirs import carry_over, diffusers, randomize, relative_error
+from theirs import assert_same_order, assert_same_start, carry_over, diffusers, randomize, relative_error
 from torch import Tensor, nn
 
 from minidiff.vae import AutoencoderKL, DiagonalGaussian
@@ -95,6 +95,15 @@ BRANCHES = {
 def test_branch_of_the_configuration(branch: str) -> None:
     ours, theirs = make_pair(BRANCHES[branch])
     assert max(errors(ours, theirs, picture(C=ours.config.in_channels), latent(ours))) <= BOUND
+
+
+@pytest.mark.parametrize("branch", BRANCHES)
+def test_new_weights(branch: str) -> None:
+    """Initial weights are drawn as the reference draws them, and stand in its order."""
+    fields = BRANCHES[branch]
+    assert_same_start(lambda: AutoencoderKL.from_config(fields), lambda: diffusers.AutoencoderKL.from_config(fields))
+    with torch.device("meta"):
+        assert_same_order(AutoencoderKL.from_config(fields), diffusers.AutoencoderKL.from_config(fields))
 
 
 @pytest.fixture(scope="module")
