@@ -84,7 +84,7 @@ class CLIPTextOutput(Output):
     """
 
     last_hidden_state: Tensor
-    pooler_output: Tensor
+    pooler_output: Tensor | None = None  # None only while a record is rebuilt from a mapping
     hidden_states: tuple[Tensor, ...] | None = None
 
 
@@ -244,7 +244,7 @@ class CLIPTextProjectionOutput(Output):
     """
 
     text_embeds: Tensor
-    last_hidden_state: Tensor
+    last_hidden_state: Tensor | None = None  # None only while a record is rebuilt from a mapping
     hidden_states: tuple[Tensor, ...] | None = None
 
 
