@@ -14,6 +14,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
+from numbers import Real
 from typing import Any, NamedTuple
 
 import torch
@@ -241,7 +242,7 @@ def scale_from(key: str, alpha: Tensor, rank: int) -> float:
 
 def check_number(name: str, value: Any) -> None:
     """Raise ``ValueError`` if ``value`` is not a finite number."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
         raise ValueError(f"{name} should be a finite number, found {value!r}")
 
 
@@ -259,4 +260,4 @@ def scale_argument(arguments: Mapping[str, Any] | None) -> float:
         raise TypeError(f"cross_attention_kwargs: {', '.join(map(str, unknown))} is not implemented, only scale")
     scale = arguments.get("scale", 1.0)
     check_number("cross_attention_kwargs['scale']", scale)
-    return scale
+    return float(scale)

@@ -7,13 +7,15 @@ Classifier-free guidance: Ho & Salimans 2022 (https://arxiv.org/abs/2207.12598),
 scheduler's pure core: the pipeline object itself is never written to, so any number of threads may share it.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from numbers import Integral
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Generator, Tensor
 
+from minidiff.adapters.lora import scale_argument
 from minidiff.pipelines.request import Generators, Request
 from minidiff.random import randn
 from minidiff.schedulers.base import Plan, Scheduler
@@ -21,6 +23,10 @@ from minidiff.schedulers.base import Plan, Scheduler
 if TYPE_CHECKING:
     from minidiff.fast.memo import Memo
 
+FACTS = (  # what a program may ask about a call after it
+    *("plan", "stop", "guidance_scale", "guidance_rescale", "clip_skip", "cross_attention_kwargs", "interrupt"),
+    *("denoising_start", "denoising_end", "image_guidance_scale"),
+)
 Network = Callable[[Tensor, Tensor, "Run"], Tensor]  # (x, t, run) -> out, with the conditions that the run holds
 
 
@@ -37,6 +43,8 @@ class Step(NamedTuple):
 class Run:
     """The state of one call. Callbacks may change ``guidance_scale``, the tensors, and ``interrupt``."""
 
+    per_copy: ClassVar[tuple[str, ...]] = ("prompt_embeds",)  # tensors with a row for each copy of the latents
+
     plan: Plan
     latents: Tensor  # (B, C, H, W)
     prompt_embeds: Tensor  # (B, L, D), or (2 B, L, D) under guidance: negative first
@@ -48,7 +56,10 @@ class Run:
     interrupt: bool = False
     stop: int | None = None  # the step before which the run ends; None = it takes all
     dropped: dict[str, list[str]] | None = None  # argument -> what was cut off each of its texts
-    lora_scale: float = 1.0
+    clip_skip: int | None = None
+    cross_attention_kwargs: Mapping[str, Any] | None = None
+    denoising_start: float | None = None
+    denoising_end: float | None = None
     step: int = 0  # of the plan, the one being taken
     memo: "Memo | None" = None  # what an optimized UNet remembers from step to step
 
@@ -67,6 +78,32 @@ class Run:
         """How many copies of the latents this step shows the UNet."""
         return 2 if self.guided else 1
 
+    @property
+    def num_timesteps(self) -> int:
+        """How many steps the run takes."""
+        return len(self.indices)
+
+    @property
+    def lora_scale(self) -> float:
+        """What LoRA adapters are multiplied with in this step."""
+        return scale_argument(self.cross_attention_kwargs)
+
+    def check_rows(self) -> None:
+        """Raise if a tensor has not one row for each copy of the latents: a callback may have changed either."""
+        B = len(self.latents)
+        for name in [name for kind in type(self).__mro__ for name in vars(kind).get("per_copy", ())]:
+            rows = getattr(self, name)
+            if rows is not None and len(rows) != B * self.passes:
+                raise ValueError(
+                    f"{name} has {len(rows)} rows for {B} pictures, and guidance_scale={self.guidance_scale} needs "
+                    f"{self.passes} each: a callback that changes guidance or the pictures should return {name} with "
+                    "rows to match, such as tensor.chunk(2)[-1] when guidance ends"
+                )
+
+    def forget(self) -> None:
+        """Let go of everything but the numbers that a program may ask about after the call."""
+        vars(self).update({name: None for name in vars(self) if name not in FACTS})
+
     def combine(self, out: Tensor) -> Tensor:
         """Return the guided prediction (B, C, H, W) from those for all copies (passes * B, C, H, W)."""
         return guide(*out.chunk(2), self.guidance_scale, self.guidance_rescale) if self.guided else out
@@ -82,13 +119,25 @@ def denoise(network: Network, scheduler: Scheduler, run: Run) -> Iterator[tuple[
     for i in run.indices:
         if run.interrupt:
             return
+        run.check_rows()
         run.step, x = i, run.latents
         x_in = torch.cat([x] * run.passes) if run.passes > 1 else x
         out = run.combine(network(scheduler.scale_input(plan, i, x_in), plan.timesteps[i], run))
         noise = scheduler.draw_noise(plan, i, x, run.generator)
         after, past = scheduler.advance(plan, i, x, out, past, noise)
-        run.latents = run.settle(i, after)
+        run.latents = like(x, run.settle(i, after))
+        scheduler.show(plan, i + 1)
         yield i, x, out
+
+
+def like(before: Tensor, after: Tensor) -> Tensor:
+    """Return ``after``; raise if it does not have the shape of ``before``: a step neither adds nor drops pictures."""
+    if after.shape != before.shape:
+        raise ValueError(
+            f"latents became {tuple(after.shape)} in a step from {tuple(before.shape)}: what the run remembers of the "
+            "steps before (a multistep scheduler, a mask) is of other pictures than a callback has left"
+        )
+    return after
 
 
 def guide(negative: Tensor, positive: Tensor, scale: float, rescale: float = 0.0) -> Tensor:
@@ -117,7 +166,9 @@ def make_plan(scheduler: Scheduler, request: Request, device: torch.device) -> P
     options = {"eta": request.eta} if "eta" in scheduler.run_options else {}
     custom = request.timesteps is not None or request.sigmas is not None
     steps = None if custom else request.num_inference_steps
-    return scheduler.plan(steps, device=device, timesteps=request.timesteps, sigmas=request.sigmas, **options)
+    plan = scheduler.plan(steps, device=device, timesteps=request.timesteps, sigmas=request.sigmas, **options)
+    scheduler.show(plan)
+    return plan
 
 
 class Asked(Protocol):
@@ -151,9 +202,9 @@ def make_generators(request: Asked) -> tuple[Generators, list[int] | None]:
 
 
 def _checked_seed(seed: int) -> int:
-    if isinstance(seed, bool) or not isinstance(seed, int):
+    if isinstance(seed, bool) or not isinstance(seed, Integral):
         raise TypeError(f"a seed should be an integer, found {seed!r}")
-    return seed
+    return int(seed)
 
 
 def initial_latents(

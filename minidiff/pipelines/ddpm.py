@@ -17,7 +17,7 @@ from torch import Tensor
 from minidiff.outputs import Output
 from minidiff.pipelines.base import DiffusionPipeline
 from minidiff.pipelines.common import Step, make_generators
-from minidiff.pipelines.request import Generators, check_choice, check_count, check_number
+from minidiff.pipelines.request import Generators, as_python, check_choice, check_count, check_number
 from minidiff.random import randn
 from minidiff.schedulers.base import Plan, Scheduler
 from minidiff.schedulers.ddim import DDIMScheduler
@@ -60,6 +60,7 @@ class Request:
     use_clipped_model_output: bool | None = None
 
     def __post_init__(self) -> None:
+        as_python(self)
         check_count("batch_size", self.count)
         check_number("eta", self.eta, 0, 1)
 
@@ -103,6 +104,7 @@ class UnconditionalPipeline(DiffusionPipeline):
         if request.use_clipped_model_output is not None:
             options["use_clipped_model_output"] = request.use_clipped_model_output
         plan = scheduler.plan(request.num_inference_steps, device=device, **options)
+        scheduler.show(plan)
         if unet.config.time_embedding_type == "fourier" and min(plan.times) <= 0:
             raise ValueError(
                 f"{type(scheduler).__name__} visits timestep {min(plan.times):g}, but this UNet takes the logarithm of "
@@ -121,6 +123,7 @@ class UnconditionalPipeline(DiffusionPipeline):
             out = self.unet(scheduler.scale_input(plan, i, x), plan.timesteps[i]).sample
             noise = scheduler.draw_noise(plan, i, x, run.generator)
             run.x, past = scheduler.advance(plan, i, x, out, past, noise)
+            scheduler.show(plan, i + 1)
             yield i, x, out
 
     def decode(self, x: Tensor, output_type: str = "pil") -> "list[Image.Image] | np.ndarray | Tensor":

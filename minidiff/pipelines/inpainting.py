@@ -22,8 +22,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from minidiff.pipelines.callbacks import Handling
 from minidiff.pipelines.common import Run, initial_latents
-from minidiff.pipelines.latent import Handling, LatentPipeline, dealt
+from minidiff.pipelines.latent import LatentPipeline, dealt
 from minidiff.pipelines.request import Generators
 from minidiff.schedulers.base import Plan, Scheduler
 
@@ -64,6 +65,8 @@ class Given(NamedTuple):
 @dataclass(kw_only=True)
 class InpaintRun(Run):
     """The state of one inpainting. Under guidance ``mask`` and ``masked_image_latents`` stand there twice."""
+
+    per_copy: ClassVar[tuple[str, ...]] = ("mask", "masked_image_latents")
 
     mask: Tensor  # (B, 1, h, w) or (2 B, 1, h, w): 1 is repainted
     masked_image_latents: Tensor | None  # (B, C, h, w) or (2 B, C, h, w); None = the image came as latents

@@ -19,6 +19,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from minidiff.pipelines.callbacks import Fact
 from minidiff.pipelines.common import Run, rescaled
 from minidiff.pipelines.latent import LatentPipeline, dealt
 from minidiff.pipelines.request import check_number
@@ -66,6 +67,8 @@ class Editing:
 class EditRun(Run):
     """The state of one edit; under guidance conditions stand in the order text, image, nothing."""
 
+    per_copy: ClassVar[tuple[str, ...]] = ("image_latents",)
+
     image_latents: Tensor  # (B, C, H, W) or (3 B, C, H, W), not scaled
     image_guidance_scale: float
 
@@ -99,18 +102,7 @@ class EditingPipeline(LatentPipeline):
 
     unet_inputs: ClassVar[tuple[str, ...]] = ("image",)
 
-    @property
-    def image_guidance_scale(self) -> float:
-        """The image guidance scale of the call whose callback is running."""
-        return self._run().image_guidance_scale
-
-    @property
-    def _image_guidance_scale(self) -> float:
-        return self._run().image_guidance_scale
-
-    @_image_guidance_scale.setter
-    def _image_guidance_scale(self, value: float) -> None:
-        self._run().image_guidance_scale = value
+    image_guidance_scale, _image_guidance_scale = Fact(), Fact()
 
     def _once(self, x: Tensor, run: EditRun) -> Tensor:
         return x  # one of the three passes is not shown the image

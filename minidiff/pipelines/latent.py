@@ -1,7 +1,7 @@
 """What every pipeline over latents does with a prepared run: the loop of a call, steps one by one, and decoding."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
@@ -13,8 +13,8 @@ from minidiff.adapters.textual_inversion import TextualInversionLoader
 from minidiff.errors import ConfigError
 from minidiff.outputs import Output
 from minidiff.pipelines.base import DiffusionPipeline
-from minidiff.pipelines.callbacks import Callback, Callbacks
-from minidiff.pipelines.common import Run, Step, denoise
+from minidiff.pipelines.callbacks import RUNS, Callback, Callbacks, Handling, OldCallback
+from minidiff.pipelines.common import FACTS, Run, Step, denoise
 from minidiff.pipelines.request import Generators, Request, check_choice, check_count
 from minidiff.unet import UNet2DConditionModel
 from minidiff.vae import AutoencoderKL, DiagonalGaussian
@@ -31,25 +31,12 @@ if TYPE_CHECKING:
 _OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
 
-@dataclass(frozen=True)
-class Handling:
-    """What a caller wants done with the steps and the result, as opposed to what is generated."""
-
-    output_type: str = "pil"
-    callback: Callback | None = None
-    callback_tensors: Sequence[str] = ("latents",)
-
-
 class LatentPipeline(Callbacks, LoraLoader, TextualInversionLoader, DiffusionPipeline):
     """Base of the pipelines over latents. A subclass provides ``_start`` and ``_network``."""
 
     optional_components: ClassVar[tuple[str, ...]] = ("image_encoder", "feature_extractor")
     output_class: ClassVar[type[Output]]  # of a call; has images, seeds and dropped, and the names of reference_fields
     unet_inputs: ClassVar[tuple[str, ...]] = ("latents",)  # what its UNets may read: keys of ``UNET_INPUTS``
-
-    def __init__(self, components: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
-        Callbacks.__init__(self)
-        DiffusionPipeline.__init__(self, components, settings)
 
     @property
     def vae_scale_factor(self) -> int:
@@ -140,9 +127,11 @@ class LatentPipeline(Callbacks, LoraLoader, TextualInversionLoader, DiffusionPip
     def _begin(self, request: Request) -> Run:
         """Start a run with LoRA adapters at the request's scale; ``_predict`` keeps them there."""
         self._say_what_is_scaled(request.lora_scale)
+        facts = {name: getattr(request, name) for name in FACTS if hasattr(request, name)}
+        RUNS.set(self, SimpleNamespace(**facts, interrupt=False, guided=request.guided))
         with lora_scaled(request.lora_scale):
             run = self._start(request)
-        run.lora_scale = request.lora_scale
+        vars(run).update(facts)
         return run
 
     def _predict(self, x: Tensor, t: Tensor, run: Run) -> Tensor:
@@ -163,20 +152,30 @@ class LatentPipeline(Callbacks, LoraLoader, TextualInversionLoader, DiffusionPip
         """Return one of the equal copies that ``x`` is made of, if the UNet is to be optimized; see ``repeated``."""
         return x[: len(x) // run.passes] if self._optimized else x
 
-    def _check_handling(self, handling: Handling, not_implemented: Mapping[str, Any]) -> None:
-        """Raise on wrong choices and on arguments that are unknown or not implemented; None asks for nothing."""
-        if asked := [name for name, value in not_implemented.items() if value is not None]:
+    def _handling(
+        self, output_type: str, callback: Callback | None, tensors: Sequence[str], others: Mapping[str, Any]
+    ) -> Handling:
+        """Check what is to be done with steps and result, and that ``others``, unknown arguments, ask for nothing.
+
+        A callback that is an object may name the tensors that it wants, as its ``tensor_inputs``.
+        """
+        others = dict(others)
+        old = OldCallback.of(others.pop("callback", None), others.pop("callback_steps", None))
+        if asked := [name for name, value in others.items() if value is not None]:
             raise TypeError(f"{type(self).__name__} does not implement the argument(s) {', '.join(asked)}")
-        check_choice("output_type", handling.output_type, _OUTPUT_TYPES)
+        check_choice("output_type", output_type, _OUTPUT_TYPES)
+        handling = Handling(output_type, callback, getattr(callback, "tensor_inputs", tensors) or (), old)
         for name in handling.callback_tensors:
             check_choice("callback_on_step_end_tensor_inputs", name, self._callback_tensor_inputs)
+        return handling
 
     @torch.no_grad()
     def _respond(self, request: Request, handling: Handling, return_dict: bool) -> "Output | tuple[Any, ...]":
         """Do what a call does once its arguments are checked: run all steps; return the record or the tuple."""
         run = self._begin(request)
-        images = self._finish(run, handling)
-        out = self.output_class(images=images, seeds=run.seeds, dropped=run.dropped)
+        with self._going_on(run):
+            images = self._finish(run, handling)
+            out = self.output_class(images=images, seeds=run.seeds, dropped=run.dropped)
         return out if return_dict else tuple(getattr(out, name) for name in self.output_class.reference_fields)
 
     def _finish(self, run: Run, handling: Handling) -> "Images":
@@ -184,10 +183,10 @@ class LatentPipeline(Callbacks, LoraLoader, TextualInversionLoader, DiffusionPip
         counted = self._counted(run)
         with self.progress_bar(total=len(counted)) as bar:
             for i, _, _ in denoise(self._predict, self.scheduler, run):
-                if handling.callback is not None:
-                    self._call_back(handling.callback, run, i, handling.callback_tensors)
+                self._call_back(handling, run, i)
                 if i in counted:
                     bar.update()
+                    self._call_back_as_before(handling, run, i, self.scheduler.order)
         images = self.decode(run.latents, handling.output_type)
         self.maybe_free_model_hooks()
         return images
@@ -201,9 +200,10 @@ class LatentPipeline(Callbacks, LoraLoader, TextualInversionLoader, DiffusionPip
 
     @torch.no_grad()
     def _yield_steps(self, run: Run) -> Iterator[Step]:
-        for i, x, out in denoise(self._predict, self.scheduler, run):
-            x0 = self.scheduler.denoised(run.plan, i, x, out)
-            yield Step(i - run.plan.start, run.plan.timesteps[i], run.latents, x0)
+        with self._going_on(run):
+            for i, x, out in denoise(self._predict, self.scheduler, run):
+                x0 = self.scheduler.denoised(run.plan, i, x, out)
+                yield Step(i - run.plan.start, run.plan.timesteps[i], run.latents, x0)
 
     def _latent_size(self, height: int | None, width: int | None) -> tuple[int, int]:
         """Return height and width in latents; a side that was not given is what the UNet was trained on."""

@@ -3,8 +3,10 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Any
 
+import numpy as np
 from torch import Generator, Tensor
 
 from minidiff.adapters.lora import scale_argument
@@ -64,6 +66,7 @@ class Request:
     cross_attention_kwargs: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
+        as_python(self)
         check_count("num_images_per_prompt", self.num_images_per_prompt)
         check_number("guidance_scale", self.guidance_scale, 0)
         check_number("guidance_rescale", self.guidance_rescale, 0, 1)
@@ -126,9 +129,16 @@ class Request:
                 raise ValueError(f"{name} should be ({self.batch}, L, D), found {tuple(embeds.shape)}")
 
 
+def as_python(request: Any) -> None:
+    """Replace the numbers of NumPy and torch in a frozen record by Python's: the rest may then rely on them."""
+    for name, value in vars(request).items():
+        if isinstance(value, np.generic) or (isinstance(value, Tensor) and value.ndim == 0):
+            object.__setattr__(request, name, value.item())
+
+
 def check_number(name: str, value: Any, low: float, high: float = math.inf) -> None:
     """Raise if ``value`` is not a real number in [low, high]; NaN is none."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} should be a number, found {value!r}")
     if not (low <= value <= high) or math.isinf(value):
         raise ValueError(f"{name} should be finite and in [{low:g}, {high:g}], found {value}")
@@ -136,7 +146,7 @@ def check_number(name: str, value: Any, low: float, high: float = math.inf) -> N
 
 def check_count(name: str, value: Any) -> None:
     """Raise if ``value`` is not a positive integer."""
-    if isinstance(value, bool) or not isinstance(value, int):
+    if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{name} should be an integer, found {value!r}")
     if value < 1:
         raise ValueError(f"{name} should be at least 1, found {value}")

@@ -20,7 +20,7 @@ from minidiff.errors import ConfigError
 from minidiff.outputs import Output
 from minidiff.pipelines.callbacks import Callback
 from minidiff.pipelines.common import Run, Step, initial_latents, make_generators, make_plan
-from minidiff.pipelines.latent import Handling, LatentPipeline, check_channels, family
+from minidiff.pipelines.latent import LatentPipeline, check_channels, family
 from minidiff.pipelines.request import Generators, Prompt, Request
 from minidiff.pipelines.texts import Dropped, Embedded, Encoder, Side, Texts, embed
 from minidiff.schedulers.base import Scheduler
@@ -233,8 +233,9 @@ class StableDiffusionPipeline(SDPipeline):
         Raises:
             TypeError, ValueError: naming the argument, what was found and what was expected.
         """
-        handling = Handling(output_type, callback_on_step_end, callback_on_step_end_tensor_inputs)
-        self._check_handling(handling, not_implemented)
+        handling = self._handling(
+            output_type, callback_on_step_end, callback_on_step_end_tensor_inputs, not_implemented
+        )
         request = Request(
             prompt,
             height,

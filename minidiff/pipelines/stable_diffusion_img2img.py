@@ -17,7 +17,6 @@ from torch import Tensor
 
 from minidiff.pipelines.callbacks import Callback
 from minidiff.pipelines.common import Run, Step, make_generators, make_plan
-from minidiff.pipelines.latent import Handling
 from minidiff.pipelines.request import Generators, Prompt
 from minidiff.pipelines.request_image import ImageRequest
 from minidiff.pipelines.stable_diffusion import SDPipeline, StableDiffusionPipelineOutput
@@ -67,8 +66,9 @@ class StableDiffusionImg2ImgPipeline(SDPipeline):
         Raises:
             TypeError, ValueError: naming the argument, what was found and what was expected.
         """
-        handling = Handling(output_type, callback_on_step_end, callback_on_step_end_tensor_inputs)
-        self._check_handling(handling, not_implemented)
+        handling = self._handling(
+            output_type, callback_on_step_end, callback_on_step_end_tensor_inputs, not_implemented
+        )
         request = ImageRequest(
             prompt=prompt,
             image=image,

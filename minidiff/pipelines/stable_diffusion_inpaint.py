@@ -13,7 +13,6 @@ from torch import Tensor
 from minidiff.pipelines.callbacks import Callback
 from minidiff.pipelines.common import Step, make_generators, make_plan
 from minidiff.pipelines.inpainting import InpaintingPipeline, InpaintRun
-from minidiff.pipelines.latent import Handling
 from minidiff.pipelines.request import Generators, Prompt
 from minidiff.pipelines.request_image import InpaintRequest
 from minidiff.pipelines.stable_diffusion import SDPipeline, StableDiffusionPipelineOutput
@@ -77,8 +76,9 @@ class StableDiffusionInpaintPipeline(InpaintingPipeline, SDPipeline):
         Raises:
             TypeError, ValueError: naming the argument, what was found and what was expected.
         """
-        handling = Handling(output_type, callback_on_step_end, callback_on_step_end_tensor_inputs)
-        self._check_handling(handling, not_implemented)
+        handling = self._handling(
+            output_type, callback_on_step_end, callback_on_step_end_tensor_inputs, not_implemented
+        )
         if padding_mask_crop is not None and output_type != "pil":
             raise ValueError(f"with padding_mask_crop output_type should be 'pil', found {output_type!r}")
         request = InpaintRequest(

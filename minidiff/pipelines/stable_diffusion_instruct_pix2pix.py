@@ -14,7 +14,6 @@ from torch import Tensor
 from minidiff.pipelines.callbacks import Callback
 from minidiff.pipelines.common import Step, initial_latents, make_generators, make_plan
 from minidiff.pipelines.instruct_pix2pix import Editing, EditingPipeline, EditRun, three_fold
-from minidiff.pipelines.latent import Handling
 from minidiff.pipelines.request import Generators, Prompt, Request
 from minidiff.pipelines.stable_diffusion import SDPipeline, StableDiffusionPipelineOutput
 
@@ -77,8 +76,9 @@ class StableDiffusionInstructPix2PixPipeline(EditingPipeline, SDPipeline):
         Raises:
             TypeError, ValueError: naming the argument, what was found and what was expected.
         """
-        handling = Handling(output_type, callback_on_step_end, callback_on_step_end_tensor_inputs)
-        self._check_handling(handling, not_implemented)
+        handling = self._handling(
+            output_type, callback_on_step_end, callback_on_step_end_tensor_inputs, not_implemented
+        )
         request = EditRequest(
             prompt=prompt,
             image=image,

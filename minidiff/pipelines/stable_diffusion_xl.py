@@ -27,7 +27,7 @@ from minidiff.errors import ConfigError
 from minidiff.outputs import Output
 from minidiff.pipelines.callbacks import Callback
 from minidiff.pipelines.common import Run, Step, initial_latents, make_generators, make_plan
-from minidiff.pipelines.latent import Handling, LatentPipeline, check_channels
+from minidiff.pipelines.latent import LatentPipeline, check_channels
 from minidiff.pipelines.request import Generators, Prompt
 from minidiff.pipelines.request_xl import Size, XLRequest
 from minidiff.pipelines.texts import Dropped, Embedded, Encoder, Side, Texts, embed
@@ -60,6 +60,8 @@ class StableDiffusionXLPipelineOutput(Output):
 @dataclass(kw_only=True)
 class XLRun(Run):
     """The state of one call with the conditions that SDXL adds; under guidance the negative ones stand first."""
+
+    per_copy: ClassVar[tuple[str, ...]] = ("add_text_embeds", "add_time_ids")
 
     add_text_embeds: Tensor  # (B, P) or (2 B, P)
     add_time_ids: Tensor  # (B, n) or (2 B, n)
@@ -355,8 +357,9 @@ class StableDiffusionXLPipeline(XLPipeline):
         Raises:
             TypeError, ValueError: naming the argument, what was found and what was expected.
         """
-        handling = Handling(output_type, callback_on_step_end, callback_on_step_end_tensor_inputs)
-        self._check_handling(handling, not_implemented)
+        handling = self._handling(
+            output_type, callback_on_step_end, callback_on_step_end_tensor_inputs, not_implemented
+        )
         request = XLRequest(
             prompt=prompt,
             prompt_2=prompt_2,

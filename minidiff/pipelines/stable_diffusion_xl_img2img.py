@@ -20,7 +20,6 @@ from torch import Tensor
 from minidiff.clip import CLIPTextModel, CLIPTextModelWithProjection
 from minidiff.pipelines.callbacks import Callback
 from minidiff.pipelines.common import Step, make_generators, make_plan
-from minidiff.pipelines.latent import Handling
 from minidiff.pipelines.request import Generators, Prompt
 from minidiff.pipelines.request_xl import Size, XLImageRequest
 from minidiff.pipelines.stable_diffusion_xl import (
@@ -163,8 +162,9 @@ class StableDiffusionXLImg2ImgPipeline(XLImagePipeline):
         Raises:
             TypeError, ValueError: naming the argument, what was found and what was expected.
         """
-        handling = Handling(output_type, callback_on_step_end, callback_on_step_end_tensor_inputs)
-        self._check_handling(handling, not_implemented)
+        handling = self._handling(
+            output_type, callback_on_step_end, callback_on_step_end_tensor_inputs, not_implemented
+        )
         request = XLImageRequest(
             prompt=prompt,
             prompt_2=prompt_2,

@@ -14,7 +14,6 @@ from torch import Tensor
 from minidiff.pipelines.callbacks import Callback
 from minidiff.pipelines.common import Step, make_generators
 from minidiff.pipelines.inpainting import InpaintingPipeline, InpaintRun
-from minidiff.pipelines.latent import Handling
 from minidiff.pipelines.request import Generators, Prompt
 from minidiff.pipelines.request_xl import Size, XLInpaintRequest
 from minidiff.pipelines.stable_diffusion_xl import StableDiffusionXLPipelineOutput, XLRun, steps_until, time_ids
@@ -96,8 +95,9 @@ class StableDiffusionXLInpaintPipeline(InpaintingPipeline, XLImagePipeline):
         Raises:
             TypeError, ValueError: naming the argument, what was found and what was expected.
         """
-        handling = Handling(output_type, callback_on_step_end, callback_on_step_end_tensor_inputs)
-        self._check_handling(handling, not_implemented)
+        handling = self._handling(
+            output_type, callback_on_step_end, callback_on_step_end_tensor_inputs, not_implemented
+        )
         if padding_mask_crop is not None and output_type != "pil":
             raise ValueError(f"with padding_mask_crop output_type should be 'pil', found {output_type!r}")
         request = XLInpaintRequest(

@@ -16,7 +16,6 @@ from minidiff.errors import ConfigError
 from minidiff.pipelines.callbacks import Callback
 from minidiff.pipelines.common import Step, initial_latents, make_generators, make_plan
 from minidiff.pipelines.instruct_pix2pix import Editing, EditingPipeline, EditRun, three_fold
-from minidiff.pipelines.latent import Handling
 from minidiff.pipelines.request import Generators, Prompt
 from minidiff.pipelines.request_xl import Size, XLRequest
 from minidiff.pipelines.stable_diffusion_xl import StableDiffusionXLPipelineOutput, XLPipeline, XLRun, steps_until
@@ -138,8 +137,9 @@ class StableDiffusionXLInstructPix2PixPipeline(EditingPipeline, XLPipeline):
         Raises:
             TypeError, ValueError: naming the argument, what was found and what was expected.
         """
-        handling = Handling(output_type, callback_on_step_end, callback_on_step_end_tensor_inputs)
-        self._check_handling(handling, not_implemented)
+        handling = self._handling(
+            output_type, callback_on_step_end, callback_on_step_end_tensor_inputs, not_implemented
+        )
         request = XLEditRequest(
             prompt=prompt,
             prompt_2=prompt_2,

@@ -42,4 +42,6 @@ def begin(scheduler: Scheduler, plan: Plan, request: Asked, minimum: int = 0) ->
             f"strength={request.strength} of {asked} steps leaves no step to take: ask for a strength of at least "
             f"{needed:.2g}, or for more steps"
         )
-    return scheduler.start_at(plan, start)
+    plan = scheduler.start_at(plan, start)
+    scheduler.show(plan)
+    return plan

@@ -28,6 +28,7 @@ from minidiff import noise_schedule
 from minidiff.outputs import Output
 from minidiff.random import randn
 from minidiff.schedulers.configured import Configured
+from minidiff.schedulers.place import SHOWN, OfPlace, Place, place_of
 from minidiff.schedulers.prediction import Clip
 
 KARRAS_SCHEDULERS = (  # the classes that may replace each other in a pipeline, by the reference's list
@@ -83,6 +84,7 @@ class Scheduler(Configured):
     plan_inputs: ClassVar[tuple[str, ...]] = ()  # which of timesteps=, sigmas=, mu= the solver can plan from
     sigmas_include_last: ClassVar[bool] = False  # sigmas= that a user gives end with the level after the last step
     run_options: ClassVar[Mapping[str, Any]] = {}  # options of a run and their defaults, such as eta
+    _plan, _past, _step_index, _begin_index = OfPlace(), OfPlace(), OfPlace(), OfPlace()  # of the second face
 
     def __init__(self) -> None:
         config = self.config
@@ -102,10 +104,6 @@ class Scheduler(Configured):
         self.alphas = 1.0 - self.betas
         self.alphas_cumprod = torch.cumprod(self.alphas, dim=0)  # alpha_bar
         self._tables: dict[tuple[torch.device, torch.dtype], Tensor] = {}
-        self._plan: Plan | None = None
-        self._past: tuple[Any, ...] = ()
-        self._step_index: int | None = None
-        self._begin_index: int | None = None
 
     # ---- the pure core ------------------------------------------------------------------------------------------
 
@@ -162,7 +160,7 @@ class Scheduler(Configured):
     def noised(self, plan: Plan, x0: Tensor, noise: Tensor) -> Tensor:
         """Return the x (B, ...) that the run begins with when it begins at step ``plan.start`` from the clean x0."""
         begun = copy.copy(self)  # the second face knows how to; a copy, because other threads may use this scheduler
-        begun._plan, begun._begin_index, begun._step_index = plan, plan.start, None
+        begun._place = Place(plan, _begin_index=plan.start)
         return begun.add_noise(x0, noise, plan.timesteps[plan.start].expand(len(x0)))
 
     def scale_input(self, plan: Plan, i: int, x: Tensor) -> Tensor:
@@ -235,7 +233,14 @@ class Scheduler(Configured):
         self._begin(plan)
 
     def _begin(self, plan: Plan) -> None:
-        self._plan, self._past, self._step_index, self._begin_index = plan, (), None, None
+        self._place = Place(plan)
+
+    def show(self, plan: Plan, step_index: int | None = None) -> None:
+        """Let this thread see, through the attributes below, a run of the pure core that has come to this step."""
+        SHOWN.set(self, Place(plan, (), step_index, plan.start or None))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_place": copy.copy(place_of(self))}  # a copy goes its own way
 
     @property
     def timesteps(self) -> Tensor:

@@ -102,7 +102,7 @@ WRONG: Wrong = {
         TypeError,
         "StableDiffusionXLInpaintPipeline.*ip_adapter_image",
     ),
-    "unknown": ({"callback_steps": 1}, TypeError, "callback_steps"),
+    "unknown": ({"callback_step": 1}, TypeError, "callback_step"),
     "callback tensor": ({"callback_on_step_end_tensor_inputs": ["image_latents"]}, ValueError, "image_latents"),
 }
 
@@ -130,7 +130,7 @@ WRONG_EDITS: Wrong = {
     "NaN scale": ({"image_guidance_scale": float("nan")}, ValueError, "image_guidance_scale.*nan"),
     "noise of another size": ({"latents": torch.zeros(1, 4, 9, 8)}, ValueError, r"latents should be \(1, 4, 8, 8\)"),
     "strength": ({"strength": 0.5}, TypeError, "does not implement.*strength"),
-    "the old callback": ({"callback": print}, TypeError, "does not implement.*callback"),
+    "another callback": ({"call_back": print}, TypeError, "does not implement.*call_back"),
     "callback tensor": ({"callback_on_step_end_tensor_inputs": ["mask"]}, ValueError, "mask"),
 }
 

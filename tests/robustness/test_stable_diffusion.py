@@ -98,11 +98,6 @@ def test_steps_says_at_once_what_is_wrong(pipe: StableDiffusionPipeline) -> None
         pipe.steps(PROMPT, output_type="pil")
 
 
-def test_run_attributes_answer_in_callbacks_only(pipe: StableDiffusionPipeline) -> None:
-    with pytest.raises(AttributeError, match="callback_on_step_end"):
-        _ = pipe.guidance_scale
-
-
 def test_unknown_schedulers_and_classes() -> None:
     with pytest.raises(AttributeError, match="EulerMaruyamaScheduler"):
         _ = minidiff.EulerMaruyamaScheduler
