@@ -6,43 +6,49 @@ Hub's own field names. The ``*Spec`` records are what the networks are built fro
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from minidiff.errors import ConfigError
 
 
-class Config(Mapping[str, Any]):
-    """An immutable mapping whose fields are also attributes: ``config.sample_size == config["sample_size"]``."""
+class Config(dict[str, Any]):
+    """A dict that cannot be changed and whose fields are also attributes: ``config.width == config["width"]``.
 
-    def __init__(self, fields: Mapping[str, Any]) -> None:
-        object.__setattr__(self, "_fields", dict(fields))
-
-    def __getitem__(self, name: str) -> Any:
-        return self._fields[name]
+    ``config.copy()`` and ``config | {...}`` are ordinary dicts, to be changed and made into something else.
+    """
 
     def __getattr__(self, name: str) -> Any:
-        # Python asks for dunders and, while unpickling or copying, for `_fields` itself before __init__ has run.
-        if name == "_fields" or name.startswith("__") or name not in self._fields:
+        if name.startswith("__") or name not in self:  # Python asks for dunders while unpickling and copying
             raise AttributeError(f"the configuration has no field {name!r}")
-        return self._fields[name]
+        return self[name]
 
     def __setattr__(self, name: str, value: Any) -> None:
         raise AttributeError(f"configurations are frozen: build a new object with {name}={value!r} instead")
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._fields)
+    def _refuse(self, *args: Any, **kwargs: Any) -> NoReturn:
+        raise TypeError(
+            "configurations are frozen: change a copy, dict(config), and build a new object with from_config"
+        )
 
-    def __len__(self) -> int:
-        return len(self._fields)
+    __setitem__ = __delitem__ = __ior__ = update = setdefault = pop = popitem = clear = _refuse
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _frozen, (type(self), dict(self))  # pickling and copying would set items otherwise
 
     def __repr__(self) -> str:
-        return f"Config({json.dumps(self._fields, indent=2, default=str)})"
+        return f"Config({json.dumps(self, indent=2, default=str)})"
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as a new plain dict."""
-        return dict(self._fields)
+        return dict(self)
+
+
+def _frozen(kind: type[Config], fields: dict[str, Any]) -> Config:
+    made = dict.__new__(kind)
+    dict.update(made, fields)
+    return made
 
 
 def read_json(path: str | Path) -> dict[str, Any]:

@@ -37,6 +37,7 @@ _TASKS = ("", "_img2img", "_inpaint", "_instruct_pix2pix")
 
 # Published path -> where its names are, both below minidiff. A folder stands for the public names that lie in it.
 PATHS: dict[str, Sequence[str]] = {
+    "configuration_utils": ["configured"],
     "image_processor": ["pipelines.image_inputs"],
     "loaders": ["adapters"],
     "models": ["unet", "unet_unconditional", "vae"],
@@ -47,7 +48,8 @@ PATHS: dict[str, Sequence[str]] = {
     "pipelines.stable_diffusion.pipeline_output": ["pipelines.stable_diffusion"],
     "pipelines.stable_diffusion_xl": ["pipelines"],
     "pipelines.stable_diffusion_xl.pipeline_output": ["pipelines.stable_diffusion_xl"],
-    "schedulers": ["schedulers"],
+    "schedulers": ["schedulers", "schedulers.mixin"],
+    "schedulers.scheduling_utils": ["schedulers.mixin"],
     "utils": ["images", "outputs"],
     "utils.loading_utils": ["images"],
     "utils.pil_utils": ["images"],
@@ -61,6 +63,7 @@ PATHS: dict[str, Sequence[str]] = {
 
 NAMES: dict[str, tuple[str, str]] = {  # published name -> the module below minidiff and the name it has there
     "BaseOutput": ("outputs", "Output"),
+    "FrozenDict": ("config", "Config"),
     "LoraLoaderMixin": ("adapters.lora_loader", "LoraLoader"),
     "StableDiffusionLoraLoaderMixin": ("adapters.lora_loader", "LoraLoader"),
     "StableDiffusionXLLoraLoaderMixin": ("adapters.lora_loader", "LoraLoader"),

@@ -22,7 +22,7 @@ from minidiff.config import Config, read_json
 from minidiff.errors import CheckpointError, ConfigError
 from minidiff.pipelines.memory import MemorySavers
 from minidiff.pipelines.single_file import SingleFilePipeline
-from minidiff.schedulers.configured import CONFIG_NAME, Configured
+from minidiff.schedulers.mixin import CONFIG_NAME, SchedulerMixin
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -336,7 +336,7 @@ def _load_component(kind: type, repo: Repo, name: str, dtype: torch.dtype, varia
 
 def _subfolder(kind: type, repo: Repo, name: str) -> str | None:
     """Return the folder of a component; in the oldest repositories (google/ddpm-...) all lie beside the index: None."""
-    if not issubclass(kind, (Model, Configured)):
+    if not issubclass(kind, (Model, SchedulerMixin)):
         return name
     filename = "config.json" if issubclass(kind, Model) else CONFIG_NAME
     flat = repo.at(name).optional_file(filename) is None and repo.optional_file(filename) is not None

@@ -20,7 +20,7 @@ from minidiff.checkpoints.model import Model
 from minidiff.checkpoints.save import save_json
 from minidiff.checkpoints.single_file import absent, describe, find, load_part, raise_if_wrong, refuse, say_ema
 from minidiff.errors import CheckpointError, ConfigError
-from minidiff.schedulers.configured import Configured
+from minidiff.schedulers.mixin import SchedulerMixin
 
 logger = logging.getLogger("minidiff")
 
@@ -150,7 +150,7 @@ def _small_component(kind: type, name: str, configs: Configs, contents: Contents
 
     if issubclass(kind, CLIPTokenizer):
         return configs.tokenizer(name)
-    if not issubclass(kind, Configured):
+    if not issubclass(kind, SchedulerMixin):
         raise ConfigError(f"{name} ({kind.__name__}) has no place in a single file; pass {name}=...")
     fields = configs.read(f"{name}/scheduler_config.json")
     return kind.from_config(fields, **scheduler_changes(fields, prediction, ZERO_SNR_MARK in contents.shapes))

@@ -312,12 +312,15 @@ def _check_fit(text_encoder: CLIPTextModel | None, tokenizer: CLIPTokenizer | No
 
 
 def _corrected(scheduler: Scheduler, corrections: Mapping[str, Any]) -> Scheduler:
-    """Return the scheduler with the fields that the reference corrects in outdated configs of Stable Diffusion."""
+    """Correct what the reference corrects in outdated configurations, in the object that was given, as it does.
+
+    Wherever the wrong value comes from: a file, or the default of a class where the file says nothing.
+    """
     outdated = {name: right for name, right in corrections.items() if scheduler.config.get(name, right) != right}
-    if not outdated:
-        return scheduler
-    logger.info("scheduler config updated for Stable Diffusion, as the reference does: %s", outdated)
-    return type(scheduler).from_config({**scheduler.config, **outdated})
+    if outdated:
+        logger.info("scheduler config updated for Stable Diffusion, as the reference does: %s", outdated)
+        scheduler.register_to_config(**outdated)
+    return scheduler
 
 
 __path__, __getattr__ = [], names_at(__name__)  # the reference has a package of this name

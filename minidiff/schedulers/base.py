@@ -17,7 +17,6 @@ The second face is the one of tutorials (``set_timesteps``, ``scale_model_input`
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -25,17 +24,12 @@ import torch
 from torch import Generator, Tensor
 
 from minidiff import noise_schedule
+from minidiff.configured import ConfigMixin
 from minidiff.outputs import Output
 from minidiff.random import randn
-from minidiff.schedulers.configured import Configured
+from minidiff.schedulers.mixin import KarrasDiffusionSchedulers, SchedulerMixin, SchedulerOutput
 from minidiff.schedulers.place import SHOWN, OfPlace, Place, place_of
 from minidiff.schedulers.prediction import Clip
-
-KARRAS_SCHEDULERS = (  # the classes that may replace each other in a pipeline, by the reference's list
-    "DDIMScheduler DDPMScheduler PNDMScheduler LMSDiscreteScheduler EulerDiscreteScheduler HeunDiscreteScheduler "
-    "EulerAncestralDiscreteScheduler DPMSolverMultistepScheduler DPMSolverSinglestepScheduler KDPM2DiscreteScheduler "
-    "KDPM2AncestralDiscreteScheduler DEISMultistepScheduler UniPCMultistepScheduler"
-).split()
 
 
 class Plan(NamedTuple):
@@ -66,17 +60,10 @@ class Update(NamedTuple):
     x0: Tensor | None = None
 
 
-@dataclass
-class SchedulerOutput(Output):
-    """What ``step`` returns: the next sample and, from solvers that predict it, the clean one."""
-
-    prev_sample: Tensor
-    pred_original_sample: Tensor | None = None
-
-
-class Scheduler(Configured):
+class Scheduler(SchedulerMixin, ConfigMixin):
     """Base of the schedulers. A solver provides ``_grid``, ``_steps``, ``_update`` and ``denoised``."""
 
+    _compatibles: ClassVar[Sequence[str]] = tuple(KarrasDiffusionSchedulers.__members__)
     order: ClassVar[int] = 1  # network evaluations per step that the caller asked for
     beta_schedules: ClassVar[tuple[str, ...]] = noise_schedule.BETA_SCHEDULES
     prediction_types: ClassVar[tuple[str, ...]] = ("epsilon", "sample", "v_prediction")
@@ -92,7 +79,6 @@ class Scheduler(Configured):
         self._require("prediction_type", self.prediction_types)
         if "timestep_spacing" in config:
             self._require("timestep_spacing", noise_schedule.SPACINGS)
-        self._predicts: str = config.prediction_type
         self.betas = noise_schedule.training_betas(  # (T,)
             config.beta_schedule,
             config.beta_start,
@@ -104,6 +90,15 @@ class Scheduler(Configured):
         self.alphas = 1.0 - self.betas
         self.alphas_cumprod = torch.cumprod(self.alphas, dim=0)  # alpha_bar
         self._tables: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+
+    @property
+    def _predicts(self) -> str:
+        return self.config.prediction_type
+
+    @property
+    def _clip(self) -> Clip:
+        # Made when it is needed: a pipeline corrects outdated configurations after the scheduler is built.
+        return Clip.of(self._own())
 
     # ---- the pure core ------------------------------------------------------------------------------------------
 
@@ -308,15 +303,6 @@ class Scheduler(Configured):
         """Return v = sqrt(alpha_bar_t) noise - sqrt(1 - alpha_bar_t) x0, the target of v-prediction."""
         alpha, sigma = self._alpha_sigma_at(timesteps, sample)
         return alpha * noise - sigma * sample
-
-    @property
-    def compatibles(self) -> list[type["Scheduler"]]:
-        """The scheduler classes that may take this one's place, itself included; LCM and TCD have no other."""
-        import minidiff
-
-        own = type(self).__name__
-        names = KARRAS_SCHEDULERS if own in KARRAS_SCHEDULERS else [own]
-        return [getattr(minidiff, name) for name in names if name in minidiff.__all__]
 
     def __len__(self) -> int:
         return self.config.num_train_timesteps

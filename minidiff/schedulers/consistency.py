@@ -19,6 +19,7 @@ from minidiff.schedulers.prediction import predict_x0
 class ConsistencyScheduler(Scheduler):
     """Base of LCM and TCD. ``steps_offset`` and ``timestep_spacing`` have no effect, as in the reference."""
 
+    _compatibles = ()
     plan_inputs = ("timesteps", "original_inference_steps", "strength")
     run_options: ClassVar[Mapping[str, Any]] = {}
 

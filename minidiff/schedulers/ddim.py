@@ -17,9 +17,9 @@ import torch
 from torch import Generator, Tensor
 
 from minidiff import noise_schedule
+from minidiff.configured import register_to_config
 from minidiff.schedulers.base import Grid, Plan, Scheduler, SchedulerOutput, Update
-from minidiff.schedulers.configured import records_config
-from minidiff.schedulers.prediction import Clip, Scalar, linear, predict_eps, predict_x0
+from minidiff.schedulers.prediction import Scalar, linear, predict_eps, predict_x0
 
 
 class Step(NamedTuple):
@@ -41,7 +41,7 @@ class DDIMScheduler(Scheduler):
     looks_up = True
     run_options: ClassVar[Mapping[str, Any]] = {"eta": 0.0, "use_clipped_model_output": False}
 
-    @records_config
+    @register_to_config
     def __init__(
         self,
         num_train_timesteps: int = 1000,
@@ -62,7 +62,6 @@ class DDIMScheduler(Scheduler):
     ) -> None:
         super().__init__()
         self.final_alpha_cumprod = torch.tensor(1.0) if set_alpha_to_one else self.alphas_cumprod[0]
-        self._clip = Clip.of(self.config)
 
     def _grid(self, count: int) -> Grid:
         config = self.config

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from minidiff import noise_schedule
+from minidiff.configured import register_to_config
 from minidiff.schedulers.base import Grid, Plan, Scheduler, Update
-from minidiff.schedulers.configured import records_config
-from minidiff.schedulers.prediction import Clip, Scalar, predict_x0
+from minidiff.schedulers.prediction import Scalar, predict_x0
 
 VARIANCES = ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", "learned", "learned_range")
 
@@ -44,7 +44,7 @@ class DDPMScheduler(Scheduler):
     looks_up = True
     plan_inputs = ("timesteps",)
 
-    @records_config
+    @register_to_config
     def __init__(
         self,
         num_train_timesteps: int = 1000,
@@ -67,7 +67,6 @@ class DDPMScheduler(Scheduler):
         self._require("variance_type", (*VARIANCES, None))
         super().__init__()
         self.variance_type = variance_type
-        self._clip = Clip.of(self.config)
 
     def _grid(self, count: int, timesteps: Sequence[int] | None = None) -> Grid:
         if timesteps is None:

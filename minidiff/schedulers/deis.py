@@ -15,13 +15,12 @@ import torch
 from torch import Tensor
 
 from minidiff import noise_schedule
-from minidiff.config import Config
+from minidiff.configured import register_to_config
 from minidiff.errors import ConfigError
 from minidiff.schedulers.base import Grid, Plan, Update
-from minidiff.schedulers.configured import records_config
 from minidiff.schedulers.dpm_solver import remembered
 from minidiff.schedulers.log_snr import LogSnrScheduler
-from minidiff.schedulers.prediction import Clip, Scalar, linear, predict_eps, predict_x0
+from minidiff.schedulers.prediction import Scalar, linear, predict_eps, predict_x0
 
 
 class Step(NamedTuple):
@@ -54,7 +53,7 @@ class DEISMultistepScheduler(LogSnrScheduler):
 
     prediction_types = ("epsilon", "sample", "v_prediction", "flow_prediction")
 
-    @records_config
+    @register_to_config
     def __init__(
         self,
         num_train_timesteps: int = 1000,
@@ -85,7 +84,7 @@ class DEISMultistepScheduler(LogSnrScheduler):
             renamed["algorithm_type"] = "deis"
         if solver_type in ("midpoint", "heun", "bh1", "bh2"):
             renamed["solver_type"] = "logrho"
-        self._config = Config({**self._config, **renamed})
+        self.register_to_config(**renamed)
         self._require("algorithm_type", ("deis",))
         self._require("solver_type", ("logrho",))
         self._require("solver_order", (1, 2, 3))
@@ -93,7 +92,6 @@ class DEISMultistepScheduler(LogSnrScheduler):
         super().__init__()
         if use_flow_sigmas and self._respace is not None:
             raise ConfigError("use_flow_sigmas cannot be combined with another sigma spacing")
-        self._clip = Clip.of(self.config)
 
     def _grid(self, count: int) -> Grid:
         config, training = self.config, self._training_sigmas()

@@ -25,12 +25,11 @@ import torch
 from torch import Tensor
 
 from minidiff import noise_schedule
-from minidiff.config import Config
 from minidiff.errors import ConfigError
 from minidiff.schedulers.base import Grid, Plan
 from minidiff.schedulers.ddpm import VARIANCES
 from minidiff.schedulers.log_snr import LogSnrScheduler
-from minidiff.schedulers.prediction import Clip, Scalar, predict_eps, predict_x0
+from minidiff.schedulers.prediction import Scalar, predict_eps, predict_x0
 
 
 class Weights(NamedTuple):
@@ -103,14 +102,13 @@ class DpmSolver(LogSnrScheduler):
             renamed["algorithm_type"] = "dpmsolver++"
         if self.config.solver_type in ("logrho", "bh1", "bh2"):
             renamed["solver_type"] = "midpoint"
-        self._config = Config({**self._config, **renamed})
+        self.register_to_config(**renamed)
         config = self.config
         self._require("algorithm_type", self.algorithms)
         self._require("solver_type", ("midpoint", "heun"))
         self._require("solver_order", (1, 2, 3))
         self._require("variance_type", (None, *VARIANCES))  # DDPM's files name fixed ones, which mean nothing here
         self._require("use_dynamic_shifting", (False,))  # the reference fails when it is used
-        self._predicts_x0 = config.algorithm_type.endswith("++")
         if not self._predicts_x0:
             self._require("prediction_type", self.prediction_types[:3])
             if config.final_sigmas_type == "zero":
@@ -122,7 +120,10 @@ class DpmSolver(LogSnrScheduler):
         spaced_by = [name for name in ("use_lu_lambdas", "use_flow_sigmas") if config.get(name)]
         if len(spaced_by) + (self._respace is not None) > 1:
             raise ConfigError(f"{' and '.join(spaced_by)} cannot be combined with each other or another sigma spacing")
-        self._clip = Clip.of(config)
+
+    @property
+    def _predicts_x0(self) -> bool:
+        return self.config.algorithm_type.endswith("++")
 
     # ---- the noise levels of a run ------------------------------------------------------------------------------
 
@@ -150,7 +151,7 @@ class DpmSolver(LogSnrScheduler):
         config, alpha_bar = self.config, self.alphas_cumprod
         lam = torch.sqrt(alpha_bar).log() - torch.sqrt(1 - alpha_bar).log()
         clipped = torch.searchsorted(lam.flip(0), config.lambda_min_clipped).item()
-        spacing, offset = self._own("timestep_spacing", "linspace"), self._own("steps_offset", 0)
+        spacing, offset = self._own().get("timestep_spacing", "linspace"), self._own().get("steps_offset", 0)
         return noise_schedule.spaced_timesteps(
             spacing, count, config.num_train_timesteps, offset, extra=True, last=config.num_train_timesteps - clipped
         ).numpy()

@@ -21,9 +21,9 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
+from minidiff.configured import register_to_config
 from minidiff.random import randn
 from minidiff.schedulers.base import Plan, SchedulerOutput, Update
-from minidiff.schedulers.configured import records_config
 from minidiff.schedulers.dpm_solver import DpmSolver, Step, Transitions, remembered
 from minidiff.schedulers.prediction import Scalar, linear
 from minidiff.schedulers.sigma_space import wide
@@ -46,7 +46,7 @@ class DPMSolverMultistepScheduler(DpmSolver):
 
     algorithms = ("dpmsolver++", "dpmsolver", "sde-dpmsolver++", "sde-dpmsolver")
 
-    @records_config
+    @register_to_config
     def __init__(
         self,
         num_train_timesteps: int = 1000,

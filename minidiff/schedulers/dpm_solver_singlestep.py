@@ -20,8 +20,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from minidiff.configured import register_to_config
 from minidiff.schedulers.base import Plan, Update
-from minidiff.schedulers.configured import records_config
 from minidiff.schedulers.dpm_solver import DpmSolver, Step, Transitions, remembered
 from minidiff.schedulers.prediction import Scalar, linear
 
@@ -55,7 +55,7 @@ class DPMSolverSinglestepScheduler(DpmSolver):
 
     algorithms = ("dpmsolver++", "dpmsolver", "sde-dpmsolver++")
 
-    @records_config
+    @register_to_config
     def __init__(
         self,
         num_train_timesteps: int = 1000,

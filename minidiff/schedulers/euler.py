@@ -17,8 +17,8 @@ import torch
 from torch import Generator, Tensor
 
 from minidiff import noise_schedule
+from minidiff.configured import register_to_config
 from minidiff.schedulers.base import Grid, Plan, SchedulerOutput, Update
-from minidiff.schedulers.configured import records_config
 from minidiff.schedulers.prediction import Scalar
 from minidiff.schedulers.sigma_space import Level, SigmaSpaceScheduler, levels, wide
 
@@ -41,7 +41,7 @@ class EulerDiscreteScheduler(SigmaSpaceScheduler):
     sigmas_include_last = True
     run_options: ClassVar[Mapping[str, Any]] = {"s_churn": 0.0, "s_tmin": 0.0, "s_tmax": math.inf, "s_noise": 1.0}
 
-    @records_config
+    @register_to_config
     def __init__(
         self,
         num_train_timesteps: int = 1000,

@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from minidiff.configured import register_to_config
 from minidiff.schedulers.base import Grid, Plan, Update
-from minidiff.schedulers.configured import records_config
 from minidiff.schedulers.prediction import Scalar
 from minidiff.schedulers.sigma_space import Level, SigmaSpaceScheduler, levels, wide
 
@@ -44,7 +44,7 @@ class EulerAncestralDiscreteScheduler(SigmaSpaceScheduler):
     refuses_indices = True
     prediction_types = ("epsilon", "v_prediction")
 
-    @records_config
+    @register_to_config
     def __init__(
         self,
         num_train_timesteps: int = 1000,

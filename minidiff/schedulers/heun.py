@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from minidiff import noise_schedule
+from minidiff.configured import register_to_config
 from minidiff.schedulers.base import Grid, Plan, Update
-from minidiff.schedulers.configured import records_config
 from minidiff.schedulers.prediction import Clip, Scalar
 from minidiff.schedulers.sigma_space import Level, SigmaSpaceScheduler, levels
 
@@ -37,7 +37,7 @@ class HeunDiscreteScheduler(SigmaSpaceScheduler):
     beta_schedules = (*noise_schedule.BETA_SCHEDULES, "exp")
     plan_inputs = ("timesteps",)
 
-    @records_config
+    @register_to_config
     def __init__(
         self,
         num_train_timesteps: int = 1000,
@@ -55,7 +55,10 @@ class HeunDiscreteScheduler(SigmaSpaceScheduler):
         steps_offset: int = 0,
     ) -> None:
         super().__init__()
-        self._clip = Clip(limit=clip_sample_range if clip_sample else None)
+
+    @property
+    def _clip(self) -> Clip:
+        return Clip(limit=self.config.clip_sample_range if self.config.clip_sample else None)
 
     def _grid(self, count: int, timesteps: Sequence[float] | None = None) -> Grid:
         times, spaced = self._spaced(count, timesteps)

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from minidiff import noise_schedule
+from minidiff.configured import register_to_config
 from minidiff.schedulers.base import Grid, Plan, Update
-from minidiff.schedulers.configured import records_config
 from minidiff.schedulers.euler_ancestral import ancestral
 from minidiff.schedulers.prediction import Scalar
 from minidiff.schedulers.sigma_space import Level, SigmaSpaceScheduler, levels
@@ -42,7 +42,7 @@ class KDPM2DiscreteScheduler(SigmaSpaceScheduler):
     order = 2
     prediction_types = ("epsilon", "v_prediction")
 
-    @records_config
+    @register_to_config
     def __init__(
         self,
         num_train_timesteps: int = 1000,
@@ -111,7 +111,7 @@ class KDPM2DiscreteScheduler(SigmaSpaceScheduler):
 class KDPM2AncestralDiscreteScheduler(KDPM2DiscreteScheduler):
     """Sample with the midpoint method and fresh noise at every step but the last."""
 
-    @records_config
+    @register_to_config
     def __init__(
         self,
         num_train_timesteps: int = 1000,

@@ -15,11 +15,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from minidiff.configured import register_to_config
 from minidiff.outputs import Output
 from minidiff.schedulers.base import Plan, Update
-from minidiff.schedulers.configured import records_config
 from minidiff.schedulers.consistency import ConsistencyScheduler
-from minidiff.schedulers.prediction import Clip, Scalar, linear
+from minidiff.schedulers.prediction import Scalar, linear
 
 SIGMA_DATA = 0.5
 
@@ -46,7 +46,7 @@ class LCMSchedulerOutput(Output):
 class LCMScheduler(ConsistencyScheduler):
     """Sample a latent consistency model in 1 to 8 steps."""
 
-    @records_config
+    @register_to_config
     def __init__(
         self,
         num_train_timesteps: int = 1000,
@@ -68,7 +68,6 @@ class LCMScheduler(ConsistencyScheduler):
         rescale_betas_zero_snr: bool = False,
     ) -> None:
         super().__init__()
-        self._clip = Clip.of(self.config)
 
     def _steps(self, plan: Plan) -> tuple[Step, ...]:
         alpha_bar_t = self._alpha_bar(plan.times)

@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from minidiff.configured import register_to_config
 from minidiff.schedulers.base import Grid, Plan, SchedulerOutput, Update
-from minidiff.schedulers.configured import records_config
 from minidiff.schedulers.prediction import linear
 from minidiff.schedulers.sigma_space import Level, SigmaSpaceScheduler, levels
 
@@ -72,7 +72,7 @@ class LMSDiscreteScheduler(SigmaSpaceScheduler):
 
     run_options: ClassVar[Mapping[str, Any]] = {"order": 4}
 
-    @records_config
+    @register_to_config
     def __init__(
         self,
         num_train_timesteps: int = 1000,

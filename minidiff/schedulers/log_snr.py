@@ -8,6 +8,8 @@ A noise level sigma stands for x = alpha_t x0 + sigma_t eps with
 and the solvers integrate over lambda = log(alpha_t / sigma_t), half the logarithm of the signal-to-noise ratio.
 """
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -21,11 +23,15 @@ class LogSnrScheduler(Scheduler):
 
     def __init__(self) -> None:
         super().__init__()
-        self._respace = noise_schedule.chosen_spacing(self.config)
+        noise_schedule.chosen_spacing(self.config)  # raises if it asks for several
         if "final_sigmas_type" in self.config:
             self._require("final_sigmas_type", ("zero", "sigma_min"))
         if self.config.get("rescale_betas_zero_snr"):
             self.alphas_cumprod[-1] = noise_schedule.ALMOST_NO_SIGNAL  # so that the first sigma is finite
+
+    @property
+    def _respace(self) -> Callable[[float, float, int], np.ndarray] | None:
+        return noise_schedule.chosen_spacing(self._own())
 
     def _respaced(self, count: int) -> np.ndarray:
         """Return ``count`` Karras, exponential or beta noise levels, largest first, float64."""
@@ -37,7 +43,7 @@ class LogSnrScheduler(Scheduler):
 
     def _closed(self, timesteps: np.ndarray, sigmas: np.ndarray, sigma_min: float) -> Grid:
         """Add the last noise level: 0, or ``sigma_min``."""
-        last = 0.0 if self._own("final_sigmas_type", None) == "zero" else sigma_min
+        last = 0.0 if self._own().get("final_sigmas_type") == "zero" else sigma_min
         closed = np.append(sigmas, last).astype(np.float32)
         return Grid(torch.from_numpy(timesteps.astype(np.int64)), torch.from_numpy(closed))
 

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from minidiff import noise_schedule
+from minidiff.configured import register_to_config
 from minidiff.schedulers.base import Grid, Plan, Scheduler, Update
-from minidiff.schedulers.configured import records_config
 from minidiff.schedulers.prediction import Scalar, linear, predict_eps, predict_x0
 
 ADAMS_BASHFORTH = tuple(  # of two, three and four outputs, newest first; their sum is divided by 2, 12 and 24
@@ -73,7 +73,7 @@ class PNDMScheduler(Scheduler):
 
     prediction_types = ("epsilon", "v_prediction")
 
-    @records_config
+    @register_to_config
     def __init__(
         self,
         num_train_timesteps: int = 1000,

@@ -10,7 +10,7 @@ sigma' is the mean of y and x0 in the ratio of the levels:
 Karras et al. 2022, https://arxiv.org/abs/2206.00364, eq. 4 and Algorithm 1.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import ClassVar, NamedTuple
 
 import numpy as np
@@ -50,9 +50,13 @@ class SigmaSpaceScheduler(Scheduler):
 
     def __init__(self) -> None:
         super().__init__()
-        self._respace = noise_schedule.chosen_spacing(self.config)
+        noise_schedule.chosen_spacing(self.config)  # raises if it asks for several
         if self.config.get("rescale_betas_zero_snr"):
             self.alphas_cumprod[-1] = noise_schedule.ALMOST_NO_SIGNAL  # so that the first sigma is finite
+
+    @property
+    def _respace(self) -> Callable[[float, float, int], np.ndarray] | None:
+        return noise_schedule.chosen_spacing(self._own())
 
     # ---- the noise levels of a run ------------------------------------------------------------------------------
 

@@ -17,9 +17,9 @@ import numpy as np
 import torch
 from torch import Generator, Tensor
 
+from minidiff.configured import register_to_config
 from minidiff.outputs import Output
 from minidiff.schedulers.base import Plan, Update
-from minidiff.schedulers.configured import records_config
 from minidiff.schedulers.consistency import ConsistencyScheduler
 from minidiff.schedulers.prediction import Clip, Scalar, linear, predict_eps
 
@@ -48,7 +48,7 @@ class TCDScheduler(ConsistencyScheduler):
 
     run_options: ClassVar[Mapping[str, Any]] = {"eta": 0.3}
 
-    @records_config
+    @register_to_config
     def __init__(
         self,
         num_train_timesteps: int = 1000,

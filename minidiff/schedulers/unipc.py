@@ -24,12 +24,11 @@ import torch
 from torch import Tensor
 
 from minidiff import noise_schedule
-from minidiff.config import Config
+from minidiff.configured import register_to_config
 from minidiff.errors import ConfigError
 from minidiff.schedulers.base import Grid, Plan, Update
-from minidiff.schedulers.configured import records_config
 from minidiff.schedulers.log_snr import LogSnrScheduler
-from minidiff.schedulers.prediction import Clip, Scalar, linear, predict_eps, predict_x0
+from minidiff.schedulers.prediction import Scalar, linear, predict_eps, predict_x0
 
 
 class Transition(NamedTuple):
@@ -76,7 +75,7 @@ class UniPCMultistepScheduler(LogSnrScheduler):
     prediction_types = ("epsilon", "sample", "v_prediction", "flow_prediction")
     plan_inputs = ("sigmas", "mu")
 
-    @records_config
+    @register_to_config
     def __init__(
         self,
         num_train_timesteps: int = 1000,
@@ -110,7 +109,8 @@ class UniPCMultistepScheduler(LogSnrScheduler):
         shift_terminal: float | None = None,
     ) -> None:
         if solver_type in ("midpoint", "heun", "logrho"):  # what the files of DPM-Solver and DEIS say
-            self._config = Config({**self._config, "solver_type": "bh2"})
+            self.register_to_config(solver_type="bh2")
+        self.register_to_config(disable_corrector=list(disable_corrector))  # a list, as it comes from a file
         if not predict_x0:
             self._require("prediction_type", self.prediction_types[:3])
         self._require("solver_type", ("bh1", "bh2"))
@@ -126,7 +126,6 @@ class UniPCMultistepScheduler(LogSnrScheduler):
                 "use_flow_sigmas goes with use_karras_sigmas or alone: the reference does not bring exponential and "
                 "beta sigmas below 1, where a flow's noise levels lie, and returns NaN"
             )
-        self._clip = Clip.of(self.config)
 
     # ---- the noise levels of a run ------------------------------------------------------------------------------
 

@@ -193,8 +193,8 @@ def test_an_outdated_scheduler_config_is_corrected(tmp_path: Path) -> None:
     assert ours.scheduler.config.steps_offset == theirs.scheduler.config.steps_offset == 1
     old = minidiff.DDPMScheduler(clip_sample=True)
     built = StableDiffusionPipeline(ours.vae, ours.text_encoder, ours.tokenizer, ours.unet, old)
-    assert built.scheduler.config.clip_sample is False
-    built.scheduler = old
+    assert built.scheduler is old and old.config.clip_sample is False
+    built.scheduler = minidiff.DDPMScheduler(clip_sample=True)
     assert built.scheduler.config.clip_sample is True
 
 

@@ -168,7 +168,9 @@ def test_from_config():
         ConfigError, match="DDPMScheduler has no option 'predition_type'; did you mean 'prediction_type'"
     ):
         DDPM.from_config({}, predition_type="epsilon")
-    with pytest.raises(TypeError, match="from_pretrained"):
+    with pytest.raises(ValueError, match="needs a configuration"):
+        DDPM.from_config(None)
+    with pytest.warns(FutureWarning, match="load_config"), pytest.raises(CheckpointNotFoundError):
         DDPM.from_config("runwayml/stable-diffusion-v1-5")
 
 
