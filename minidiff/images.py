@@ -52,8 +52,8 @@ def to_pil(x: Tensor) -> list[Image.Image]:
 
 
 def as_pictures(array: np.ndarray) -> list[Image.Image]:
-    """Turn pixels (B, H, W, C) in [0, 1] into B pictures."""
-    pixels = (array * 255).round().astype(np.uint8)
+    """Turn pixels (B, H, W, C) in [0, 1] into B pictures, C = 1 grey, 3 RGB, 4 RGBA; of (H, W, C) make one."""
+    pixels = ((array if array.ndim == 4 else array[None]) * 255).round().astype(np.uint8)
     return [Image.fromarray(picture.squeeze(-1) if picture.shape[-1] == 1 else picture) for picture in pixels]
 
 

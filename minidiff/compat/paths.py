@@ -37,24 +37,34 @@ _TASKS = ("", "_img2img", "_inpaint", "_instruct_pix2pix")
 
 # Published path -> where its names are, both below minidiff. A folder stands for the public names that lie in it.
 PATHS: dict[str, Sequence[str]] = {
+    "callbacks": ["callbacks"],
     "configuration_utils": ["configured"],
-    "image_processor": ["pipelines.image_inputs"],
-    "loaders": ["adapters"],
-    "models": ["unet", "unet_unconditional", "vae"],
+    "image_processor": ["pipelines.image_inputs", "compat.utils"],
+    "loaders": ["adapters", "compat.utils"],
+    "models": ["unet", "unet_unconditional", "vae", "compat.utils"],
+    "models.lora": ["compat.utils"],
     "pipelines": ["pipelines", "pipelines.ddpm"],
     "pipelines.auto_pipeline": ["pipelines.auto"],
     "pipelines.pipeline_utils": ["pipelines.base", "pipelines.ddpm"],
     "pipelines.stable_diffusion": ["pipelines"],
     "pipelines.stable_diffusion.pipeline_output": ["pipelines.stable_diffusion"],
+    "pipelines.stable_diffusion.safety_checker": ["compat.utils"],
     "pipelines.stable_diffusion_xl": ["pipelines"],
     "pipelines.stable_diffusion_xl.pipeline_output": ["pipelines.stable_diffusion_xl"],
+    "pipelines.stable_diffusion_xl.watermark": ["compat.utils"],
     "schedulers": ["schedulers", "schedulers.mixin"],
     "schedulers.scheduling_utils": ["schedulers.mixin"],
-    "utils": ["images", "outputs"],
+    "utils": ["images", "outputs", "compat.utils", "compat.logging"],
+    "utils.deprecation_utils": ["compat.utils"],
+    "utils.doc_utils": ["compat.utils"],
+    "utils.import_utils": ["compat.utils"],
     "utils.loading_utils": ["images"],
+    "utils.logging": ["compat.logging"],
+    "utils.outputs": ["outputs"],
     "utils.pil_utils": ["images"],
+    "utils.torch_utils": ["random", "compat.utils"],
     **{
-        f"pipelines.{family}.pipeline_{family}{task}": [f"pipelines.{family}{task}"]
+        f"pipelines.{family}.pipeline_{family}{task}": [f"pipelines.{family}{task}", "pipelines.by_hand"]
         for family in ("stable_diffusion", "stable_diffusion_xl")
         for task in _TASKS
     },
@@ -63,11 +73,17 @@ PATHS: dict[str, Sequence[str]] = {
 
 NAMES: dict[str, tuple[str, str]] = {  # published name -> the module below minidiff and the name it has there
     "BaseOutput": ("outputs", "Output"),
+    "FromSingleFileMixin": ("pipelines.single_file", "SingleFilePipeline"),
     "FrozenDict": ("config", "Config"),
     "LoraLoaderMixin": ("adapters.lora_loader", "LoraLoader"),
     "StableDiffusionLoraLoaderMixin": ("adapters.lora_loader", "LoraLoader"),
+    "PIL_INTERPOLATION": ("pipelines.image_inputs", "RESAMPLING"),
+    "StableDiffusionMixin": ("pipelines.memory", "MemorySavers"),
     "StableDiffusionXLLoraLoaderMixin": ("adapters.lora_loader", "LoraLoader"),
     "TextualInversionLoaderMixin": ("adapters.textual_inversion", "TextualInversionLoader"),
+    "numpy_to_pil": ("images", "as_pictures"),
+    "pt_to_pil": ("images", "to_pil"),
+    "randn_tensor": ("random", "randn"),
 }
 
 

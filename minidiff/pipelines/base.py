@@ -1,12 +1,14 @@
 """``DiffusionPipeline``: components that belong together, loaded from and saved to a folder with a model_index.json.
 
 The file names the pipeline's class and, for each component, a library and a class; each component lies in a subfolder
-of its own name. Library and class only choose among minidiff's own classes: no code is ever taken from a checkpoint.
+of its own name. Library and class only choose among minidiff's own classes and those of modules that the program has
+imported itself: no code is ever taken from a checkpoint.
 """
 
 import inspect
 import logging
-from collections.abc import Iterable, Mapping
+import sys
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -25,6 +27,8 @@ from minidiff.pipelines.single_file import SingleFilePipeline
 from minidiff.schedulers.mixin import CONFIG_NAME, SchedulerMixin
 
 if TYPE_CHECKING:
+    import numpy as np
+    from PIL import Image
     from tqdm import tqdm
 
 logger = logging.getLogger("minidiff")
@@ -35,21 +39,34 @@ TRANSFORMERS = ("minidiff.clip", "minidiff.tokenizer")  # our modules whose clas
 _said: set[str] = set()  # what this process has already been told
 
 
-class DiffusionPipeline(SingleFilePipeline, MemorySavers):
+class DiffusionPipeline(MemorySavers, SingleFilePipeline):
     """Base of every pipeline.
 
-    A subclass has a constructor with the reference's keyword arguments: first the components, those that a checkpoint
-    may lack with a default, then settings. It hands both to this constructor and adds ``__call__``.
+    A subclass adds ``__call__`` and a constructor: the components, those that a checkpoint may lack with a default,
+    then settings. It calls this constructor and hands on both, see docs/own_pipeline.md::
+
+        super().__init__()
+        self.register_modules(unet=unet, scheduler=scheduler)
+        self.register_to_config(clip=clip)
     """
 
-    optional_components: ClassVar[tuple[str, ...]] = ()  # those that a checkpoint may have and minidiff can do without
+    _optional_components: ClassVar[Sequence[str]] = ()  # those that a checkpoint may have and the pipeline do without
+    model_cpu_offload_seq: ClassVar[str | None] = None  # of the reference; minidiff sees the order as networks run
 
-    def __init__(self, components: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
-        self._component_names = tuple(components)
-        self._settings = dict(settings)
+    def __init__(self) -> None:
+        self._component_names: tuple[str, ...] = ()
+        self._settings: dict[str, Any] = {}
         self._progress_bar_config: dict[str, Any] = {}
+
+    def register_modules(self, **components: Any) -> None:
+        """Make these the pipeline's components: attributes that are loaded, saved, moved and shared with it."""
+        self._component_names = tuple(dict.fromkeys((*self._component_names, *components)))
         for name, component in components.items():
             setattr(self, name, component)
+
+    def register_to_config(self, **settings: Any) -> None:
+        """Make these the pipeline's settings: what ``config`` holds, and model_index.json, beside the components."""
+        self._settings = {**self._settings, **settings}
 
     # --- loading and saving ------------------------------------------------------------------------------------------
 
@@ -151,7 +168,7 @@ class DiffusionPipeline(SingleFilePipeline, MemorySavers):
         given = cls._check_overrides(overrides)
         components, settings = cls._signature()
         parts = {**pipeline.components, **pipeline._settings, **given}
-        if missing := [name for name in components if name not in parts and name not in cls.optional_components]:
+        if missing := [name for name in components if name not in parts and name not in cls._optional_components]:
             raise ValueError(
                 f"{type(pipeline).__name__} has no {', '.join(missing)}, which {cls.__name__} needs; pass "
                 f"{missing[0]}=..."
@@ -167,14 +184,17 @@ class DiffusionPipeline(SingleFilePipeline, MemorySavers):
         found = _public(name)
         if found is None or not issubclass(found, DiffusionPipeline) or found is DiffusionPipeline:
             known = [other for other in minidiff._HOME if other.endswith("Pipeline") and other != "DiffusionPipeline"]
-            raise ConfigError(f"{path} asks for {name}, which minidiff does not implement; it has {', '.join(known)}")
+            raise ConfigError(
+                f"{path} asks for {name}, which minidiff does not implement; it has {', '.join(known)}. If {name} is a "
+                f"pipeline of your own, call {name}.from_pretrained"
+            )
         return found
 
     @classmethod
     def _signature(cls) -> tuple[list[str], list[str]]:
         """Return the names of the constructor's components and settings."""
         parameters = [p for p in inspect.signature(cls.__init__).parameters.values() if p.name != "self"]
-        is_component = {p.name: p.default is p.empty or p.name in cls.optional_components for p in parameters}
+        is_component = {p.name: p.default is p.empty or p.name in cls._optional_components for p in parameters}
         return [name for name, yes in is_component.items() if yes], [
             name for name, yes in is_component.items() if not yes
         ]
@@ -196,14 +216,18 @@ class DiffusionPipeline(SingleFilePipeline, MemorySavers):
         entries = {name: value for name, value in index.items() if not name.startswith("_")}
         foreign = [name for name in entries if name not in [*components, *settings] and entries[name] != [None, None]]
         if foreign:
-            made_for = index.get("_class_name")
-            raise ConfigError(f"{path} is for {made_for}: {cls.__name__} has no place for its {', '.join(foreign)}")
+            message = f"is for {index.get('_class_name')}: {cls.__name__} has no place for its {', '.join(foreign)}"
+            if _public(cls.__name__) is cls:
+                raise ConfigError(f"{path} {message}")
+            logger.warning("%s %s; not loaded", path, message)  # whoever writes a pipeline says what it needs
+        components += [name for name in settings if _is_component(entries.get(name))]
+        settings = [name for name in settings if name not in components]
         parts = {name: entries[name] for name in settings if name in entries}
         for name in components:
-            if name not in given and name not in entries and name not in cls.optional_components:
+            if name not in given and name not in entries and name not in cls._optional_components:
                 raise ConfigError(f"{path} names no {name}, which {cls.__name__} needs; pass {name}=...")
             if name not in given:
-                parts[name] = _component_class(name, entries.get(name), name in cls.optional_components, path)
+                parts[name] = _component_class(name, entries.get(name), name in cls._optional_components, path)
         return {**parts, **given}
 
     # --- what it is made of ------------------------------------------------------------------------------------------
@@ -212,6 +236,11 @@ class DiffusionPipeline(SingleFilePipeline, MemorySavers):
     def components(self) -> dict[str, Any]:
         """The components by name, None for one that is absent: ``Other(**pipe.components)`` shares them."""
         return {name: getattr(self, name) for name in self._component_names}
+
+    @property
+    def _execution_device(self) -> torch.device:
+        """The device that the networks compute on: ``device``, under the name that pipelines of the reference read."""
+        return self.device
 
     @property
     def config(self) -> Config:
@@ -280,6 +309,13 @@ class DiffusionPipeline(SingleFilePipeline, MemorySavers):
             restore(network)
         return self
 
+    @staticmethod
+    def numpy_to_pil(images: "np.ndarray") -> "list[Image.Image]":
+        """Turn pixels (B, H, W, C) or (H, W, C) in [0, 1] into pictures."""
+        from minidiff.images import as_pictures  # brings PIL
+
+        return as_pictures(images)
+
     # --- progress ----------------------------------------------------------------------------------------------------
 
     def progress_bar(self, iterable: Iterable[Any] | None = None, total: int | None = None) -> "tqdm[Any]":
@@ -301,22 +337,28 @@ def _public(name: object) -> type | None:
     return getattr(minidiff, name) if name in minidiff._HOME else None
 
 
+def _is_component(entry: Any) -> bool:
+    """Say whether an entry of ``model_index.json`` names a class, or that a component is absent."""
+    return isinstance(entry, list) and len(entry) == 2 and all(part is None or isinstance(part, str) for part in entry)
+
+
 def _component_class(name: str, entry: Any, optional: bool, path: Path) -> type | None:
     """Return the class that an entry such as ``["diffusers", "AutoencoderKL"]`` means, None for an absent component."""
     if entry is None or entry == [None, None]:
         return None
-    if not (isinstance(entry, list) and len(entry) == 2):
+    if not _is_component(entry):
         raise ConfigError(f"{path}: {name} should be [library, class], found {entry!r}")
     library, class_name = entry
-    found = _public(class_name) if library in ("diffusers", "transformers") else None
-    if isinstance(found, type):
+    ours = library in ("diffusers", "transformers")
+    found = _public(class_name) if ours else getattr(sys.modules.get(library), class_name, None)
+    if isinstance(found, type) and hasattr(found, "from_pretrained"):
         return found
     if optional:
         _say_once(f"{name} ({class_name}) of the checkpoint is not loaded: minidiff does not implement it")
         return None
     raise ConfigError(
         f"{path}: {name} is {library}.{class_name}, which minidiff does not implement; pass {name}=... with one that "
-        "it does"
+        "it does; or, if it is your own, import its module first"
     )
 
 
@@ -350,8 +392,10 @@ def _library_and_class(name: str, component: Any) -> list[str | None]:
     for kind in type(component).__mro__:  # a class derived from ours elsewhere is saved as ours
         if minidiff._HOME.get(kind.__name__) == kind.__module__:
             return ["transformers" if kind.__module__ in TRANSFORMERS else "diffusers", kind.__name__]
+    if hasattr(component, "save_pretrained") and hasattr(component, "from_pretrained"):
+        return [type(component).__module__, type(component).__name__]
     raise TypeError(
-        f"{name} is a {type(component).__name__}, which is not one of minidiff's classes and cannot be saved"
+        f"{name} is a {type(component).__name__}, which is not one of minidiff's classes and has no save_pretrained"
     )
 
 

@@ -79,7 +79,8 @@ class UnconditionalPipeline(DiffusionPipeline):
     """What the two pipelines share: everything but the arguments of a call."""
 
     def __init__(self, unet: UNet2DModel, scheduler: Scheduler) -> None:
-        super().__init__({"unet": unet, "scheduler": scheduler}, {})
+        super().__init__()
+        self.register_modules(unet=unet, scheduler=scheduler)
 
     @torch.no_grad()
     def _generate(self, request: Request, output_type: str, return_dict: bool) -> ImagePipelineOutput | tuple[Any]:

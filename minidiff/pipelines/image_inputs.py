@@ -12,7 +12,7 @@ Checked bit for bit against ``diffusers.image_processor.VaeImageProcessor``.
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
 import numpy as np
@@ -22,6 +22,7 @@ from PIL import Image, ImageFilter
 from torch import Tensor
 
 from minidiff import images
+from minidiff.config import Config
 from minidiff.pipelines.image_regions import Region, crop_region, overlay, resized
 from minidiff.pipelines.request import check_choice, check_count
 
@@ -43,6 +44,7 @@ def to_tensor(
     height: int | None = None,
     width: int | None = None,
     region: Region | None = None,
+    processor: "VaeImageProcessor | None" = None,
 ) -> Tensor:
     """Turn pictures into pixels (B, channels, H, W) in [-1, 1]; latents (B, latent_channels, h, w) pass through.
 
@@ -54,6 +56,7 @@ def to_tensor(
         latent_channels, channels: of the autoencoder.
         height, width: the size in pixels to bring the pictures to; default: that of the first. Latents keep theirs.
         region: cut this rectangle out of PIL pictures, and fill ``height`` x ``width`` with it; they become RGB.
+        processor: what turns them into a tensor, instead of one that is made for ``f`` and ``latent_channels``.
 
     Raises:
         TypeError, ValueError: for anything else, naming what was found.
@@ -65,7 +68,7 @@ def to_tensor(
             raise ValueError(
                 f"image should be a picture of mode {wanted}, found mode {picture.mode}: use image.convert('{wanted}')"
             )
-    processor = VaeImageProcessor(vae_scale_factor=f, vae_latent_channels=latent_channels)
+    processor = processor or VaeImageProcessor(vae_scale_factor=f, vae_latent_channels=latent_channels)
     x = processor.preprocess(image, height, width, "default" if region is None else "fill", region)
     if isinstance(items[0], Tensor) and x.shape[1] == latent_channels:
         return _checked(x, "latents")
@@ -79,20 +82,28 @@ def to_tensor(
     return x
 
 
-def mask_tensor(mask: Any, f: int, height: int, width: int, region: Region | None = None) -> Tensor:
+def mask_tensor(
+    mask: Any,
+    f: int,
+    height: int,
+    width: int,
+    region: Region | None = None,
+    processor: "VaeImageProcessor | None" = None,
+) -> Tensor:
     """Turn masks into a tensor (B, 1, height, width) of 0 (keep) and 1 (repaint).
 
     Args:
         mask: pictures of PIL in any mode, of which the grey counts; arrays (H, W), (H, W, 1), (B, H, W) or
-            (B, H, W, 1) or tensors (H, W), (1, H, W), (B, H, W) or (B, 1, H, W), floating or uint8, where 1/2 is
-            already white; or a list of things of one of these kinds.
+            (B, H, W, 1) or tensors (H, W), (1, H, W), (B, H, W) or (B, 1, H, W), floating, of integers or bool, where
+            1/2 is already white; or a list of things of one of these kinds.
         f: pixels per latent along each side; ``height`` and ``width`` are rounded down to multiples of it.
         region: cut this rectangle out of PIL pictures, and fill ``height`` x ``width`` with it.
+        processor: what turns them into a tensor, instead of ``mask_processor(f)``.
 
     Raises:
         TypeError, ValueError: for anything else, naming what was found.
     """
-    processor = mask_processor(f)
+    processor = processor or mask_processor(f)
     m = processor.preprocess(mask, height, width, "default" if region is None else "fill", region)
     if m.shape[1] != 1:
         raise ValueError(
@@ -178,6 +189,8 @@ class VaeImageProcessor:
             )
         if resize_mode != "default" or crops_coords is not None:
             raise ValueError("resize_mode and crops_coords are for PIL pictures; arrays and tensors can be sliced")
+        if self.do_binarize and x.dtype in (torch.bool, torch.int32, torch.int64):
+            x = x.float()  # a mask, which needs no fractions
         return self._scaled(self._resized(_checked(x, "pixels"), height, width))
 
     def postprocess(
@@ -201,11 +214,75 @@ class VaeImageProcessor:
         array = images.as_array(x)
         return array if output_type == "np" else images.as_pictures(array)
 
+    @property
+    def config(self) -> Config:
+        """The switches by name."""
+        return Config(asdict(self))
+
+    def resize(
+        self, image: Any, height: int, width: int, resize_mode: str = "default"
+    ) -> "Image.Image | np.ndarray | Tensor":
+        """Bring a picture, an array (B, H, W, C) or a tensor (B, C, H, W) to a size; see ``preprocess`` for how."""
+        if isinstance(image, Image.Image):
+            return resized(image, width, height, resize_mode, RESAMPLING[self.resample], self.reducing_gap)
+        if resize_mode != "default":
+            raise ValueError(f"resize_mode {resize_mode!r} is for PIL pictures, found {type(image).__name__}")
+        if isinstance(image, np.ndarray):
+            return self.pt_to_numpy(F.interpolate(self.numpy_to_pt(image), size=(height, width)))
+        return F.interpolate(image, size=(height, width))
+
+    def get_default_height_width(
+        self, image: Any, height: int | None = None, width: int | None = None
+    ) -> tuple[int, int]:
+        """Return the size that ``preprocess`` brings a picture, an array or a tensor to."""
+        if isinstance(image, Image.Image):
+            return self._size(image.height, image.width, height, width)
+        axes = (2, 3) if isinstance(image, Tensor) else (1, 2)
+        return self._size(*(image.shape[axis] for axis in axes), height, width)
+
+    @staticmethod
+    def binarize(image: Tensor) -> Tensor:
+        """Round to 0 and 1, halves up."""
+        return (image >= 0.5).to(image.dtype)
+
+    @staticmethod
+    def normalize(images: "np.ndarray | Tensor") -> "np.ndarray | Tensor":
+        """Map [0, 1] to [-1, 1]."""
+        return 2.0 * images - 1.0
+
+    @staticmethod
+    def denormalize(images: Tensor) -> Tensor:
+        """Map [-1, 1] to [0, 1], and cut off what lies outside."""
+        return (images * 0.5 + 0.5).clamp(0, 1)
+
+    @staticmethod
+    def numpy_to_pt(images: np.ndarray) -> Tensor:
+        """Turn pixels (B, H, W, C) or (B, H, W) into a tensor (B, C, H, W)."""
+        return torch.from_numpy(images if images.ndim == 4 else images[..., None]).permute(0, 3, 1, 2)
+
+    @staticmethod
+    def pil_to_numpy(images: "list[Image.Image] | Image.Image") -> np.ndarray:
+        """Turn B pictures, or one, into pixels (B, H, W, C) or (B, H, W) in [0, 1], float32."""
+        pictures = images if isinstance(images, list) else [images]
+        return np.stack([np.asarray(picture, dtype=np.float32) for picture in pictures]) / np.float32(255)
+
+    @staticmethod
+    def convert_to_rgb(image: Image.Image) -> Image.Image:
+        """Return the picture in RGB."""
+        return image.convert("RGB")
+
+    @staticmethod
+    def convert_to_grayscale(image: Image.Image) -> Image.Image:
+        """Return the picture in grey."""
+        return image.convert("L")
+
     @staticmethod
     def blur(image: Image.Image, blur_factor: int = 4) -> Image.Image:
         """Return the picture (often a mask, for soft seams) blurred by a Gaussian of that many pixels."""
         return image.filter(ImageFilter.GaussianBlur(blur_factor))
 
+    numpy_to_pil: ClassVar[Any] = staticmethod(images.as_pictures)
+    pt_to_numpy: ClassVar[Any] = staticmethod(images.as_array)
     get_crop_region: ClassVar[Any] = staticmethod(crop_region)
     apply_overlay: ClassVar[Any] = staticmethod(overlay)
 
@@ -223,23 +300,20 @@ class VaeImageProcessor:
             pictures = [picture.crop(region) for picture in pictures]
         if self.do_resize:
             H, W = self._size(pictures[0].height, pictures[0].width, height, width)
-            filter_ = RESAMPLING[self.resample]
-            pictures = [resized(picture, W, H, resize_mode, filter_, self.reducing_gap) for picture in pictures]
+            pictures = [self.resize(picture, H, W, resize_mode) for picture in pictures]
         if self.do_convert_rgb or self.do_convert_grayscale:
-            pictures = [picture.convert("RGB" if self.do_convert_rgb else "L") for picture in pictures]
+            convert = self.convert_to_rgb if self.do_convert_rgb else self.convert_to_grayscale
+            pictures = [convert(picture) for picture in pictures]
         kinds = {(picture.mode, *picture.size) for picture in pictures}
         if len(kinds) > 1:
             raise ValueError(f"pictures of one list should have one mode and size, found {sorted(kinds)}")
-        pixels = np.stack([np.asarray(picture, dtype=np.float32) for picture in pictures]) / np.float32(255)
-        return torch.from_numpy(pixels)[:, None] if pixels.ndim == 3 else torch.from_numpy(pixels).permute(0, 3, 1, 2)
+        return self.numpy_to_pt(self.pil_to_numpy(pictures))
 
     def _from_arrays(self, arrays: list[np.ndarray], listed: bool) -> Tensor:
         if self.do_convert_grayscale and not listed and arrays[0].ndim == 3:  # (H, W, 1) or (B, H, W)
             arrays = [arrays[0][None] if arrays[0].shape[-1] == 1 else arrays[0][..., None]]
         rank = _common_rank(arrays, (2, 3, 4), listed)
-        x = np.concatenate(arrays) if rank == 4 else np.stack(arrays)
-        x = x[..., None] if x.ndim == 3 else x
-        return torch.from_numpy(x).permute(0, 3, 1, 2)
+        return self.numpy_to_pt(np.concatenate(arrays) if rank == 4 else np.stack(arrays))
 
     def _from_tensors(self, tensors: list[Tensor], listed: bool) -> Tensor:
         if self.do_convert_grayscale and not listed and tensors[0].ndim == 3:  # (1, H, W) or (B, H, W)
@@ -268,7 +342,7 @@ class VaeImageProcessor:
     def _scaled(self, x: Tensor) -> Tensor:
         if self.do_normalize:
             x = _signed(x)
-        return (x >= 0.5).to(x.dtype) if self.do_binarize else x
+        return self.binarize(x) if self.do_binarize else x
 
 
 def _signed(x: Tensor) -> Tensor:
@@ -286,7 +360,7 @@ def _signed(x: Tensor) -> Tensor:
             stacklevel=2,
         )
         return x
-    return 2.0 * x - 1.0
+    return VaeImageProcessor.normalize(x)
 
 
 def _common_rank(items: list[np.ndarray] | list[Tensor], ranks: tuple[int, ...], listed: bool) -> int:

@@ -22,9 +22,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from minidiff.pipelines.by_hand import InpaintByHand
 from minidiff.pipelines.callbacks import Handling
 from minidiff.pipelines.common import Run, initial_latents
-from minidiff.pipelines.latent import LatentPipeline, dealt
+from minidiff.pipelines.latent import LatentPipeline, computed, dealt
 from minidiff.pipelines.request import Generators
 from minidiff.schedulers.base import Plan, Scheduler
 
@@ -85,14 +86,14 @@ class InpaintRun(Run):
         return (1 - m) * known + m * x
 
 
-class InpaintingPipeline(LatentPipeline):
+class InpaintingPipeline(InpaintByHand, LatentPipeline):
     """Adds to a pipeline what inpainting needs."""
 
     unet_inputs: ClassVar[tuple[str, ...]] = ("latents", "mask")
 
-    @property
+    @computed
     def mask_processor(self) -> "VaeImageProcessor":
-        """What prepares the masks of this pipeline, as the reference's attribute of this name."""
+        """What prepares the masks of this pipeline; another may be assigned."""
         from minidiff.pipelines.image_inputs import mask_processor  # brings PIL
 
         return mask_processor(self.vae_scale_factor)
@@ -177,7 +178,7 @@ class InpaintingPipeline(LatentPipeline):
             view = View(request.mask_image, request.image, region)
         # The reference rounds images to float32 before it masks them.
         image = self._read_image(request.image, height, width, region).float()
-        mask = mask_tensor(request.mask_image, f, height, width, region)
+        mask = mask_tensor(request.mask_image, f, height, width, region, self.mask_processor)
         if len(image) != len(mask) and 1 not in (len(image), len(mask)):
             raise ValueError(f"{len(mask)} masks and {len(image)} images: give one mask, one image, or a mask for each")
         is_latent = image.shape[1] == Z

@@ -22,7 +22,7 @@ from torch import Tensor
 from minidiff.pipelines.callbacks import Fact
 from minidiff.pipelines.common import Run, rescaled
 from minidiff.pipelines.latent import LatentPipeline, dealt
-from minidiff.pipelines.request import check_number
+from minidiff.pipelines.request import Generators, check_number
 
 
 def guide_twice(text: Tensor, image: Tensor, nothing: Tensor, text_scale: float, image_scale: float) -> Tensor:
@@ -104,6 +104,34 @@ class EditingPipeline(LatentPipeline):
 
     image_guidance_scale, _image_guidance_scale = Fact(), Fact()
 
+    def _encode_prompt(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Return the embeddings of the three passes as one tensor, or of the one without guidance."""
+        positive, negative = self.encode_prompt(*args, **kwargs)
+        return positive if negative is None else torch.cat([positive, negative, negative])
+
+    def prepare_image_latents(
+        self,
+        image: Tensor,
+        batch_size: int,
+        num_images_per_prompt: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        do_classifier_free_guidance: bool,
+        generator: Generators = None,
+    ) -> Tensor:
+        """Return what the UNet reads of pixels or latents: (B, C, h, w), or (3 B, C, h, w) under guidance.
+
+        Of pixels it is the mean of the autoencoder's Gaussian, not scaled; nothing is drawn. The last third is zeros.
+        """
+        x = image
+        if x.shape[1] != self._latent_channels:
+            if self.vae is None:
+                raise ValueError("this pipeline has no vae: pass latents as image")
+            vae = self._encoder()
+            x = vae.encode(x.to(device, vae.dtype)).latent_dist.mode()
+        x = dealt(x.to(device, dtype), batch_size * num_images_per_prompt)
+        return torch.cat([x, x, torch.zeros_like(x)]) if do_classifier_free_guidance else x
+
     def _once(self, x: Tensor, run: EditRun) -> Tensor:
         return x  # one of the three passes is not shown the image
 
@@ -113,16 +141,6 @@ class EditingPipeline(LatentPipeline):
     def _image_latents(
         self, request: Editing, like: Tensor, height: int | None = None, width: int | None = None
     ) -> Tensor:
-        """Return what the UNet reads of the images: (B, C, h, w), or (3 B, C, h, w) under guidance, the last zeros.
-
-        Of pixels it is the mean of the autoencoder's Gaussian, not scaled; nothing is drawn. ``height`` and ``width``
-        are the size in pixels to bring the images to.
-        """
+        """Return what the UNet reads of the images of a request, brought to ``height`` x ``width`` pixels."""
         x = self._read_image(request.image, height, width)
-        if x.shape[1] != self._latent_channels:
-            if self.vae is None:
-                raise ValueError("this pipeline has no vae: pass latents as image")
-            vae = self._encoder()
-            x = vae.encode(x.to(like.device, vae.dtype)).latent_dist.mode()
-        x = dealt(x.to(like), request.count)
-        return torch.cat([x, x, torch.zeros_like(x)]) if request.guided else x
+        return self.prepare_image_latents(x, request.count, 1, like.dtype, like.device, request.guided)

@@ -1,6 +1,6 @@
 """What every pipeline over latents does with a prepared run: the loop of a call, steps one by one, and decoding."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
@@ -13,6 +13,7 @@ from minidiff.adapters.textual_inversion import TextualInversionLoader
 from minidiff.errors import ConfigError
 from minidiff.outputs import Output
 from minidiff.pipelines.base import DiffusionPipeline
+from minidiff.pipelines.by_hand import ByHand
 from minidiff.pipelines.callbacks import RUNS, Callback, Callbacks, Handling, OldCallback
 from minidiff.pipelines.common import FACTS, Run, Step, denoise
 from minidiff.pipelines.request import Generators, Request, check_choice, check_count
@@ -31,14 +32,24 @@ if TYPE_CHECKING:
 _OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
 
-class LatentPipeline(Callbacks, LoraLoader, TextualInversionLoader, DiffusionPipeline):
+class computed:  # lower case, as it is used like ``property``
+    """A property that an instance may replace, by assigning to it."""
+
+    def __init__(self, compute: Callable[[Any], Any]) -> None:
+        self.compute, self.__doc__ = compute, compute.__doc__
+
+    def __get__(self, instance: Any, owner: type | None = None) -> Any:
+        return self if instance is None else self.compute(instance)
+
+
+class LatentPipeline(ByHand, Callbacks, LoraLoader, TextualInversionLoader, DiffusionPipeline):
     """Base of the pipelines over latents. A subclass provides ``_start`` and ``_network``."""
 
-    optional_components: ClassVar[tuple[str, ...]] = ("image_encoder", "feature_extractor")
+    _optional_components: ClassVar[tuple[str, ...]] = ("image_encoder", "feature_extractor")
     output_class: ClassVar[type[Output]]  # of a call; has images, seeds and dropped, and the names of reference_fields
     unet_inputs: ClassVar[tuple[str, ...]] = ("latents",)  # what its UNets may read: keys of ``UNET_INPUTS``
 
-    @property
+    @computed
     def vae_scale_factor(self) -> int:
         """Pixels per latent along each side."""
         return 2 ** (len(self.vae.config.block_out_channels) - 1) if self.vae is not None else 8
@@ -50,15 +61,13 @@ class LatentPipeline(Callbacks, LoraLoader, TextualInversionLoader, DiffusionPip
         Raises:
             ValueError: if the decoded pictures hold NaN or infinity, naming the fix.
         """
-        from minidiff import images  # brings PIL
-
         if output_type == "latent":
             return latents
         if self.vae is None:
             raise ValueError("this pipeline has no vae: take the latents with output_type='latent'")
         vae = self._decoder()
         x = vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor).sample
-        return {"pil": images.to_pil, "np": images.to_numpy, "pt": images.to_unit}[output_type](x)
+        return self.image_processor.postprocess(x, output_type)
 
     def _decoder(self) -> AutoencoderKL:
         """Return the autoencoder in the dtype that it is to decode in."""
@@ -68,9 +77,9 @@ class LatentPipeline(Callbacks, LoraLoader, TextualInversionLoader, DiffusionPip
         """Return the autoencoder in the dtype that it is to encode in."""
         return self.vae
 
-    @property
+    @computed
     def image_processor(self) -> "VaeImageProcessor":
-        """What prepares the images of this pipeline, as the reference's attribute of this name."""
+        """What prepares the images of this pipeline and makes pictures; another may be assigned."""
         from minidiff.pipelines.image_inputs import VaeImageProcessor  # brings PIL
 
         return VaeImageProcessor(vae_scale_factor=self.vae_scale_factor, vae_latent_channels=self._latent_channels)
@@ -86,7 +95,8 @@ class LatentPipeline(Callbacks, LoraLoader, TextualInversionLoader, DiffusionPip
         from minidiff.pipelines.image_inputs import to_tensor  # brings PIL
 
         channels = 3 if self.vae is None else self.vae.config.in_channels
-        return to_tensor(image, self.vae_scale_factor, self._latent_channels, channels, height, width, region)
+        own = (self.vae_scale_factor, self._latent_channels, channels)
+        return to_tensor(image, *own, height, width, region, self.image_processor)
 
     def _encode_image(
         self, x: Tensor, count: int, generator: Generators, like: Tensor, one_each: bool = True

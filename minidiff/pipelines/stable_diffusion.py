@@ -64,7 +64,7 @@ class SDPipeline(LatentPipeline):
         ConfigError: if two components do not fit together, naming both.
     """
 
-    optional_components: ClassVar[tuple[str, ...]] = ("safety_checker", "feature_extractor", "image_encoder")
+    _optional_components: ClassVar[tuple[str, ...]] = ("safety_checker", "feature_extractor", "image_encoder")
     output_class = StableDiffusionPipelineOutput
     scheduler_corrections: ClassVar[Mapping[str, Any]] = {"steps_offset": 1, "clip_sample": False}
 
@@ -90,15 +90,16 @@ class SDPipeline(LatentPipeline):
                 raise ConfigError(f"{name} is not implemented: pass {name}=None, found {type(component).__name__}")
         _check_fit(text_encoder, tokenizer, unet)
         check_channels(type(self), vae, unet)
-        components = {
-            "vae": vae,
-            "text_encoder": text_encoder,
-            "tokenizer": tokenizer,
-            "unet": unet,
-            "scheduler": _corrected(scheduler, self.scheduler_corrections),
+        super().__init__()
+        self.register_modules(
+            vae=vae,
+            text_encoder=text_encoder,
+            tokenizer=tokenizer,
+            unet=unet,
+            scheduler=_corrected(scheduler, self.scheduler_corrections),
             **absent,
-        }
-        super().__init__(components, {"requires_safety_checker": requires_safety_checker})
+        )
+        self.register_to_config(requires_safety_checker=requires_safety_checker)
 
     @torch.no_grad()
     def encode_prompt(
@@ -133,6 +134,21 @@ class SDPipeline(LatentPipeline):
         with lora_scaled(lora_scale):
             found = self._embed(texts, device)
         return found.prompt_embeds, found.negative_prompt_embeds
+
+    def _encode_prompt(
+        self,
+        prompt: Prompt,
+        device: torch.device | str,
+        num_images_per_prompt: int,
+        do_classifier_free_guidance: bool,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Tensor:
+        """Return what ``encode_prompt`` does as one tensor, under guidance the negative embeddings first."""
+        positive, negative = self.encode_prompt(
+            prompt, device, num_images_per_prompt, do_classifier_free_guidance, *args, **kwargs
+        )
+        return torch.cat([negative, positive]) if do_classifier_free_guidance else positive
 
     def _embed(self, texts: Texts, device: torch.device | str) -> Embedded:
         positive, negative = texts.prompts, texts.negative_prompts

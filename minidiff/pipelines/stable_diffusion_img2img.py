@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from minidiff.pipelines.by_hand import ImageByHand
 from minidiff.pipelines.callbacks import Callback
 from minidiff.pipelines.common import Run, Step, make_generators, make_plan
 from minidiff.pipelines.request import Generators, Prompt
@@ -24,7 +25,7 @@ from minidiff.pipelines.strength import begin
 from minidiff.random import randn
 
 
-class StableDiffusionImg2ImgPipeline(SDPipeline):
+class StableDiffusionImg2ImgPipeline(ImageByHand, SDPipeline):
     """Image to image with Stable Diffusion 1.x and 2.x.
 
     It is made of the same components as text to image: ``StableDiffusionImg2ImgPipeline(**pipe.components)``. Args and

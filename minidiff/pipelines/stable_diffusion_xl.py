@@ -76,13 +76,15 @@ class XLPipeline(LatentPipeline):
     def __init__(self, components: Mapping[str, Any], settings: Mapping[str, Any], time_ids: int) -> None:
         if settings.get("add_watermarker"):
             raise ConfigError("add_watermarker=True is not implemented: pictures get no invisible watermark")
-        for name in self.optional_components:
+        for name in self._optional_components:
             if components[name] is not None:
                 found = type(components[name]).__name__
                 raise ConfigError(f"{name} is not implemented: pass {name}=None, found {found}")
         _check_fit(components, time_ids)
         check_channels(type(self), components["vae"], components["unet"])
-        super().__init__(components, {name: value for name, value in settings.items() if name != "add_watermarker"})
+        super().__init__()
+        self.register_modules(**components)
+        self.register_to_config(**{name: value for name, value in settings.items() if name != "add_watermarker"})
 
     def _decoder(self) -> AutoencoderKL:
         return self._in_float32(torch.float16)
@@ -194,6 +196,17 @@ class XLPipeline(LatentPipeline):
                 "under guidance, those of the negative prompt, of the same shape)"
             )
         return [Encoder(pair[0], partial(_states, pair[1])) for pair in pairs if None not in pair]
+
+    def _get_add_time_ids(
+        self,
+        original_size: Size,
+        crops_coords_top_left: Size,
+        target_size: Size,
+        dtype: torch.dtype,
+        text_encoder_projection_dim: int | None = None,
+    ) -> Tensor:
+        """Return the six numbers that a picture is conditioned on, (1, 6)."""
+        return torch.tensor([[*original_size, *crops_coords_top_left, *target_size]], dtype=dtype)
 
     # --- one run -----------------------------------------------------------------------------------------------------
 

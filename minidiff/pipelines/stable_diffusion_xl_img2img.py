@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from minidiff.clip import CLIPTextModel, CLIPTextModelWithProjection
+from minidiff.pipelines.by_hand import ImageByHand
 from minidiff.pipelines.callbacks import Callback
 from minidiff.pipelines.common import Step, make_generators, make_plan
 from minidiff.pipelines.request import Generators, Prompt
@@ -82,6 +83,27 @@ class XLImagePipeline(XLPipeline):
         }
         super().__init__(components, settings, time_ids=5 if requires_aesthetics_score else 6)
 
+    def _get_add_time_ids(
+        self,
+        original_size: Size,
+        crops_coords_top_left: Size,
+        target_size: Size,
+        aesthetic_score: float,
+        negative_aesthetic_score: float,
+        negative_original_size: Size,
+        negative_crops_coords_top_left: Size,
+        negative_target_size: Size,
+        dtype: torch.dtype,
+        text_encoder_projection_dim: int | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Return the numbers that the prompt and the negative prompt are conditioned on, (1, n) each."""
+        positive = [*original_size, *crops_coords_top_left, *target_size]
+        negative = [*negative_original_size, *crops_coords_top_left, *negative_target_size]
+        if self._settings["requires_aesthetics_score"]:
+            positive = [*original_size, *crops_coords_top_left, aesthetic_score]
+            negative = [*negative_original_size, *negative_crops_coords_top_left, negative_aesthetic_score]
+        return torch.tensor([positive], dtype=dtype), torch.tensor([negative], dtype=dtype)
+
     def _plan_part(self, request: XLImageRequest, device: torch.device, minimum: int = 0) -> Plan:
         """Plan the part of a run that is asked for: by its strength, at least ``minimum`` steps, or the rest of one."""
         plan = make_plan(self.scheduler, request, device)
@@ -105,7 +127,7 @@ class XLImagePipeline(XLPipeline):
         return [*original, *crop, *target], [*negative_original, *crop, *(request.negative_target_size or target)]
 
 
-class StableDiffusionXLImg2ImgPipeline(XLImagePipeline):
+class StableDiffusionXLImg2ImgPipeline(ImageByHand, XLImagePipeline):
     """Image to image with Stable Diffusion XL: redraw a picture, or refine the latents of another run.
 
     Args and errors: as of ``XLImagePipeline``.

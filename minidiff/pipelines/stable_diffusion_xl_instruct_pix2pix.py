@@ -57,7 +57,7 @@ class StableDiffusionXLInstructPix2PixPipeline(EditingPipeline, XLPipeline):
         ConfigError: if two components do not fit together, naming both.
     """
 
-    optional_components: ClassVar[tuple[str, ...]] = ()
+    _optional_components: ClassVar[tuple[str, ...]] = ()
     _callback_tensor_inputs: ClassVar[tuple[str, ...]] = (*XLPipeline._callback_tensor_inputs, "image_latents")
 
     def __init__(

@@ -255,7 +255,8 @@ def test_pipeline_arguments(tmp_path: Path) -> None:
 
 
 def test_a_foreign_component_cannot_be_saved(tmp_path: Path) -> None:
-    pipe = minidiff.DiffusionPipeline({"vae": torch.nn.Linear(1, 1)}, {})
+    pipe = minidiff.DiffusionPipeline()
+    pipe.register_modules(vae=torch.nn.Linear(1, 1))
     with pytest.raises(TypeError, match="vae is a Linear, which is not one of minidiff's classes"):
         pipe.save_pretrained(tmp_path / "new")
     assert not (tmp_path / "new").exists()
