@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from minidiff.adapters.network import AdaptedNetwork
 from minidiff.checkpoints.model import Model
 from minidiff.checkpoints.names import (
     CLIP_PREFIX,
@@ -99,7 +100,7 @@ class CLIPTextConfig(Config):
         super().__init__(clip_config(fields))
 
 
-class CLIPTextModel(Model):
+class CLIPTextModel(AdaptedNetwork, Model):
     """Encode token ids to text embeddings.
 
     Args:
@@ -107,6 +108,7 @@ class CLIPTextModel(Model):
     """
 
     weights_stem = "model"
+    lora_component = "text_encoder"
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         super().__init__()

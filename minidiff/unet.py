@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from minidiff.adapters.network import AdaptedNetwork
 from minidiff.checkpoints.model import Model
 from minidiff.checkpoints.names import canonical_unet_name, unet_rows
 from minidiff.checkpoints.remap import Row
@@ -245,7 +246,7 @@ class UNet2DConditionOutput(Output):
     sample: Tensor
 
 
-class UNet2DConditionModel(SingleFileModel, UNet):
+class UNet2DConditionModel(AdaptedNetwork, SingleFileModel, UNet):
     """Predict noise (or v, or x0, as the checkpoint was trained) from a noisy latent, the time and a text.
 
     Keyword arguments are the fields of the Hub's ``unet/config.json``, with the reference's defaults.
@@ -254,7 +255,7 @@ class UNet2DConditionModel(SingleFileModel, UNet):
         ConfigError: naming each field that is unknown or has a value that is not implemented.
     """
 
-    single_file_part = "unet"
+    single_file_part = lora_component = "unet"
 
     def __init__(self, **fields: Any) -> None:
         config = unet_config(fields)

@@ -511,9 +511,7 @@ def test_marks_of_v_prediction_and_zero_snr_travel(sd1: Twin, tmp_path: Path) ->
     tensors = load_file(tmp_path / "a.safetensors")
     assert tensors["v_pred"].shape == tensors["ztsnr"].shape == (0,)
     assert not {"v_pred", "ztsnr"} & load_file(sd1.file).keys()
-    save_file(
-        tensors, tmp_path / "marks.safetensors"
-    )  # with nothing but the marks, and a configuration that lacks them
+    save_file(tensors, tmp_path / "marks.safetensors")  # the configuration lacks them
     plain = as_v(sd1, tmp_path / "plain", DDIMScheduler.from_config(sd1.ours.scheduler.config))
     pipe = StableDiffusionPipeline.from_single_file(tmp_path / "marks.safetensors", config=plain)
     assert ZERO_SNR.items() <= dict(pipe.scheduler.config).items()
@@ -583,7 +581,7 @@ SAID: dict[str, tuple[Any, str]] = {
     "nothing": ({}, "has no model_index.json"),
     "another class": (
         {"model_index.json": {"_class_name": "os.system"}},
-        "asks for os.system, which minidiff does not",
+        "asks for os.system, which",
     ),
 }
 

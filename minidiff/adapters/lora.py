@@ -59,7 +59,7 @@ class Patch:
     def __call__(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
         scale = _call_scale.get()
         for adapter, factor in self.shown:
-            down, up = self._matrices(adapter)
+            down, up = self.matrices(adapter)
             output = torch.add(output, self._low_rank(args[0], down, up), alpha=factor * scale)
         return output
 
@@ -69,7 +69,8 @@ class Patch:
             return F.conv2d(F.conv2d(x, down, None, self.module.stride, self.module.padding), up)
         return F.linear(F.linear(x, down), up)
 
-    def _matrices(self, adapter: str) -> tuple[Tensor, Tensor]:
+    def matrices(self, adapter: str) -> tuple[Tensor, Tensor]:
+        """Return A and B of an adapter."""
         buffers = self.module._buffers
         return buffers[f"lora_{adapter}_A"], buffers[f"lora_{adapter}_B"]
 
@@ -100,7 +101,7 @@ class Patch:
         """
         weight = self.module.weight.detach()
         for adapter, scale in self.shown:
-            down, up = self._matrices(adapter)
+            down, up = self.matrices(adapter)
             if down.dtype in (torch.float16, torch.bfloat16):
                 down, up = down.float(), up.float()
             delta = (up.flatten(1) @ down.flatten(1)).reshape(weight.shape) * (scale * factor)
@@ -137,12 +138,28 @@ class Adapters:
 
     def add(self, adapter: str, updates: Mapping[str, tuple[str, LowRank]]) -> None:
         """Add an adapter, {our layer: (Hub name, update)}, and make it the only active one, as the reference does."""
+        self._attach(adapter, updates)
+        self.names.append(adapter)
+        self.activate({adapter: 1.0})
+
+    def swap(self, adapter: str, updates: Mapping[str, tuple[str, LowRank]]) -> None:
+        """Give an adapter other matrices. It stays active or not; its weight becomes 1, as in the reference."""
+        self._detach(adapter)
+        self._attach(adapter, updates)
+        self.weights[adapter] = 1.0
+        self._show()
+
+    def _attach(self, adapter: str, updates: Mapping[str, tuple[str, LowRank]]) -> None:
         for layer, (hub, update) in updates.items():
             if layer not in self.patches:
                 self.patches[layer] = Patch(self.network.get_submodule(layer), hub)
             self.patches[layer].add(adapter, update)
-        self.names.append(adapter)
-        self.activate({adapter: 1.0})
+
+    def _detach(self, adapter: str) -> None:
+        for layer in [layer for layer, patch in self.patches.items() if adapter in patch.scales]:
+            self.patches[layer].remove(adapter)
+            if not self.patches[layer].scales:
+                del self.patches[layer]
 
     def activate(self, weights: Mapping[str, Weight]) -> None:
         """Make these adapters the active ones; names that the network does not have are left out."""
@@ -160,10 +177,7 @@ class Adapters:
         if adapter in self.names:
             self.names.remove(adapter)
             del self.weights[adapter]
-            for layer in [layer for layer, patch in self.patches.items() if adapter in patch.scales]:
-                self.patches[layer].remove(adapter)
-                if not self.patches[layer].scales:
-                    del self.patches[layer]
+            self._detach(adapter)
         self.active = tuple(name for name in self.active if name != adapter) or tuple(self.names[:1])
         self._show()
 
@@ -216,10 +230,11 @@ def remove_adapters(network: nn.Module) -> None:
 
 
 def check_updates(network: nn.Module, updates: Iterable[tuple[str, str, Tensor, str, Tensor]]) -> list[str]:
-    """Return a line for each matrix whose shape does not fit its layer: (our layer, key, down, key, up)."""
+    """Return a line for each matrix that does not fit its layer: (our layer, key, down, key, up)."""
     problems = []
     for layer, down_key, down, up_key, up in updates:
-        C_out, C_in, *kernel = network.get_submodule(layer).weight.shape
+        weight = network.get_submodule(layer).weight
+        C_out, C_in, *kernel = weight.shape
         r = down.shape[0] if down.ndim else 0
         ones = (1,) * len(kernel)
         for key, matrix, expected in ((down_key, down, (r, C_in, *kernel)), (up_key, up, (C_out, r, *ones))):
@@ -230,6 +245,8 @@ def check_updates(network: nn.Module, updates: Iterable[tuple[str, str, Tensor, 
                     f"{key} is {tuple(matrix.shape)}, expected ({', '.join(map(str, wanted))})"
                     + (f" with the rank r = {r} of {down_key}" if matrix is up else "")
                 )
+            elif weight.dtype == torch.float16 and not matrix.to(weight.dtype).isfinite().all():
+                problems.append(f"{key} is not finite in {weight.dtype}, the dtype of its layer: load in another")
     return problems
 
 

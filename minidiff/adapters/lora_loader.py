@@ -11,6 +11,7 @@ docs/adapters.md lists where it differs.
 """
 
 import logging
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,13 +33,16 @@ from minidiff.adapters.lora_config import layer_configs, scale_of
 from minidiff.adapters.lora_names import Found, LayerName, Names, sort_tensors
 from minidiff.adapters.lora_weights import component_weights
 from minidiff.adapters.source import AdapterFile, read_adapter
+from minidiff.checkpoints.families import FAMILIES, no_adapter
 from minidiff.checkpoints.model import Model, refuse_pickles, refuse_unless_harmless
-from minidiff.errors import CheckpointError
+from minidiff.errors import CheckpointError, shortened
 
 logger = logging.getLogger("minidiff")
 
 FILE_NAME = "pytorch_lora_weights.safetensors"
 COMPONENTS = ("unet", "text_encoder", "text_encoder_2")
+_READS_TEXT = re.compile(r".*attn2[._].*to_[kv][._].*(lora_A|down)\.weight")  # its width is that of the text
+_SAYS_FAMILY = ("ss_base_model_version", "modelspec.architecture")  # kohya's metadata, and ModelSpec's
 
 
 @dataclass(frozen=True)
@@ -87,7 +91,7 @@ class LoraLoader:
         Args:
             pretrained_model_name_or_path_or_dict: a safetensors file, a folder, a Hub id, or tensors by name.
             adapter_name: what to call it; default: default_0, default_1...
-            hotswap: not implemented, must be False.
+            hotswap: whether it takes the place of the adapter of this name: active or not as that one, at the weight 1.
             weight_name: the file in the folder or repository; default: pytorch_lora_weights.safetensors, or the only
                 safetensors file there.
 
@@ -98,29 +102,28 @@ class LoraLoader:
             CheckpointError: one error with all tensors that have no layer in this pipeline, lack their other matrix,
                 have a wrong shape, or belong to a kind of adapter that is not implemented.
             CheckpointNotFoundError: if there is no such file.
-            ValueError: if the name is taken.
+            ValueError: if the name is taken, or, with ``hotswap``, if it is not, or fused.
         """
         refuse_pickles(use_safetensors)
         if unknown := refuse_unless_harmless(harmless):
             raise TypeError(f"load_lora_weights got unknown arguments {', '.join(unknown)}")
-        if hotswap:
-            raise TypeError("hotswap=True is not implemented; delete_adapters() and load_lora_weights() do the same")
-        name = self._new_name(adapter_name)
         where = {"subfolder": subfolder, "revision": revision, "cache_dir": cache_dir, "token": token}
         where |= {"local_files_only": local_files_only, "force_download": force_download}
+        name = self._name_to_swap(adapter_name) if hotswap else self._new_name(adapter_name)
         file = read_adapter(pretrained_model_name_or_path_or_dict, FILE_NAME, weight_name, **where)
+        return self._add_lora(file, name)
+
+    def _add_lora(self, file: AdapterFile, name: str) -> LoadedLora:
+        """Add an adapter to the networks that its file is for, in the place of one of this name if there is one."""
         networks = self._lora_networks()
         updates = read_updates(file, networks)
-        for component, layers in updates.items():
-            network = networks[component]
-            if adapters_of(network) is None:
-                network._lora = Adapters(network)
-            if fused := adapters_of(network).fused:
-                logger.warning("%s of %s is no longer fused: %r takes its place", ", ".join(fused), component, name)
-                adapters_of(network).unfuse()
-            if not adapters_of(network).enabled:  # as in the reference
-                logger.warning("the adapters of %s are disabled, %r too: call enable_lora()", component, name)
-            adapters_of(network).add(name, {layer.ours: (layer.hub, update) for layer, update in layers.items()})
+        there = self._all_adapters()
+        for component, network in networks.items():
+            layers = {layer.ours: (layer.hub, update) for layer, update in updates.get(component, {}).items()}
+            if component in there and name in there[component].names:
+                there[component].swap(name, layers)
+            elif layers:
+                self._add_to(network, component, name, layers)
         ranks = {
             component: {layer.hub: len(update.down) for layer, update in layers.items()}
             for component, layers in updates.items()
@@ -128,6 +131,21 @@ class LoraLoader:
         loaded = LoadedLora(name, ranks)
         logger.info("%s", loaded)
         return loaded
+
+    def _add_to(self, network: Model, component: str, name: str, layers: Mapping[str, tuple[str, LowRank]]) -> None:
+        """Add an adapter to a network; those that are fused there are taken out of the weights."""
+        if adapters_of(network) is None:
+            network._lora = Adapters(network)
+        adapters = adapters_of(network)
+        if fused := adapters.fused:
+            logger.warning("%s of %s is no longer fused: %r takes its place", ", ".join(fused), component, name)
+            adapters.unfuse()
+        if not adapters.enabled:  # as in the reference
+            logger.warning("the adapters of %s are disabled, %r too: call enable_lora()", component, name)
+        adapters.add(name, layers)
+
+    def enable_lora_hotswap(self, **options: Any) -> None:
+        """Do nothing: an adapter may be replaced by one of any rank, which the reference has to prepare."""
 
     def unload_lora_weights(self) -> None:
         """Remove all adapters. The weights are bit for bit the originals; but those that are fused stay so."""
@@ -283,6 +301,13 @@ class LoraLoader:
             )
         return name
 
+    def _name_to_swap(self, name: str | None) -> str:
+        there = sorted({name for adapters in self._all_adapters().values() for name in adapters.names})
+        if name not in there:
+            raise ValueError(f"hotswap=True replaces one of the adapters {there}; found {name!r} as adapter_name")
+        self._refuse_fused("replace an adapter")
+        return str(name)
+
     def _say_what_is_scaled(self, scale: float) -> None:
         """Warn if a call asks for another scale and there is nothing to scale, which the reference leaves unsaid."""
         adapters = self._all_adapters().values()
@@ -315,9 +340,24 @@ def read_updates(file: AdapterFile, networks: Mapping[str, Model]) -> dict[str, 
         update = LowRank(found.down[1], found.up[1], scale)
         updates.setdefault(layer.component, {})[layer] = update
     if problems:
-        lines = "\n".join(f"  {line}" for line in problems)
-        raise CheckpointError(f"{file.label} is no LoRA for this pipeline; nothing was changed:\n{lines}")
+        why = f" ({what})" if (what := _whose(file, networks)) else ""
+        lines = "\n".join(f"  {line}" for line in shortened(problems))
+        raise CheckpointError(f"{file.label} is no LoRA for this pipeline{why}; nothing was changed:\n{lines}")
     return updates
+
+
+def _whose(file: AdapterFile, networks: Mapping[str, Model]) -> str | None:
+    """Say what a file is that does not fit: no LoRA, or one of another family; None if nothing tells."""
+    if what := no_adapter(file.tensors, "a LoRA"):
+        return f"it is {what}"
+    widths = {one.shape[1] for key, one in file.tensors.items() if _READS_TEXT.fullmatch(key) and one.ndim > 1}
+    D = networks["unet"].config.get("cross_attention_dim") if "unet" in networks else None
+    if len(widths) == 1 and D not in widths:
+        (width,) = widths
+        title = next((f", as {family.title} does" for family in FAMILIES if family.ctx == width), "")
+        return f"its UNet reads a text of width {width}{title}, this one {D}"
+    said = next((field for field in _SAYS_FAMILY if field in file.metadata), None)
+    return f"{said} in its header is {file.metadata[said]!r}" if said else None
 
 
 def _scale(layer: LayerName, found: Found, configs: Mapping[str, Mapping[str, Any]]) -> float:

@@ -26,7 +26,7 @@ from typing import Literal, NamedTuple
 from torch import Tensor, nn
 
 from minidiff.checkpoints.model import Model
-from minidiff.checkpoints.names import UNET_PREFIX
+from minidiff.checkpoints.names import UNET_PREFIX, unwrapped
 
 Part = Literal["down", "up", "alpha"]
 
@@ -90,6 +90,7 @@ class Names:
 
     def find(self, key: str) -> tuple[LayerName, Part] | str:
         """Return the layer that a tensor belongs to and its part in it, or the reason why there is none."""
+        key = unwrapped(key)
         for pattern, kind in NOT_IMPLEMENTED.items():
             if re.search(pattern, key):
                 return f"{kind}, which minidiff does not implement"

@@ -4,12 +4,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 from safetensors import safe_open
 from torch import Tensor
 
 from minidiff.checkpoints.hub import PICKLES, WHY_NO_PICKLES, MissingFileError, NotCachedError, Repo
 from minidiff.checkpoints.load import STORED_DTYPES, read_header
-from minidiff.errors import CheckpointError, CheckpointNotFoundError
+from minidiff.errors import CheckpointError, CheckpointNotFoundError, shortened
 
 
 class AdapterFile(NamedTuple):
@@ -42,7 +43,7 @@ def read_adapter(
 
     Raises:
         CheckpointNotFoundError: if there is no such file, or if several could be meant.
-        CheckpointError: if it is a pickle or damaged, or if a tensor is not floating.
+        CheckpointError: if it is a pickle or damaged, or if a tensor is not floating or not finite.
     """
     if isinstance(source, Mapping):
         found = AdapterFile("the given state dict", dict(source), {})
@@ -54,15 +55,30 @@ def read_adapter(
         found = _read(path)
     if not found.tensors:
         raise CheckpointError(f"{found.label} holds no tensors")
-    dtypes = list(STORED_DTYPES.values())
-    if wrong := [f"{key} is {_kind(value)}" for key, value in found.tensors.items() if _kind(value) not in dtypes]:
-        accepted = ", ".join(map(str, dtypes))
-        raise CheckpointError(f"{found.label}: {'; '.join(wrong)}; expected tensors of {accepted}")
+    check_tensors(found.label, found.tensors)
     return found
 
 
-def _kind(value: object) -> object:
-    return value.dtype if isinstance(value, Tensor) else type(value).__name__
+def check_tensors(label: str, tensors: Mapping[str, object]) -> None:
+    """Raise ``CheckpointError`` if a tensor is not floating, or has values that are not finite.
+
+    An alpha is one number, whatever its type, and checked where it is used.
+    """
+    values = {key: value for key, value in tensors.items() if not (_kind(value) and key.endswith(".alpha"))}
+    dtypes = list(STORED_DTYPES.values())
+    if wrong := [
+        f"{key} is {_kind(value) or type(value).__name__}"
+        for key, value in values.items()
+        if _kind(value) not in dtypes
+    ]:
+        accepted = ", ".join(map(str, dtypes))
+        raise CheckpointError(f"{label}: {'; '.join(shortened(wrong))}; expected tensors of {accepted}")
+    if wrong := [key for key, value in values.items() if not value.isfinite().all()]:
+        raise CheckpointError(f"{label}: {', '.join(shortened(wrong))} holds values that are not finite: it is damaged")
+
+
+def _kind(value: object) -> torch.dtype | None:
+    return value.dtype if isinstance(value, Tensor) else None
 
 
 def _choose(repo: Repo, default_name: str, weight_name: str | None) -> Path:

@@ -22,18 +22,21 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from minidiff.adapters.source import read_adapter
+from minidiff.adapters.source import check_tensors, read_adapter
+from minidiff.checkpoints.families import no_adapter
+from minidiff.checkpoints.hub import Repo
 from minidiff.checkpoints.model import refuse_pickles
 from minidiff.clip import LEGACY_EOS, CLIPTextModel, clip_spec
 from minidiff.config import Config
-from minidiff.errors import CheckpointError
+from minidiff.errors import CheckpointError, shortened
 from minidiff.tokenizer import CLIPTokenizer
 
 logger = logging.getLogger("minidiff")
 
 Source = str | Path | Mapping[str, Tensor] | Tensor
 
-FILE_NAME = "learned_embeds.safetensors"
+_STEM = "learned_embeds"  # diffusers' script for two encoders writes learned_embeds_2 beside it
+FILE_NAME = f"{_STEM}.safetensors"
 _ENCODERS = {"clip_l": "text_encoder", "clip_g": "text_encoder_2"}  # in files for two encoders
 _NAMELESS = "emb_params"  # in files that do not say what their token is called
 
@@ -89,14 +92,15 @@ class TextualInversionLoader:
                 several of these.
             token: what to call it, by default as the file does. A list for several sources, or one for each vector of a
                 single source.
-            tokenizer, text_encoder: where to, by default the pipeline's (first) ones; those of a file for two encoders
-                go to both.
+            tokenizer, text_encoder: where to, by default the pipeline's; those of a file for two encoders, or of
+                learned_embeds.safetensors and learned_embeds_2.safetensors, go to both.
             weight_name: the file in the folder or repository; default: learned_embeds.safetensors, or the only
                 safetensors file there.
             hf_token: the login for the Hub, which is called so because ``token`` is taken.
 
         Raises:
-            ValueError: if a word is known already, has no name, or its vectors do not fit the text encoder.
+            ValueError: if a word is known already, has no name, its vectors do not fit the text encoder, or they are
+                for one of two text encoders and nobody says which.
         """
         refuse_pickles(use_safetensors)
         where = {"subfolder": subfolder, "revision": revision, "cache_dir": cache_dir, "token": hf_token}
@@ -108,15 +112,18 @@ class TextualInversionLoader:
             raise ValueError(f"token has {len(names)} names for {len(sources)} sources")
         several = names if len(sources) == 1 and len(names) > 1 else None
         words: dict[str, list[Word]] = {}  # component -> its new words
-        pairs = self._pairs(tokenizer, text_encoder)
+        pairs, chosen = self._pairs(tokenizer, text_encoder), tokenizer is not None
         for one, name in zip(sources, names, strict=False):
-            for component, label, key, vectors in _read(one, weight_name, where):
-                if component is None:
-                    component = next(iter(pairs))
+            read = _read(one, weight_name, where)
+            if chosen:  # by the caller: of a file for both, the other half is left alone
+                (target,) = pairs
+                read = [(target, *rest) for component, *rest in read if len(read) == 1 or component == target]
+            elif len(pairs) == 2:
+                read = _of_both(read, one, where, pairs)
+            for component, label, key, vectors in read:
+                component = component or next(iter(pairs))
                 if component not in pairs:
-                    if tokenizer is None and text_encoder is None:
-                        raise ValueError(f"{label}: {key} is for {component}, which this pipeline does not have")
-                    continue  # the caller has asked for the other one
+                    raise ValueError(f"{label}: {key} is for {component}, which this pipeline does not have")
                 words.setdefault(component, []).extend(_words(label, key, vectors, several or name))
         for component, new in words.items():
             _check(new, *pairs[component])
@@ -205,6 +212,7 @@ Read = tuple[str | None, str, str, Tensor]  # component or None for the first, w
 def _read(source: Source, weight_name: str | None, where: Mapping[str, Any]) -> list[Read]:
     """Return the vectors of a source, for each text encoder that it is for."""
     if isinstance(source, Tensor):
+        check_tensors("the given tensor", {_NAMELESS: source})
         return [(None, "the given tensor", _NAMELESS, source)]
     if isinstance(source, Mapping) and "string_to_param" in source:
         raise CheckpointError(
@@ -214,12 +222,36 @@ def _read(source: Source, weight_name: str | None, where: Mapping[str, Any]) -> 
     if set(tensors) == set(_ENCODERS):
         return [(_ENCODERS[key], label, key, vectors) for key, vectors in tensors.items()]
     if len(tensors) != 1:
+        if what := no_adapter(tensors, "a textual inversion"):
+            raise CheckpointError(f"{label} is {what}")
         raise CheckpointError(
-            f"{label} holds {', '.join(tensors)}; expected one tensor under the name of its token or as {_NAMELESS}, "
-            f"or {' and '.join(_ENCODERS)}"
+            f"{label} holds {', '.join(shortened(list(tensors)))}; expected one tensor under the name of its token or "
+            f"as {_NAMELESS}, or {' and '.join(_ENCODERS)}"
         )
     ((key, vectors),) = tensors.items()
     return [(_ENCODERS.get(key), label, key, vectors)]
+
+
+def _of_both(read: list[Read], source: Source, where: Mapping[str, Any], pairs: Mapping[str, Pair]) -> list[Read]:
+    """Return vectors for both text encoders: of a file for one, with those of the file beside it."""
+    component, label, key, vectors = read[0]
+    if component is not None:
+        return read
+    name = Path(label).name
+    if name.startswith(f"{_STEM}_2"):
+        return [("text_encoder_2", label, key, vectors)]
+    if isinstance(source, str | Path) and name.startswith(_STEM):
+        path, options = Path(source), {name: value for name, value in where.items() if name != "local_files_only"}
+        offline = bool(where["local_files_only"])
+        repo = Repo(path.parent) if path.is_file() else Repo(source, local_files_only=offline, **options)
+        if beside := repo.optional_file(f"{_STEM}_2{name.removeprefix(_STEM)}"):
+            return [("text_encoder", label, key, vectors), ("text_encoder_2", *_read(beside, None, {})[0][1:])]
+    fits = [one for one, (_, encoder) in pairs.items() if encoder.config.hidden_size == vectors.shape[-1]]
+    reads = f"which {' and '.join(fits)} reads" if fits else "which neither reads"
+    raise ValueError(
+        f"{label}: {key} {tuple(vectors.shape)} is for one text encoder, and this pipeline has two: pass tokenizer= "
+        f"and text_encoder= to teach one of them alone (it is of width {vectors.shape[-1]}, {reads})"
+    )
 
 
 def _words(label: str, key: str, vectors: Tensor, names: str | list[str] | None) -> list[Word]:
@@ -248,6 +280,8 @@ def _check(words: Sequence[Word], tokenizer: CLIPTokenizer, encoder: CLIPTextMod
                 f"{word.label}: the vectors of {word.token!r} are {tuple(word.vectors.shape)}, expected (n, {D}) for "
                 "this text encoder; others belong to another model family"
             )
+        if not word.vectors.to(encoder.dtype).isfinite().all():
+            raise ValueError(f"{word.label}: the vectors of {word.token!r} are not finite in {encoder.dtype}")
         needed = dict.fromkeys([*word.tokens, f"{word.token}_1"])
         known = [token for token in needed if token in vocabulary or token in seen]
         if known:

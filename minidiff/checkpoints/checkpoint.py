@@ -22,9 +22,9 @@ class Checkpoint:
     """What a file or folder holds.
 
     ``index`` is the content of ``model_index.json``, empty for a network on its own. ``prediction`` is what the UNet
-    predicts, None if there is no UNet or nobody says; ``zero_snr`` whether it was trained with zero terminal SNR. ``wrong``
-    has lines of text by what is wrong with the tensors
-    that they name, ``dropped`` the tensors that are left out on purpose, each with the reason.
+    predicts, None if there is no UNet or nobody says; ``zero_snr`` whether it was trained with zero terminal SNR.
+    ``wrong`` has lines of text by what is wrong with the tensors that they name, ``dropped`` the tensors that are left
+    out on purpose, each with the reason.
     """
 
     path: Path

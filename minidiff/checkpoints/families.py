@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from minidiff.checkpoints.hub import MissingFileError, Repo
-from minidiff.checkpoints.names import ema_name
+from minidiff.checkpoints.names import UNET_PREFIX, VAE_PREFIX, ema_name, unwrapped
 from minidiff.config import read_json
 from minidiff.errors import CheckpointError
 
@@ -70,6 +70,10 @@ AUTOENCODER = Family("autoencoder of Stable Diffusion", 0, 0, {"epsilon": "stabl
 _CROSS_KEYS = re.compile(r".*attn2\.?to_k\.?weight")  # a moving average has no dots in its names
 _HUB_SPELLING = re.compile(r"(down_blocks|mid_block|up_blocks|(en|de)coder\.(down|up)_blocks)\..*")
 _STRANGERS = {  # names that only other kinds of files have -> what they are and what reads them
+    r"(transformer|lora_transformer|(model\.)?diffusion_model|lora_unet)[._]"
+    r"(single_transformer|transformer|single|double|joint)_blocks[._].*lora.*": (
+        "of a transformer (Stable Diffusion 3, Flux), which minidiff does not implement"
+    ),
     r"lora_(unet|te\d?)_.*|.*\.lora_(A|B|up|down)\..*|.*\.lora\.(up|down)\..*": (
         "a LoRA: load the model that it belongs to, then call pipe.load_lora_weights(file)"
     ),
@@ -216,12 +220,29 @@ def recognise(shapes: Mapping[str, tuple[int, ...]], unet: str | None, where: st
     )
 
 
-def stranger(names: Iterable[str]) -> str | None:
-    """Say what a file is that is no checkpoint, by the first name that gives it away; None if it may be one."""
+def stranger(names: Iterable[str], but: str = "") -> str | None:
+    """Say what a file is that is no checkpoint, by the first name that gives it away; None if it may be one.
+
+    ``but`` is how the description of the kind begins that is looked for and no stranger, such as "a LoRA".
+    """
     names = list(names)
     for pattern, what in _STRANGERS.items():
+        if but and what.startswith(but):
+            continue
         if found := next((name for name in names if re.fullmatch(pattern, name)), None):
             return f"{what} (it has {found})"
+    return None
+
+
+def no_adapter(names: Iterable[str], wanted: str) -> str | None:
+    """Say what a file is that should be an adapter of the kind ``wanted`` ("a LoRA"), None if that is unknown."""
+    names = [unwrapped(name) for name in names]
+    if what := stranger(names, wanted):
+        return what
+    if any(name.startswith((UNET_PREFIX, VAE_PREFIX, "cond_stage_model.", "conditioner.")) for name in names):
+        return "a checkpoint: load it with from_single_file"
+    if any(_HUB_SPELLING.fullmatch(name) and "lora" not in name for name in names):
+        return "a network in the Hub's spelling: put it beside its config.json and call from_pretrained"
     return None
 
 

@@ -24,7 +24,7 @@ from torch.overrides import TorchFunctionMode
 from minidiff.checkpoints.hub import Weights
 from minidiff.checkpoints.names import unwrapped
 from minidiff.checkpoints.remap import Row, Spelling
-from minidiff.errors import CheckpointError
+from minidiff.errors import CheckpointError, shortened
 
 STORED_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 CHUNK = 2**20  # bytes converted at a time: a piece and its result stay in the processor's cache
@@ -239,7 +239,9 @@ def _flat(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 def listed(wrong: Mapping[str, list[str]]) -> list[str]:
     """Return one paragraph for each kind of problem that ``match`` found."""
-    return [f"{len(lines)} {kind}:\n" + "\n".join(f"  {line}" for line in lines) for kind, lines in wrong.items()]
+    return [
+        f"{len(lines)} {kind}:\n" + "\n".join(f"  {line}" for line in shortened(lines)) for kind, lines in wrong.items()
+    ]
 
 
 def expected_shapes(model: nn.Module, rows: Iterable[Row], spelling: Spelling = "hub") -> dict[str, tuple[int, ...]]:
@@ -257,11 +259,11 @@ def _index_problems(weights: Weights, stored: Iterable[Stored]) -> list[str]:
         return []
     actual = {tensor.name: tensor.file for tensor in stored}
     lines = [
-        f"  {name}: {weights.index.get(name, 'not listed')} in {weights.index_name}, {actual.get(name, 'in no shard')}"
+        f"{name}: {weights.index.get(name, 'not listed')} in {weights.index_name}, {actual.get(name, 'in no shard')}"
         for name in sorted(weights.index.keys() | actual.keys())
         if weights.index.get(name) != actual.get(name)
     ]
-    return [f"{len(lines)} where the index and the shards disagree:\n" + "\n".join(lines)] if lines else []
+    return listed({"where the index and the shards disagree": lines} if lines else {})
 
 
 def _read(stored: Mapping[str, Stored], dtype: torch.dtype) -> dict[str, Tensor]:

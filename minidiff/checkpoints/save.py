@@ -53,8 +53,6 @@ def save_weights(
     The names are those that diffusers and transformers write: ``{stem}.{variant}.safetensors``, or
     ``{stem}.{variant}-00001-of-00002.safetensors`` and ``{stem}.safetensors.index.{variant}.json``.
     """
-    from safetensors.torch import save_file
-
     dotted = f".{variant}" if variant else ""
     shards = split(tensors, parse_size(max_shard_size))
     written: set[str] = set()
@@ -62,8 +60,7 @@ def save_weights(
     for number, names in enumerate(shards, start=1):
         part = f"-{number:05d}-of-{len(shards):05d}" if len(shards) > 1 else ""
         filename = f"{stem}{dotted}{part}.safetensors"
-        shard = _separate({name: tensors[name] for name in names})
-        write_atomically(folder / filename, lambda path, shard=shard: save_file(shard, path, metadata={"format": "pt"}))
+        save_tensors({name: tensors[name] for name in names}, folder / filename, {"format": "pt"})
         written.add(filename)
         index.update(dict.fromkeys(names, filename))
     if len(shards) > 1:
@@ -72,6 +69,15 @@ def save_weights(
         save_json({"metadata": {"total_size": size}, "weight_map": index}, folder / filename)
         written.add(filename)
     _remove_older(folder, stem, variant, written)
+
+
+def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file; its folder is made if need be."""
+    from safetensors.torch import save_file
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    separate = _separate(tensors)
+    write_atomically(path, lambda temporary: save_file(separate, temporary, metadata=dict(metadata)))
 
 
 def save_json(fields: Mapping[str, Any], path: Path) -> None:

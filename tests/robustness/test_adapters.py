@@ -196,6 +196,27 @@ FILES = {
     "alpha that is none": ({f"unet.{Q}.alpha": torch.tensor(float("nan"))}, "to_q.alpha should be one finite.*nan"),
     "integers": ({f"unet.{Q}.lora_A.weight": torch.ones(2, 16, dtype=torch.int8)}, "lora_A.weight is torch.int8"),
     "no tensor": ({"unet.b": [1.0]}, "unet.b is list"),
+    "not a number": (
+        {f"unet.{Q}.lora_A.weight": torch.full((2, 16), float("nan"))},
+        f"the given state dict: unet.{Q}.lora_A.weight holds values that are not finite",
+    ),
+    "infinite": ({f"unet.{Q}.lora_B.weight": draw(16, 2) / 0}, f"unet.{Q}.lora_B.weight holds values that are not fin"),
+    "of SDXL": (
+        {"lora_unet_input_blocks_4_1_transformer_blocks_0_attn2_to_k.lora_down.weight": draw(4, 2048)},
+        r"no LoRA for this pipeline \(its UNet reads a text of width 2048, as Stable Diffusion XL does, this one 24\)",
+    ),
+    "of SD 2": ({f"unet.{Q.replace('attn1.to_q', 'attn2.to_v')}.lora_A.weight": draw(2, 1024)}, "Stable Diffusion 2.x"),
+    "of Flux": (
+        {"transformer.single_transformer_blocks.0.attn.to_q.lora_A.weight": draw(2, 8)},
+        r"\(it is of a transformer \(Stable Diffusion 3, Flux\), which minidiff does not implement",
+    ),
+    "of Flux, kohya": ({"lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight": draw(2, 8)}, "it is of a transf"),
+    "a checkpoint": (
+        {"model.diffusion_model.out.2.weight": draw(4, 16, 3, 3)},
+        r"\(it is a checkpoint: load it with from_single_file\)",
+    ),
+    "a network": ({"down_blocks.0.resnets.0.conv1.weight": draw(4, 4)}, r"\(it is a network.*from_pretrained"),
+    "a textual inversion": ({"emb_params": draw(2, 24)}, r"\(it is a textual inversion: .*load_textual_inversion"),
 }
 
 
@@ -205,6 +226,45 @@ def test_lora_that_does_not_fit(pipe: StableDiffusionPipeline, name: str) -> Non
     with pytest.raises(CheckpointError, match=message):
         pipe.load_lora_weights(lora() | tensors)
     assert pipe.get_list_adapters() == {}
+
+
+def test_the_header_says_whose_lora_it_is(pipe: StableDiffusionPipeline, tmp_path: Path) -> None:
+    for field, value in (("ss_base_model_version", "sdxl_base_v1-0"), ("modelspec.architecture", "flux-1-dev/lora")):
+        save_file({"lora_unet_x.lora_up.weight": draw(2, 2)}, tmp_path / "x.safetensors", {field: value})
+        with pytest.raises(CheckpointError, match=rf"\({field} in its header is '{value}'\)"):
+            pipe.load_lora_weights(tmp_path / "x.safetensors")
+
+
+def test_integer_alphas(pipe: StableDiffusionPipeline) -> None:
+    pipe.load_lora_weights(kohya())
+    expected = pipe(PROMPT, **CALL).images
+    pipe.unload_lora_weights()
+    whole = {key: value.long() if key.endswith(".alpha") else value for key, value in kohya().items()}
+    pipe.load_lora_weights(whole)
+    assert torch.equal(pipe(PROMPT, **CALL).images, expected)
+
+
+def test_wrappers_in_the_names(pipe: StableDiffusionPipeline) -> None:
+    tensors = {key.replace("unet.", "unet._orig_mod.module."): value for key, value in lora().items()}
+    assert pipe.load_lora_weights(tensors).layers["unet"] == {Q: 2, CONV: 2}
+
+
+def test_what_overflows_in_half_precision(plain: StableDiffusionPipeline) -> None:
+    pipe = StableDiffusionPipeline(**{name: copy.deepcopy(part) for name, part in plain.components.items()})
+    pipe.to(torch.float16)
+    with pytest.raises(
+        CheckpointError, match=rf"unet.{Q}.lora_A.weight is not finite in torch.float16, the dtype of its"
+    ):
+        pipe.load_lora_weights(lora() | {f"unet.{Q}.lora_A.weight": draw(2, 16) * 1e6})
+    assert pipe.get_list_adapters() == {}
+
+
+def test_long_lists_are_cut(pipe: StableDiffusionPipeline) -> None:
+    tensors = {f"unet.left.{k}.lora_A.weight": draw(2, 2) for k in range(50)}
+    with pytest.raises(CheckpointError) as error:
+        pipe.load_lora_weights(lora() | tensors)
+    lines = str(error.value).splitlines()
+    assert len(lines) == 1 + 20 + 1 and lines[-1] == "  ... and 30 more, which begin with 'unet.left.'"
 
 
 def test_all_that_is_wrong_is_said_at_once(pipe: StableDiffusionPipeline) -> None:
@@ -294,7 +354,13 @@ def test_files_on_the_hub(tmp_path: Path) -> None:
 WRONG: dict[str, tuple[str, tuple[Any, ...], type[Exception], str]] = {
     "name taken": ("load_lora_weights", (lora(), "one"), ValueError, "adapter 'one' already"),
     "name with a dot": ("load_lora_weights", (lora(), "a.b"), ValueError, "without '.', found 'a.b'"),
-    "hotswap": ("load_lora_weights", (lora(), "two", True), TypeError, "hotswap=True is not implemented"),
+    "hotswap": (
+        "load_lora_weights",
+        (lora(), "two", True),
+        ValueError,
+        r"hotswap=True replaces.*\['one'\]; found 'two'",
+    ),
+    "hotswap of none": ("load_lora_weights", (lora(), None, True), ValueError, "hotswap=True replaces.*found None"),
     "unknown adapter": ("set_adapters", (["one", "x"],), ValueError, r"adapters \['one'\]; found \['one', 'x'\]"),
     "adapter twice": ("set_adapters", (["one", "one"],), ValueError, r"found \['one', 'one'\]"),
     "weights too many": ("set_adapters", ("one", [1, 2]), ValueError, "2 entries for 1 adapters"),
@@ -342,6 +408,7 @@ def test_what_fused_adapters_refuse(pipe: StableDiffusionPipeline) -> None:
     for call in (
         lambda: pipe.set_adapters("one"),
         lambda: pipe.delete_adapters("one"),
+        lambda: pipe.load_lora_weights(lora(), "one", hotswap=True),
     ):
         with pytest.raises(ValueError, match="while two is fused: call unfuse_lora"):
             call()
@@ -533,6 +600,10 @@ WORDS: dict[str, tuple[tuple[Any, ...], str]] = {
     "names too many": ((draw(3, 24), ["<a>", "<b>"]), "3 vectors for the 2 names"),
     "two tensors": (({"<a>": draw(24), "<b>": draw(24)},), "holds <a>, <b>; expected one tensor"),
     "pickle": (({"string_to_param": {"*": draw(24)}, "name": "x"},), "layout of A1111's pickles"),
+    "not a number": (({"<cat>": draw(24) / 0},), "<cat> holds values that are not finite"),
+    "not a number in a tensor": ((draw(24) * float("nan"), "<cat>"), "the given tensor: .*not finite"),
+    "a LoRA": ((lora(),), "is a LoRA: .*load_lora_weights"),
+    "a checkpoint": (({"model.diffusion_model.out.2.weight": draw(4), "x": draw(4)},), "is a checkpoint: load it with"),
     "two encoders": (({"clip_l": draw(24), "clip_g": draw(16)}, "<a>"), "clip_g is for text_encoder_2, which this"),
 }
 
@@ -565,3 +636,38 @@ def test_words_and_their_places(pipe: StableDiffusionPipeline, xl: StableDiffusi
     with pytest.raises(ValueError, match=r"expected \(n, 16\)"):
         xl.load_textual_inversion(wrong, "<b>")
     assert (len(xl.tokenizer), len(xl.tokenizer_2)) == (540, 541)
+
+
+def test_two_encoders_never_learn_half_a_word(xl: StableDiffusionXLPipeline, tmp_path: Path) -> None:
+    """A file for one encoder needs to be told which; that of the second lies beside, as diffusers' script writes it."""
+    xl.unload_textual_inversion()
+
+    def sizes() -> tuple[int, int]:
+        return len(xl.tokenizer), len(xl.tokenizer_2)
+
+    before = sizes()
+    for source, token in (({"emb_params": draw(2, 24)}, "<cat>"), ({"<cat>": draw(24)}, None), (draw(16), "<cat>")):
+        with pytest.raises(ValueError, match="is for one text encoder, and this pipeline has two: pass tokenizer="):
+            xl.load_textual_inversion(source, token=token)
+        assert sizes() == before
+    with pytest.raises(ValueError, match=r"width 24, which text_encoder reads"):
+        xl.load_textual_inversion({"<cat>": draw(24)})
+    xl.load_textual_inversion({"<one>": draw(24)}, tokenizer=xl.tokenizer, text_encoder=xl.text_encoder)
+    assert sizes() == (before[0] + 1, before[1])
+    xl.unload_textual_inversion()
+    for name, D in (("learned_embeds", 24), ("learned_embeds_2", 16)):
+        for steps in ("", "-steps-500"):
+            save_file({"<cat>": draw(2, D)}, tmp_path / f"{name}{steps}.safetensors")
+    first, second = "learned_embeds-steps-500.safetensors", "learned_embeds_2-steps-500.safetensors"
+    for source, weight_name in ((tmp_path, None), (tmp_path / "learned_embeds.safetensors", None), (tmp_path, first)):
+        xl.load_textual_inversion(source, weight_name=weight_name)
+        assert sizes() == (before[0] + 2, before[1] + 2)
+        xl.unload_textual_inversion("<cat>")
+    xl.load_textual_inversion(tmp_path, weight_name=second)
+    assert sizes() == (before[0], before[1] + 2)
+    xl.unload_textual_inversion()
+    xl.load_textual_inversion(
+        tmp_path, tokenizer=xl.tokenizer, text_encoder=xl.text_encoder
+    )  # what the caller asks for
+    assert sizes() == (before[0] + 2, before[1])
+    xl.unload_textual_inversion()
