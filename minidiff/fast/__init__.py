@@ -17,31 +17,23 @@ Under guidance, the two halves of the batch are the same until the first look at
 ``minidiff/layers.py``.
 """
 
-from collections.abc import Callable
-
 import torch
-from torch import nn
 
 from minidiff.checkpoints.model import Model
 from minidiff.clip import CLIPTextModel
 from minidiff.fast.attention import FastAttention
 from minidiff.fast.convolutions import FastConv, FastUpsample
 from minidiff.fast.feed_forward import FastGEGLU
-from minidiff.fast.memo import FastTime, FastTold
+from minidiff.fast.memo import FastBody, FastTime, FastTold
 from minidiff.fast.packed import FastLinear
 from minidiff.fast.strips import FastLevel
-from minidiff.layers import GEGLU, Attention, ResBlock, Upsample
+from minidiff.fast.unchanged import Fast
 from minidiff.unet import UNet2DConditionModel
-from minidiff.vae import AutoencoderKL, Level
+from minidiff.vae import AutoencoderKL
 
-FORWARDS: dict[type[nn.Module], Callable] = {Attention: FastAttention}
-FORWARDS_ON_CPU: dict[type[nn.Module], Callable] = {
-    nn.Linear: FastLinear,
-    nn.Conv2d: FastConv,
-    GEGLU: FastGEGLU,
-    Upsample: FastUpsample,
-    Level: FastLevel,
-}
+ON_ANY_DEVICE: tuple[type[Fast], ...] = (FastAttention,)
+ON_CPU: tuple[type[Fast], ...] = (FastLinear, FastConv, FastGEGLU, FastUpsample, FastLevel)
+IN_A_RUN: tuple[type[Fast], ...] = (FastTime, FastTold, FastBody)
 
 
 def optimize(network: Model) -> None:
@@ -54,15 +46,12 @@ def optimize(network: Model) -> None:
     restore(network)
     on_cpu = next(network.parameters()).device.type == "cpu"
     # On a GPU a step takes as long as Python takes to ask for it: what would only pass the call on is left out.
-    forwards = FORWARDS | FORWARDS_ON_CPU if on_cpu else FORWARDS
+    ways = ON_ANY_DEVICE + (ON_CPU if on_cpu else ()) + (IN_A_RUN if isinstance(network, UNet2DConditionModel) else ())
     keep = not isinstance(network, AutoencoderKL)
     for module in network.modules():
-        if type(module) in forwards:
-            module.forward = forwards[type(module)](module, keep)
-        if isinstance(module, ResBlock) and isinstance(network, UNet2DConditionModel):
-            module._time = FastTold(module)
-    if isinstance(network, UNet2DConditionModel):
-        network._time_condition = FastTime(network)
+        for way in ways:
+            if type(module) is way.kind and way.method not in vars(module):  # what someone else put there stays
+                setattr(module, way.method, way(module, keep))
     if not on_cpu:
         network.to(memory_format=torch.channels_last)
 
@@ -70,5 +59,5 @@ def optimize(network: Model) -> None:
 def restore(network: Model) -> None:
     """Take out what ``optimize`` put in."""
     for module in network.modules():
-        for name in ("forward", "_time", "_time_condition"):
-            vars(module).pop(name, None)
+        for name in [name for name, value in vars(module).items() if isinstance(value, Fast)]:
+            delattr(module, name)

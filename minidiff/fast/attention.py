@@ -10,6 +10,7 @@ the fused kernel does not do; the error that this adds is measured in ``benchmar
 """
 
 import math
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from minidiff.fast.memo import text_keys
 from minidiff.fast.packed import can_pack, pack_matrix, product
+from minidiff.fast.unchanged import Fast
 from minidiff.layers import Attention
 
 ROWS = 256  # rows of a block: its scores over 4,096 pixels take 4 MB
@@ -25,35 +27,32 @@ MOST = 1024  # keys; for more, one head at a time is faster than all at once
 SCORES = 4 * 2**20  # bytes of the scores of a block of all heads
 
 
-class FastAttention:
+class FastAttention(Fast):
     """The forward of ``Attention``: keys and values of the text from the run's memo, long sequences in blocks."""
 
-    def __init__(self, module: Attention, keep: bool) -> None:
-        self.module = module
+    kind = Attention
+    values: ClassVar = {"slice_size": None}  # otherwise the caller chose to save memory
 
-    def __call__(
-        self, x: Tensor, ctx: Tensor | None = None, *, mask: Tensor | None = None, causal: bool = False
-    ) -> Tensor:
-        """Attend from ``x`` (B, L, D) to ``ctx`` (B, L_ctx, D_ctx), as ``Attention.forward`` does."""
-        module = self.module
-        if module.slice_size is not None:  # the caller chose to save memory
-            return Attention.forward(module, x, ctx, mask=mask, causal=causal)
+    def fast(self, x: Tensor, ctx: Tensor | None = None, *, mask: Tensor | None = None, causal: bool = False) -> Tensor:
+        """Attend from ``x`` (B, L, D) to ``ctx`` (B, L_ctx, D_ctx)."""
+        module, N = self.module, self.module.heads
+        if x.ndim != 3 or (ctx is not None and ctx.ndim != 3):
+            return NotImplemented
         q = module.q(x)
         if ctx is None:
             k, v = module.k(x), module.v(x)
         else:
             k, v = text_keys(module, ctx)
         # Views, and not einops as elsewhere: on a GPU a step takes as long as Python takes to ask for it.
-        B, N, D = len(q), module.heads, q.shape[-1]
-        q, k, v = (s.reshape(B, -1, N, D // N).transpose(1, 2) for s in (q, k, v))  # (B, N, L, K)
-        plain = mask is None and not causal and can_pack(q)
-        if plain and q.dtype == torch.bfloat16 and k.shape[-2] <= MOST:
+        q, k, v = (s.reshape(*s.shape[:2], N, s.shape[2] // N).transpose(1, 2) for s in (q, k, v))  # (B, N, L, K)
+        usual = mask is None and not causal and len(q) == len(k) and k.shape == v.shape and can_pack(q, k, v)
+        if usual and q.dtype == torch.bfloat16 and k.shape[-2] <= MOST:
             h = all_heads(q, k, v)
-        elif plain and min(q.shape[-2], k.shape[-2]) >= LEAST:
+        elif usual and min(q.shape[-2], k.shape[-2]) >= LEAST:
             h = head_by_head(q, k, v)
         else:
             h = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
-        return module.out(h.transpose(1, 2).reshape(B, -1, D))
+        return module.out(h.transpose(1, 2).flatten(2))
 
 
 def head_by_head(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

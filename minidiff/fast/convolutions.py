@@ -7,23 +7,32 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minidiff.fast import winograd
-from minidiff.fast.packed import Kept, can_pack, convolve, hooked, pack_kernel, pack_matrix, product
+from minidiff.fast.packed import Kept, can_pack, convolve, pack_kernel, pack_matrix, product
+from minidiff.fast.unchanged import Fast, unwatched
 from minidiff.layers import Upsample
 
 STRIP = 4 * 2**20  # bytes of the input that one strip takes, about a core's share of the cache
 
 
-class FastConv:
+PLAIN_CONV = {"padding_mode": "zeros", "dilation": (1, 1), "groups": 1}  # what is computed here
+
+
+class FastConv(Fast):
     """The forward of an ``nn.Conv2d``."""
 
-    def __init__(self, module: nn.Conv2d, keep: bool) -> None:
-        self.module, self._packed, self._matrices = module, Kept(keep), Kept(keep)
+    kind, values = nn.Conv2d, PLAIN_CONV
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __init__(self, module: nn.Conv2d, keep: bool = True) -> None:
+        super().__init__(module)
+        self._packed, self._matrices = Kept(keep), Kept(keep)
+
+    def fast(self, input: Tensor) -> Tensor:
         """Convolve x (B, C_in, H, W)."""
-        W, bias, stride, padding = self.module.weight, self.module.bias, self.module.stride[0], self.module.padding
-        if not can_pack(x) or W.dtype != x.dtype:
-            return nn.Conv2d.forward(self.module, x)
+        x, W, bias, padding = input, self.module.weight, self.module.bias, self.module.padding
+        usual = self.module.stride in ((1, 1), (2, 2)) and padding in ((0, 0), (1, 1))
+        if not usual or not can_pack(x, W, bias) or x.ndim != 4 or x.shape[1] != W.shape[1]:
+            return NotImplemented
+        stride = self.module.stride[0]
         if W.shape[2:] == (1, 1) and (stride, padding) == (1, (0, 0)):
             packed = self._packed.get(lambda: pack_matrix(W.flatten(1), x.numel() // x.shape[1]), W)
             return product(winograd.pixels(x).contiguous(), packed, bias).permute(0, 3, 1, 2)
@@ -37,7 +46,7 @@ class FastConv:
         return y
 
 
-class FastUpsample:
+class FastUpsample(Fast):
     """The forward of ``Upsample``, which convolves the doubled map without making it.
 
     In float32 with 9 products for 2x2 pixels (``winograd.conv3x3_doubled``), in bfloat16 with 16: a pixel of the large
@@ -46,16 +55,20 @@ class FastUpsample:
     the four cases. The usual way takes 36.
     """
 
-    def __init__(self, module: Upsample, keep: bool) -> None:
-        self.module, self._packed, self._matrices = module, Kept(keep), Kept(keep)
+    kind = Upsample
 
-    def __call__(self, x: Tensor, size: torch.Size | None = None) -> Tensor:
-        """Double height and width of x (B, C, H, W); any other ``size`` is computed in the usual way."""
-        B, _, H, W = x.shape
+    def __init__(self, module: Upsample, keep: bool = True) -> None:
+        super().__init__(module)
+        self._packed, self._matrices = Kept(keep), Kept(keep)
+
+    def fast(self, x: Tensor, size: torch.Size | None = None) -> Tensor:
+        """Double height and width of x (B, C, H, W)."""
         conv = self.module.conv
-        doubled = size is None or tuple(size) == (2 * H, 2 * W)
-        if not can_pack(x) or conv.weight.dtype != x.dtype or not doubled or hooked(self.module):
-            return Upsample.forward(self.module, x, size)
+        if not passable(conv) or x.ndim != 4 or not can_pack(x, conv.weight, conv.bias):
+            return NotImplemented
+        B, C, H, W = x.shape
+        if conv.weight.shape[1] != C or (size is not None and tuple(size) != (2 * H, 2 * W)):
+            return NotImplemented
         y = empty((B, len(conv.weight), 2 * H, 2 * W), x.dtype)
         if winograd.pays_doubled(conv.weight, x):
             matrices = self._matrices.get(
@@ -73,6 +86,12 @@ class FastUpsample:
                 here = convolve(strip[:, :, i : i + last - first + 1], kernel, conv.bias, 1, (0, 0))
                 y[:, :, 2 * first + i : 2 * last : 2, j::2] = here[:, :, :, j : j + W]
         return y
+
+
+def passable(conv: nn.Module, size: int = 3) -> bool:
+    """Return whether a convolution need not be called: one of ``size`` x ``size`` that keeps the size of the map."""
+    sizes = {"stride": (1, 1), "padding": (size // 2, size // 2)}
+    return unwatched(conv, nn.Conv2d, **PLAIN_CONV, **sizes) and conv.weight.shape[2:] == (size, size)
 
 
 def empty(shape: tuple[int, int, int, int], dtype: torch.dtype) -> Tensor:

@@ -13,7 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minidiff.layers import Attention, ResBlock
+from minidiff.fast.packed import version
+from minidiff.fast.unchanged import Fast, bystander, calls_are_plain, unwatched
+from minidiff.layers import Attention, ResBlock, TimeMLP, TransformerBlock
 from minidiff.unet import UNet2DConditionModel
 
 _current: "ContextVar[Memo | None]" = ContextVar("memo", default=None)
@@ -27,76 +29,109 @@ class Memo:
     """
 
     def __init__(self, timesteps: Tensor) -> None:
-        self.timesteps, self.step = timesteps, 0
-        self._texts: dict[nn.Module, tuple[Tensor, int | None, Tensor, Tensor]] = {}
-        self._added: tuple[Tensor, ...] | None = None
-        self._temb: Tensor | None = None  # (N, 1 or B, E)
-        self._times: dict[nn.Module, Tensor] = {}  # (N, 1 or B, C) of every residual block
+        self.timesteps, self.step, self.copies = timesteps, 0, 1
+        self.temb: Tensor | None = None  # of all steps, (N, 1 or B, E)
+        self._kept: dict[nn.Module, tuple[Any, Any, Any]] = {}
 
     @contextmanager
-    def at(self, step: int) -> Iterator[None]:
-        """Be the current memo, at a step of the run."""
-        self.step = step
+    def at(self, step: int, copies: int = 1) -> Iterator[None]:
+        """Be the current memo, at a step of the run; the sample of the UNet is made of so many equal copies."""
+        self.step, self.copies = step, copies
         token = _current.set(self)
         try:
             yield
         finally:
             _current.reset(token)
 
-    def keys(self, module: Attention, ctx: Tensor) -> tuple[Tensor, Tensor]:
-        """Return keys and values of the text, computed anew if a callback put another text in its place."""
-        version = None if ctx.is_inference() else ctx._version
-        kept = self._texts.get(module)
-        if kept is None or kept[0] is not ctx or kept[1] != version:
-            kept = self._texts[module] = (ctx, version, module.k(ctx), module.v(ctx))
-        return kept[2], kept[3]
+    def once(self, module: nn.Module, make: Callable[[], Any], *sources: Tensor | None) -> Any:
+        """Return what ``make`` computes for a module, again if a source is another tensor or was written to."""
+        key = [s if s is None else (id(s), version(s)) for s in sources]
+        kept, value, _ = self._kept.get(module, (None, None, ()))
+        if kept != key:
+            value = make()
+            self._kept[module] = (key, value, sources)  # what is held keeps its id
+        return value
 
-    def temb(self, plain: Callable[..., Tensor], sample: Tensor, added: Mapping[str, Tensor] | None) -> Tensor:
-        """Return the time embedding of this step (1 or B, E); ``plain`` computes that of one."""
-        sources = tuple(added.values()) if added else ()
-        fresh = self._added is None or len(sources) != len(self._added)
-        if fresh or any(a is not b for a, b in zip(sources, self._added, strict=True)):
-            sample = sample if added else sample[:1]  # without added conditions the time is all there is
-            self._temb = torch.stack([plain(sample, t, added) for t in self.timesteps])
-            self._added = sources
-            self._times.clear()
-        return self._temb[self.step]
 
-    def time(self, module: nn.Linear) -> Tensor:
-        """Return what a residual block is told at this step, (1 or B, C)."""
-        if module not in self._times:
-            self._times[module] = module(F.silu(self._temb))
-        return self._times[module][self.step]
+def current() -> Memo | None:
+    """Return the memo of the run that asks; where gradients are recorded, nothing can be kept from step to step."""
+    return None if torch.is_grad_enabled() else _current.get()
+
+
+def weights(*parts: nn.Linear) -> list[Tensor | None]:
+    """Return the weights that linear layers compute with."""
+    return [tensor for part in parts for tensor in (part.weight, part.bias)]
 
 
 def text_keys(module: Attention, ctx: Tensor) -> tuple[Tensor, Tensor]:
     """Return keys and values (B, L, D) of the text, from the current memo if there is one."""
-    memo = _current.get()
-    return (module.k(ctx), module.v(ctx)) if memo is None else memo.keys(module, ctx)
+    memo, k, v = current(), module.k, module.v
+    if memo is None or not (unwatched(k, nn.Linear) and unwatched(v, nn.Linear)):
+        return k(ctx), v(ctx)
+    return memo.once(module, lambda: (k(ctx), v(ctx)), ctx, *weights(k, v))
 
 
-class FastTime:
+class FastTime(Fast):
     """``UNet2DConditionModel._time_condition`` from the current memo."""
 
-    def __init__(self, unet: UNet2DConditionModel) -> None:
-        self.unet = unet
+    kind, method = UNet2DConditionModel, "_time_condition"
 
-    def __call__(self, sample: Tensor, timestep: Any, added: Mapping[str, Tensor] | None) -> Tensor:
-        """Return the time embedding (1 or B, E)."""
-        memo = _current.get()
-        plain = UNet2DConditionModel._time_condition
+    def fast(self, sample: Tensor, timestep: Any, added: Mapping[str, Tensor] | None) -> Tensor:
+        """Return the time embedding (B, E)."""
+        memo, unet = current(), self.module
         if memo is None:
-            return plain(self.unet, sample, timestep, added)
-        return memo.temb(lambda *args: plain(self.unet, *args), sample, added)
+            return NotImplemented
+        memo.temb = None
+        asked = isinstance(timestep, Tensor) and version(timestep) == version(memo.timesteps[memo.step])
+        mlps = [unet.time_embed] if unet.add_embed is None else [unet.time_embed, unet.add_embed]
+        if not asked or not all(unwatched(m, TimeMLP) for m in mlps):
+            return NotImplemented
+        layers = [layer for mlp in mlps for layer in (mlp.fc1, mlp.fc2)]
+        if not all(unwatched(layer, nn.Linear) for layer in layers):
+            return NotImplemented
+        sources = *(added or {}).values(), memo.timesteps, *weights(*layers)
+        x = sample if added else sample[:1]  # without added conditions the time is all there is
+        memo.temb = memo.once(
+            unet,
+            lambda: torch.stack([UNet2DConditionModel._time_condition(unet, x, t, added) for t in memo.timesteps]),
+            *sources,
+        )
+        return memo.temb[memo.step].expand(len(sample), -1)
 
 
-class FastTold:
+class FastTold(Fast):
     """``ResBlock._time`` from the current memo: the time (1 or B, C) as this block is told it."""
 
-    def __init__(self, block: ResBlock) -> None:
-        self.block = block
+    kind, method = ResBlock, "_time"
 
-    def __call__(self, temb: Tensor) -> Tensor:
+    def fast(self, temb: Tensor) -> Tensor:
         """Return time(silu(temb))."""
-        memo = _current.get()
-        return ResBlock._time(self.block, temb) if memo is None else memo.time(self.block.time)
+        memo, time = current(), self.module.time
+        if memo is None or memo.temb is None or temb.data_ptr() != memo.temb[memo.step].data_ptr():
+            return NotImplemented
+        if not unwatched(time, nn.Linear):
+            return NotImplemented
+        return memo.once(self.module, lambda: time(F.silu(memo.temb)), memo.temb, *weights(time))[memo.step]
+
+
+class FastBody(Fast):
+    """``UNet2DConditionModel._body`` with one of the equal copies of the sample, until the first look at the text."""
+
+    kind, method = UNet2DConditionModel, "_body"
+
+    def fast(self, x: Tensor, temb: Tensor, ctx: Tensor) -> Tensor:
+        """Run the network proper."""
+        memo, unet = current(), self.module
+        alike = memo is not None and memo.copies > 1 and unet.add_embed is None  # added conditions differ
+        if not alike or not calls_are_plain() or not all(map(bystander, before_the_text(unet))):
+            return NotImplemented
+        return UNet2DConditionModel._body(unet, x[: len(x) // memo.copies], temb, ctx)
+
+
+def before_the_text(unet: UNet2DConditionModel) -> Iterator[nn.Module]:
+    """Yield what computes before the first look at the text, and a little more."""
+    for module in unet.modules():
+        yield module
+        if isinstance(module, TransformerBlock):
+            yield from (part for name, part in module.named_modules() if name and not name.startswith("cross_attn"))
+            return

@@ -13,18 +13,32 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
+from minidiff.fast.unchanged import Fast
+
+SAMPLE = 64  # values of a weight that are looked at to see whether it was written to
 _DTYPES = (torch.float32, torch.bfloat16)  # those that oneDNN multiplies on any processor
+_PLAIN = (Tensor, nn.Parameter)
 
 
-def can_pack(x: Tensor) -> bool:
-    """Return whether a product with ``x`` can use a packed weight: on the CPU, in inference, where torch has oneDNN."""
-    return x.device.type == "cpu" and x.dtype in _DTYPES and not torch.is_grad_enabled() and _available()
+def can_pack(x: Tensor, *weights: Tensor | None) -> bool:
+    """Return whether a product of ``x`` with these weights can use packed ones.
 
-
-def hooked(module: nn.Module) -> bool:
-    """Return whether calling a part of ``module`` does more than its forward, as adapters and observers want."""
-    return any(part._forward_hooks or part._forward_pre_hooks for part in module.modules())
+    On the CPU, in inference, where torch has oneDNN; and where nothing but the numbers is wanted: no autocast, tracing
+    or transform, and no tensors that are more than tensors, such as quantized weights.
+    """
+    tensors = [x, *(W for W in weights if W is not None)]
+    return (
+        x.device.type == "cpu"
+        and x.dtype in _DTYPES
+        and x.numel() > 0
+        and all(type(t) in _PLAIN and t.dtype == x.dtype and t.device == x.device for t in tensors)
+        and not (torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or torch.jit.is_tracing())
+        and not (torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack())
+        and forward_ad._current_level < 0
+        and _available()
+    )
 
 
 def pack_matrix(W: Tensor, rows: int) -> Tensor:
@@ -63,7 +77,7 @@ def convolve(x: Tensor, packed: Tensor, bias: Tensor | None, stride: int, paddin
 
 
 class Kept:
-    """A value made of tensors and kept until one of them changes.
+    """A value made of weights and kept until one of them changes.
 
     Args:
         keep: whether to keep it at all. A UNet uses its weights in dozens of steps, an autoencoder once for a picture.
@@ -73,36 +87,55 @@ class Kept:
         self.keep = keep
         # One object, so that threads see old or new and never half. The sources are in it because their addresses,
         # which are part of the key, could be those of other tensors once they are gone.
-        self._entry: tuple[Any, Any, Any] = (None, None, ())
+        self._entry: tuple[Any, Any, Any, Any] = (None, None, (), ())
 
     def get(self, make: Callable[[], Any], *sources: Tensor, shape: torch.Size | None = None) -> Any:
-        """Return the value, made anew if a source is another tensor or was written to, or for another ``shape``."""
+        """Return the value, made anew if a source is another tensor or was written to, or for another ``shape``.
+
+        What is written through ``.data``, as averages of weights often are, or put there by ``.to`` leaves no trace but
+        the values: a sample of them is compared.
+        """
         if not self.keep:
             return make()
-        key = [shape, *((s.data_ptr(), s.dtype, s.device, None if s.is_inference() else s._version) for s in sources)]
-        kept, value, _ = self._entry
-        if kept != key:
+        key = shape, *((version(s), s.shape, s.stride(), s.dtype) for s in sources)
+        kept, value, _, samples = self._entry
+        if kept != key or not all(torch.equal(sample(s), seen) for s, seen in zip(sources, samples, strict=True)):
             value = make()
-            self._entry = (key, value, sources)
+            self._entry = (key, value, sources, [sample(s).clone() for s in sources])
         return value
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"keep": self.keep, "_entry": (None, None, ())}  # packed weights cannot be pickled, and need not be
+        return {"keep": self.keep, "_entry": (None, None, (), ())}  # packed weights cannot be pickled, and need not be
 
 
-class FastLinear:
+def version(tensor: Tensor) -> tuple[int, int | None]:
+    """Return what changes when something is written to a tensor, or another memory takes the place of its own."""
+    return tensor.data_ptr(), None if tensor.is_inference() else tensor._version
+
+
+def sample(W: Tensor) -> Tensor:
+    """Look at about ``SAMPLE`` values that lie evenly in the memory of W, and in all rows and columns in turn."""
+    count = min(W.numel(), W.untyped_storage().nbytes() // W.element_size() - W.storage_offset())
+    step = max(count // SAMPLE, 1) | 1  # odd: the rows of a weight are mostly of even length
+    return W.as_strided(((count + step - 1) // step,), (step,))
+
+
+class FastLinear(Fast):
     """The forward of an ``nn.Linear`` with a packed weight."""
 
-    def __init__(self, module: nn.Linear, keep: bool) -> None:
-        self.module, self._packed = module, Kept(keep)
+    kind = nn.Linear
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __init__(self, module: nn.Linear, keep: bool = True) -> None:
+        super().__init__(module)
+        self._packed = Kept(keep)
+
+    def fast(self, input: Tensor) -> Tensor:
         """Compute x W^T + b for x (..., D_in)."""
-        W = self.module.weight
-        if not can_pack(x) or W.dtype != x.dtype:
-            return nn.Linear.forward(self.module, x)
+        x, W, bias = input, self.module.weight, self.module.bias
+        if not can_pack(x, W, bias) or x.shape[-1] != W.shape[1]:
+            return NotImplemented
         rows = x.numel() // x.shape[-1]
-        return product(x, self._packed.get(lambda: pack_matrix(W, rows), W), self.module.bias)
+        return product(x, self._packed.get(lambda: pack_matrix(W, rows), W), bias)
 
 
 def _available() -> bool:

@@ -13,25 +13,30 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minidiff.fast import convolutions, winograd
-from minidiff.fast.convolutions import empty, rows_of_a_strip
-from minidiff.fast.packed import can_pack, convolve, hooked, pack_kernel
+from minidiff.fast.convolutions import empty, passable, rows_of_a_strip
+from minidiff.fast.packed import can_pack, convolve, pack_kernel
+from minidiff.fast.unchanged import Fast, unwatched
+from minidiff.layers import ResBlock
 from minidiff.vae import Level
 
 LARGE = 32 * 2**20  # bytes of a map from which strips pay
 
 
-class FastLevel:
+class FastLevel(Fast):
     """The forward of a ``Level`` of the autoencoder."""
 
-    def __init__(self, level: Level, keep: bool) -> None:
-        self.level = level
+    kind = Level
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def fast(self, x: Tensor) -> Tensor:
         """Run the residual blocks and the change of resolution: (B, C_in, H, W) -> (B, C, H', W')."""
-        level = self.level
-        C = max(level.res[0].conv1.in_channels, level.res[0].conv1.out_channels)
-        if not can_pack(x) or x.numel() // x.shape[1] * C * x.element_size() < LARGE or hooked(level):
-            return Level.forward(level, x)
+        level = self.module
+        if not unwatched(level.res, nn.ModuleList) or not all(map(passable_block, level.res)):
+            return NotImplemented
+        C_out, C_in = level.res[0].conv1.weight.shape[:2]
+        if x.ndim != 4 or x.shape[1] != C_in or not can_pack(x, *level.res.parameters()):
+            return NotImplemented
+        if x.numel() // C_in * max(C_in, C_out) * x.element_size() < LARGE:
+            return NotImplemented
         x = x.contiguous(memory_format=torch.channels_last)
         h = None
         for k, block in enumerate(level.res):
@@ -40,6 +45,17 @@ class FastLevel:
             x = norm_silu_conv(h, block.norm2, block.conv2, add=(block.skip, x), out=mine)
         del h  # before the larger map is made
         return level.resample(x) if level.resample is not None else x
+
+
+def passable_block(block: nn.Module) -> bool:
+    """Return whether a residual block is as the autoencoder has them, and nothing watches its parts."""
+    return (
+        unwatched(block, ResBlock, time=None, scale_shift=False, dropout=0.0, scale=1.0)
+        and all(unwatched(norm, nn.GroupNorm, affine=True) for norm in (block.norm1, block.norm2))
+        and passable(block.conv1)
+        and passable(block.conv2)
+        and (unwatched(block.skip, nn.Identity) or passable(block.skip, 1))
+    )
 
 
 def norm_silu_conv(

@@ -132,9 +132,6 @@ class EditingPipeline(LatentPipeline):
         x = dealt(x.to(device, dtype), batch_size * num_images_per_prompt)
         return torch.cat([x, x, torch.zeros_like(x)]) if do_classifier_free_guidance else x
 
-    def _once(self, x: Tensor, run: EditRun) -> Tensor:
-        return x  # one of the three passes is not shown the image
-
     def _network(self, x: Tensor, t: Tensor, run: EditRun) -> Tensor:
         return super()._network(torch.cat([x, run.image_latents], dim=1), t, run)
 

@@ -151,16 +151,13 @@ class LatentPipeline(ByHand, Callbacks, LoraLoader, TextualInversionLoader, Diff
             from minidiff.fast.memo import Memo
 
             run.memo = run.memo or Memo(run.plan.timesteps)
-            with run.memo.at(run.step):
+            alone = x.shape[1] == self.unet.config.in_channels  # the UNet sees nothing else that could differ
+            with run.memo.at(run.step, run.passes if alone else 1):
                 return self._network(x, t, run)
 
     @property
     def _optimized(self) -> bool:
         return "_time_condition" in vars(self.unet)  # put there by ``minidiff.fast.optimize``
-
-    def _once(self, x: Tensor, run: Run) -> Tensor:
-        """Return one of the equal copies that ``x`` is made of, if the UNet is to be optimized; see ``repeated``."""
-        return x[: len(x) // run.passes] if self._optimized else x
 
     def _handling(
         self, output_type: str, callback: Callback | None, tensors: Sequence[str], others: Mapping[str, Any]

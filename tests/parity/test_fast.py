@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from fast_ways import UNET, VAE, error, random
 from theirs import diffusers
 from tiny import save_tiny
 from tiny_xl import save_base
@@ -19,24 +20,10 @@ from tiny_xl import save_base
 import minidiff
 from minidiff.fast import attention, convolutions, feed_forward, optimize, packed, restore, strips, winograd
 from minidiff.fast.convolutions import FastConv, FastUpsample, four_kernels
-from minidiff.layers import GEGLU, Attention, Upsample, repeated
+from minidiff.fast.memo import Memo
+from minidiff.layers import GEGLU, Attention, TransformerBlock, Upsample, repeated
 from minidiff.vae import Level
 
-VAE = {
-    "block_out_channels": [8, 16, 16],
-    "down_block_types": ["DownEncoderBlock2D"] * 3,
-    "up_block_types": ["UpDecoderBlock2D"] * 3,
-    "norm_num_groups": 4,
-}
-UNET = {
-    "block_out_channels": [16, 32],
-    "layers_per_block": 1,
-    "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
-    "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"],
-    "cross_attention_dim": 24,
-    "attention_head_dim": 4,
-    "norm_num_groups": 8,
-}
 TOPOLOGIES = {
     "SD 1": UNET,
     "SD 2": UNET | {"use_linear_projection": True, "attention_head_dim": [2, 4]},
@@ -54,20 +41,6 @@ def folder_xl(tmp_path_factory):
     return save_base(tmp_path_factory.mktemp("tiny_xl"))
 
 
-@pytest.fixture(params=["few products", "all products"])
-def small_blocks(monkeypatch, request):
-    """Take the fast ways on tiny maps too, in blocks and strips that do not divide them, with Winograd and without."""
-    monkeypatch.setattr(attention, "LEAST", 1)
-    monkeypatch.setattr(attention, "ROWS", 30)
-    monkeypatch.setattr(attention, "SCORES", 7000)
-    monkeypatch.setattr(attention, "MOST", 1024 if request.param == "few products" else 0)
-    monkeypatch.setattr(feed_forward, "ROWS", 50)
-    monkeypatch.setattr(strips, "LARGE", 0)
-    monkeypatch.setattr(convolutions, "STRIP", 9000)
-    monkeypatch.setattr(winograd, "LEAST_TILES", 1 if request.param == "few products" else 10**9)
-    monkeypatch.setattr(winograd, "LEAST_CHANNELS", 1)
-
-
 @pytest.fixture
 def in_float64(monkeypatch, small_blocks):
     """Let torch's plain operators stand in for the packed ones, in any dtype."""
@@ -77,7 +50,7 @@ def in_float64(monkeypatch, small_blocks):
 
     for module in (packed, convolutions, winograd, feed_forward, strips, attention):
         for name, stand_in in {
-            "can_pack": lambda x: not torch.is_grad_enabled(),
+            "can_pack": lambda x, *weights: not torch.is_grad_enabled(),
             "pack_matrix": lambda W, rows: W.clone(),
             "product": lambda x, W, bias=None: F.linear(x, W, bias),
             "pack_kernel": lambda W, stride, padding, like: W.clone(),
@@ -89,29 +62,28 @@ def in_float64(monkeypatch, small_blocks):
                 monkeypatch.setattr(module, name, stand_in)
 
 
-def random(network, seed=0):
-    g = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for p in network.parameters():
-            p.copy_(torch.randn(p.shape, generator=g, dtype=p.dtype) * 0.2)
-    return network
-
-
-def error(found, expected):
-    return ((found - expected).abs().max() / expected.abs().max()).item()
+def record(monkeypatch, place, name):
+    """Return a list to which a function adds the number of rows of its first argument."""
+    function, rows = getattr(place, name), []
+    monkeypatch.setattr(place, name, lambda x, *args, **kwargs: rows.append(len(x)) or function(x, *args, **kwargs))
+    return rows
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", TOPOLOGIES)
 @pytest.mark.parametrize("size", [(8, 8), (7, 10)])
-def test_unet_in_float64(name, size, in_float64):
+def test_unet_in_float64(name, size, in_float64, monkeypatch):
     unet = random(minidiff.UNet2DConditionModel(**TOPOLOGIES[name]).double())
     x, ctx, t = torch.randn(2, 4, *size).double(), torch.randn(4, 5, 24).double(), torch.tensor(400)
-    expected = unet(torch.cat([x, x]), t, ctx).sample
-    assert error(unet(x, t, ctx).sample, expected) <= 1e-12  # measured 1e-15: one sample, two texts
+    x = torch.cat([x, x])
+    expected = unet(x, t, ctx).sample
     optimize(unet)
-    assert error(unet(torch.cat([x, x]), t, ctx).sample, expected) <= 1e-12  # 1e-15
-    assert error(unet(x, t, ctx).sample, expected) <= 1e-12  # 1e-15
+    assert error(unet(x, t, ctx).sample, expected) <= 1e-12  # measured 1e-15
+    memo, rows = Memo(t[None]), record(monkeypatch, F, "group_norm")
+    for _ in range(2):
+        with memo.at(0, copies=2):
+            assert error(unet(x, memo.timesteps[0], ctx).sample, expected) <= 1e-12  # 1e-15: one sample, two texts
+    assert (rows[0], rows[-1]) == (2, 4)
 
 
 @torch.no_grad()
@@ -417,15 +389,17 @@ def test_saving_copying_and_undoing(folder, tmp_path, small_blocks):
     assert np.array_equal(restored("red heart", seed=1, **CALL).images, expected)
 
 
-def test_what_is_saved(folder, small_blocks):
+def test_what_is_saved(folder, small_blocks, monkeypatch):
     """Five steps under guidance: the text is read once, the first layers see one half, the fast forwards are there."""
     pipe = pipeline(folder).optimize()
-    seen = {"keys": [], "first": []}
-    block = pipe.unet.down[0].attn[0].blocks[0]
-    block.cross_attn.k.register_forward_hook(lambda _, args, out: seen["keys"].append(len(args[0])))
-    pipe.unet.conv_in.register_forward_hook(lambda _, args, out: seen["first"].append(len(args[0])))
+    widths, product = [], packed.product
+    monkeypatch.setattr(packed, "product", lambda x, *rest: widths.append(x.shape[-1]) or product(x, *rest))
+    rows = record(monkeypatch, F, "group_norm")
     pipe(["red heart", "two cats"], seed=1, **{**CALL, "num_inference_steps": 5})
-    assert seen == {"keys": [4], "first": [2] * 6}  # PNDM takes one step twice
+    readers = [m for m in pipe.unet.modules() if isinstance(m, TransformerBlock)]
+    assert widths.count(24) == 2 * len(readers)  # keys and values; no other layer has this width
+    norms = sum(isinstance(m, torch.nn.GroupNorm) for m in pipe.unet.modules())
+    assert rows[: 6 * norms : norms] == [2] * 6 and max(rows) == 4  # PNDM takes one step twice
     kinds = {type(m) for network in (pipe.unet, pipe.vae) for m in network.modules() if "forward" in vars(m)}
     assert kinds == {torch.nn.Linear, torch.nn.Conv2d, Attention, GEGLU, Upsample, Level}
 
