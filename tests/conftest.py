@@ -1,8 +1,12 @@
 """What every test shares: a quiet, offline, reproducible process."""
 
 import os
-from collections.abc import Iterator
+import random
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -31,12 +35,41 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items[:] = [item for item in items if item not in needs_network]
 
 
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Have the global random state of torch, NumPy and Python begin at ``seed``, and put back what it was."""
+    before = torch.get_rng_state(), np.random.get_state(), random.getstate()
+    torch.manual_seed(seed), np.random.seed(seed), random.seed(seed)
+    try:
+        yield
+    finally:
+        torch.set_rng_state(before[0]), np.random.set_state(before[1]), random.setstate(before[2])
+
+
+# What a test draws depends on nothing that ran before it: neither do fixtures that several tests share, which are made
+# before the fixture of the single test, nor what a file draws while it is imported.
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(collector: pytest.Collector) -> Generator[None, Any, Any]:
+    with _seeded(2):
+        return (yield)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_fixture_setup(fixturedef: pytest.FixtureDef[Any]) -> Generator[None, Any, Any]:
+    if fixturedef.scope == "function":
+        return (yield)
+    with _seeded(1):
+        return (yield)
+
+
 @pytest.fixture(autouse=True)
 def _reproducible() -> Iterator[None]:
     """Give each test the same global random state, and put back the default dtype it may have changed."""
-    torch.manual_seed(0)
     dtype = torch.get_default_dtype()
-    yield
+    with _seeded(0):
+        yield
     torch.set_default_dtype(dtype)
 
 
