@@ -207,7 +207,7 @@ class UNet(SlicedAttention, Model):
         )
 
     def _body(self, x: Tensor, temb: Tensor, ctx: Tensor | None = None) -> Tensor:
-        """Run the network proper: down, middle, up."""
+        """Run the network proper: down, middle, up. One x (B, C, H, W) may stand for n copies of it in ``ctx``."""
         if self.config.center_input_sample:
             x = 2 * x - 1
         x = self.conv_in(x)
@@ -286,15 +286,14 @@ class UNet2DConditionModel(AdaptedNetwork, SingleFileModel, UNet):
         Args:
             sample: noisy latents, (B, in_channels, H, W), any H and W.
             timestep: one time for all, or (B,) times; 0 is nearly clean, 999 nearly pure noise.
-            encoder_hidden_states: text embeddings, (B, L, D); or (n B, L, D), and every sample is asked with n texts:
-                first all with the first, then all with the second...
+            encoder_hidden_states: text embeddings, (B, L, D).
             added_cond_kwargs: for networks with ``addition_embed_type="text_time"`` (SDXL) alone: "text_embeds", the
                 pooled text embeddings (B, P), and "time_ids", the sizes that the picture is conditioned on (B, n), with
                 P + n * addition_time_embed_dim = projection_class_embeddings_input_dim.
             return_dict: whether to return a record or a tuple.
 
         Returns:
-            One prediction per text, (n B, out_channels, H, W).
+            The prediction, (B, out_channels, H, W).
 
         The other arguments of the reference belong to features that are not implemented and must be None.
 
@@ -314,10 +313,8 @@ class UNet2DConditionModel(AdaptedNetwork, SingleFileModel, UNet):
         )
         self._check_sample(sample)
         self._check_text(sample, encoder_hidden_states)
-        if self.add_embed is not None:  # the sizes differ from text to text, so nothing can be shared
-            sample = repeated(sample, len(encoder_hidden_states))
         temb = self._time_condition(sample, timestep, added_cond_kwargs)
-        x = self._body(sample, repeated(temb, len(encoder_hidden_states)), encoder_hidden_states)
+        x = self._body(sample, temb, encoder_hidden_states)
         return UNet2DConditionOutput(x) if return_dict else (x,)
 
     def _time_condition(
@@ -359,10 +356,10 @@ class UNet2DConditionModel(AdaptedNetwork, SingleFileModel, UNet):
     def _check_text(self, sample: Tensor, ctx: Tensor) -> None:
         """Raise if the text embeddings do not fit the network and the batch."""
         D = self.spec.levels[-1].D_ctx
-        if ctx.ndim != 3 or ctx.shape[-1] != D or len(ctx) == 0 or len(ctx) % len(sample):
+        if ctx.ndim != 3 or ctx.shape[-1] != D or not len(ctx) == len(sample) > 0:
             raise ValueError(
-                f"encoder_hidden_states should be ({len(sample)}, L, {D}) or n times as many, found {tuple(ctx.shape)}"
-                f"; a width other than {D} comes from the text encoder of another model family"
+                f"encoder_hidden_states should be ({len(sample)}, L, {D}), a text for each sample, found "
+                f"{tuple(ctx.shape)}; a width other than {D} comes from the text encoder of another model family"
             )
 
     def rows(self) -> list[Row]:

@@ -251,3 +251,14 @@ def test_half_precision(dtype: torch.dtype, bound: float) -> None:
     assert out.dtype == dtype
     assert relative_error(out, theirs(x, 20, ctx).sample) <= bound
     assert relative_error(out, exact) <= bound
+
+
+@pytest.mark.parametrize(("samples", "texts"), [(1, 2), (2, 4), (2, 1), (3, 2)])
+def test_each_sample_has_its_text(samples: int, texts: int) -> None:
+    """Twice as many texts once made two pictures of one."""
+    ours, theirs = make_pair(tiny())
+    x, ctx = inputs(ours, B=samples)[0], inputs(ours, B=texts)[1]
+    with pytest.raises(RuntimeError, match="must match"):
+        theirs(x, 3, encoder_hidden_states=ctx)
+    with pytest.raises(ValueError, match=rf"encoder_hidden_states should be \({samples}, L, "):
+        ours(x, 3, ctx)
