@@ -85,8 +85,6 @@ def training_betas(
         table = betas(schedule, beta_start, beta_end, steps)
     else:
         table = torch.as_tensor(trained_betas, dtype=torch.float32).clone()
-        if table.shape != (steps,):
-            raise ValueError(f"trained_betas has shape {tuple(table.shape)}, num_train_timesteps is {steps}")
     return rescale_zero_terminal_snr(table) if zero_snr else table
 
 

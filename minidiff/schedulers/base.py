@@ -16,7 +16,9 @@ The second face is the one of tutorials (``set_timesteps``, ``scale_model_input`
 """
 
 import copy
+import operator
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -68,6 +70,9 @@ class Scheduler(SchedulerMixin, ConfigMixin):
     beta_schedules: ClassVar[tuple[str, ...]] = noise_schedule.BETA_SCHEDULES
     prediction_types: ClassVar[tuple[str, ...]] = ("epsilon", "sample", "v_prediction")
     looks_up: ClassVar[bool] = False  # step() finds its place by the timestep each time; others count
+    any_time: ClassVar[bool] = False  # step() may be asked for a timestep that the run does not visit
+    starts_ready: ClassVar[bool] = False  # step() works before set_timesteps, over every training timestep
+    time_dtype: ClassVar[torch.dtype] = torch.int64  # of the timesteps before set_timesteps
     plan_inputs: ClassVar[tuple[str, ...]] = ()  # which of timesteps=, sigmas=, mu= the solver can plan from
     sigmas_include_last: ClassVar[bool] = False  # sigmas= that a user gives end with the level after the last step
     run_options: ClassVar[Mapping[str, Any]] = {}  # options of a run and their defaults, such as eta
@@ -129,10 +134,12 @@ class Scheduler(SchedulerMixin, ConfigMixin):
         given = [name for name in ("timesteps", "sigmas") if name in custom]
         if len(given) + (steps is not None) != 1:
             raise ValueError("give exactly one of num_inference_steps, timesteps and sigmas")
-        count = len(custom[given[0]]) - (given == ["sigmas"] and self.sigmas_include_last) if given else steps
-        if isinstance(count, bool) or not isinstance(count, (int, np.integer)) or count < 1:
-            raise ValueError(f"num_inference_steps should be a positive integer, found {count!r}")
-        return self._plan_of(self._grid(int(count), **custom), int(count), device, start, options)
+        count = len(custom[given[0]]) - (given == ["sigmas"] and self.sigmas_include_last) if given else _index(steps)
+        if count is None or count < 1:
+            raise ValueError(f"num_inference_steps should be a positive integer, found {steps!r}")
+        if len(self.betas) < len(self):
+            raise ValueError(f"trained_betas has {len(self.betas)} entries, num_train_timesteps is {len(self)}")
+        return self._plan_of(self._grid(count, **custom), count, device, start, options)
 
     def start_at(self, plan: Plan, start: int) -> Plan:
         """Return the plan of a run that begins at step ``start`` of ``plan``: solvers warm up from there."""
@@ -214,18 +221,9 @@ class Scheduler(SchedulerMixin, ConfigMixin):
 
     # ---- the second face: the loop written by hand --------------------------------------------------------------
 
-    def set_timesteps(
-        self,
-        num_inference_steps: int | None = None,
-        device: torch.device | str | None = None,
-        *,
-        timesteps: Sequence[int] | None = None,
-        sigmas: Sequence[float] | None = None,
-        mu: float | None = None,
-    ) -> None:
-        """Plan a run and forget the previous one; see ``plan``."""
-        plan = self.plan(num_inference_steps, device=device, timesteps=timesteps, sigmas=sigmas, mu=mu)
-        self._begin(plan)
+    def set_timesteps(self, num_inference_steps: int | None = None, device: torch.device | str | None = None) -> None:
+        """Plan a run and forget the previous one; see ``plan``. Some solvers take more: ``timesteps``, ``sigmas``."""
+        self._begin(self.plan(num_inference_steps, device=device))
 
     def _begin(self, plan: Plan) -> None:
         self._place = Place(plan)
@@ -240,7 +238,7 @@ class Scheduler(SchedulerMixin, ConfigMixin):
     @property
     def timesteps(self) -> Tensor:
         """The timesteps of the run (N,); before ``set_timesteps`` all those of training, last first."""
-        return self._training_grid().timesteps if self._plan is None else self._plan.timesteps
+        return self._training_grid().timesteps.to(self.time_dtype) if self._plan is None else self._plan.timesteps
 
     @property
     def sigmas(self) -> Tensor:
@@ -253,7 +251,7 @@ class Scheduler(SchedulerMixin, ConfigMixin):
         return None if self._plan is None else self._plan.num_inference_steps
 
     @property
-    def init_noise_sigma(self) -> float:
+    def init_noise_sigma(self) -> float | Tensor:
         """The standard deviation of the sample that the run starts from."""
         return (
             self._init_noise_sigma(self._training_grid().sigmas) if self._plan is None else self._plan.init_noise_sigma
@@ -285,14 +283,24 @@ class Scheduler(SchedulerMixin, ConfigMixin):
         model_output: Tensor,
         timestep: float | Tensor,
         sample: Tensor,
-        generator: Generator | Sequence[Generator] | None = None,
         return_dict: bool = True,
     ) -> SchedulerOutput | tuple[Tensor, ...]:
         """Take the step at ``timestep``: the network's output and the sample (B, ...) give the previous sample.
 
         Raises ValueError before ``set_timesteps``, after the last step, and for a timestep that is not in the run.
         """
-        return self._take_step(model_output, timestep, sample, generator, return_dict)
+        return self._take_step(model_output, timestep, sample, None, return_dict)
+
+    def index_for_timestep(self, timestep: float | Tensor, schedule_timesteps: Tensor | None = None) -> int:
+        """Return where a timestep is in the run, or among ``schedule_timesteps``; of several equal ones the second."""
+        return self._index_of(timestep, None if schedule_timesteps is None else tuple(schedule_timesteps.tolist()))
+
+    def previous_timestep(self, timestep: int | Tensor) -> int | Tensor:
+        """Return the timestep that the run visits after this one, -1 after the last."""
+        if self._plan is None:
+            return timestep - 1
+        following = self._index_of(timestep) + 1
+        return self._plan.timesteps[following] if following < len(self._plan.times) else torch.tensor(-1)
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """Return sqrt(alpha_bar_t) x0 + sqrt(1 - alpha_bar_t) noise for timesteps (B,), as in training."""
@@ -321,12 +329,15 @@ class Scheduler(SchedulerMixin, ConfigMixin):
     ) -> SchedulerOutput | tuple[Tensor, ...]:
         plan = self._ready_plan()
         i = self._clock(timestep)
+        elsewhere = self.any_time and i < len(plan.times) and plan.times[i] != _number(timestep)
         if i >= len(plan.steps):
             raise ValueError(f"all {len(plan.steps)} steps are done: call set_timesteps to begin another run")
         late = self._step_index is None and not self.looks_up and i != plan.start  # the run begins in the middle
         if late or (options and options != plan.options):
             plan = plan._replace(options={**plan.options, **options})
             plan = self._plan = self.start_at(plan, i if late else plan.start)
+        if elsewhere:
+            plan = self._at(plan, i, int(_number(timestep)))
         if noise is None:
             noise = self.draw_noise(plan, i, x, generator)
         elif generator is not None:
@@ -340,27 +351,40 @@ class Scheduler(SchedulerMixin, ConfigMixin):
         return SchedulerOutput(update.x, update.x0)
 
     def _ready_plan(self) -> Plan:
-        if self._plan is None:
+        if self._plan is None and not self.starts_ready:
             raise ValueError(f"{type(self).__name__}: call set_timesteps(num_inference_steps) before step")
-        return self._plan
+        return self._training_plan if self._plan is None else self._plan
+
+    @cached_property
+    def _training_plan(self) -> Plan:
+        """Every training timestep, which ``step`` visits if ``set_timesteps`` was not called, as in the reference."""
+        return self._plan_of(self._training_grid(), len(self), None, 0, {})
+
+    def _at(self, plan: Plan, i: int, timestep: int) -> Plan:
+        """Return ``plan`` with another timestep at step ``i``."""
+        timesteps = plan.timesteps.index_fill(0, torch.tensor(i, device=plan.timesteps.device), timestep)
+        grid = Grid(timesteps, plan.sigmas)
+        return self._plan_of(grid, plan.num_inference_steps, timesteps.device, plan.start, plan.options)
 
     def _clock(self, timestep: float | Tensor) -> int:
         """Return the index of the step at ``timestep``."""
         known = self._begin_index if self._step_index is None else self._step_index
         return self._index_of(timestep) if known is None or self.looks_up else known
 
-    def _index_of(self, timestep: float | Tensor) -> int:
-        """Find a timestep in the run.
+    def _index_of(self, timestep: float | Tensor, times: tuple[float, ...] | None = None) -> int:
+        """Find a timestep in the run, or in other ``times``.
 
         Of several equal ones the second is meant, as in the reference: solvers with two evaluations per step visit a
         timestep to finish a step and once more to begin the next. But a run that can begin at 0 begins there; the
         reference does not, and runs out of steps where rounding has made the first two timesteps equal.
         """
-        value = timestep.item() if isinstance(timestep, Tensor) else timestep
-        times = self._ready_plan().times
+        value, plan = _number(timestep), self._ready_plan()
+        times = plan.times if times is None else times
         try:
             first = times.index(value)
         except ValueError:
+            if self.any_time and value in range(len(self.alphas_cumprod)):
+                return plan.start
             message = f"timestep {value} is not one of the run's {len(times)}: {_some(times)}"
             raise ValueError(message) from None
         twice = times[first + 1 : first + 2] == (value,)  # timesteps never ascend, so equal ones are neighbours
@@ -379,11 +403,11 @@ class Scheduler(SchedulerMixin, ConfigMixin):
     def _levels_at(self, timesteps: Tensor, like: Tensor) -> Tensor:
         """Return noise levels at timesteps (B,) of the run (before it: of training), shaped like ``like`` (B, ...)."""
         if self._plan is None:
-            index = len(self) - 1 - timesteps.long()  # the training grid begins with its last timestep
+            index = len(self) - 1 - timesteps.reshape(-1).long()  # the training grid begins with its last timestep
         elif self._begin_index is None:
-            index = [self._index_of(t) for t in timesteps.tolist()]
+            index = [self._index_of(t) for t in timesteps.reshape(-1).tolist()]
         else:  # image-to-image noises to the level it begins at, inpainting to the one it has reached
-            index = [self._begin_index if self._step_index is None else self._step_index] * len(timesteps)
+            index = [self._begin_index if self._step_index is None else self._step_index] * timesteps.numel()
         return self.sigmas.to(like.device, like.dtype)[index].reshape(-1, *[1] * (like.ndim - 1))
 
     def _alpha_bar(self, times: Sequence[float]) -> Tensor:
@@ -402,14 +426,42 @@ class Scheduler(SchedulerMixin, ConfigMixin):
 
     def _alpha_sigma_at(self, timesteps: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """Return sqrt(alpha_bar_t) and sqrt(1 - alpha_bar_t), shaped to broadcast over ``like`` (B, ...)."""
-        if torch.is_floating_point(timesteps):
+        if torch.is_floating_point(timesteps) and bool((timesteps != timesteps.floor()).any()):
             raise TypeError(f"timesteps should be integers (0 to {len(self) - 1}), found {timesteps.dtype}")
         key = (like.device, like.dtype)
         if key not in self._tables:  # one copy per device: a training loop must not upload the table at each step
             self._tables[key] = self.alphas_cumprod.to(*key)
         # Cast first and root after, as the reference does: in float16 the order decides the last bits.
-        alpha_bar = self._tables[key][timesteps.to(like.device)].reshape(-1, *[1] * (like.ndim - 1))
+        alpha_bar = self._tables[key][timesteps.to(like.device).long()].reshape(-1, *[1] * (like.ndim - 1))
         return alpha_bar**0.5, (1 - alpha_bar) ** 0.5
+
+
+class Stochastic:
+    """The face of solvers that draw noise and take nothing else: ``step`` takes a generator."""
+
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: float | Tensor,
+        sample: Tensor,
+        generator: Generator | Sequence[Generator] | None = None,
+        return_dict: bool = True,
+    ) -> SchedulerOutput | tuple[Tensor, ...]:
+        """Take the step at ``timestep`` with noise from ``generator``; see ``Scheduler.step``."""
+        return self._take_step(model_output, timestep, sample, generator, return_dict)
+
+
+def _number(value: Any) -> float:
+    """Return a number of Python's, of NumPy's or in a tensor as Python's."""
+    return value.item() if hasattr(value, "item") else value
+
+
+def _index(value: Any) -> int | None:
+    """Return an integer of any library as Python's, None for anything else."""
+    try:
+        return None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        return None
 
 
 def _some(times: Sequence[float]) -> str:

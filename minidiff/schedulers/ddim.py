@@ -38,7 +38,7 @@ class DDIMScheduler(Scheduler):
     The next timestep is always ``T // steps`` below this one, as in the reference, even where the spacing is not.
     """
 
-    looks_up = True
+    looks_up = any_time = True
     run_options: ClassVar[Mapping[str, Any]] = {"eta": 0.0, "use_clipped_model_output": False}
 
     @register_to_config
@@ -89,6 +89,11 @@ class DDIMScheduler(Scheduler):
             std,
         )
         return tuple(Step(*numbers) for numbers in zip(*map(torch.unbind, columns), strict=True))
+
+    def _get_variance(self, timestep: int, prev_timestep: int) -> Tensor:
+        """Return the variance of the noise between two timesteps at eta = 1, by the name that programs call."""
+        alpha_bar_t, alpha_bar_s = self._alpha_bar([timestep, prev_timestep])
+        return (1 - alpha_bar_s) / (1 - alpha_bar_t) * (1 - alpha_bar_t / alpha_bar_s)
 
     def wants_noise(self, plan: Plan, i: int) -> bool:
         return plan.options["eta"] > 0

@@ -11,7 +11,6 @@ It is DDIM with eta = 1 (variance_type ``fixed_small``).
 """
 
 from collections.abc import Sequence
-from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -19,7 +18,7 @@ from torch import Tensor
 
 from minidiff import noise_schedule
 from minidiff.configured import register_to_config
-from minidiff.schedulers.base import Grid, Plan, Scheduler, Update
+from minidiff.schedulers.base import Grid, Plan, Scheduler, Stochastic, Update
 from minidiff.schedulers.prediction import Scalar, predict_x0
 
 VARIANCES = ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", "learned", "learned_range")
@@ -37,11 +36,11 @@ class Step(NamedTuple):
     log_large: Scalar  # a network with learned_range chooses
 
 
-class DDPMScheduler(Scheduler):
+class DDPMScheduler(Stochastic, Scheduler):
     """Sample by the reversed diffusion process of DDPM, drawing noise at every step but the last."""
 
     beta_schedules = (*noise_schedule.BETA_SCHEDULES, "laplace", "sigmoid")
-    looks_up = True
+    looks_up = starts_ready = True
     plan_inputs = ("timesteps",)
 
     @register_to_config
@@ -68,6 +67,15 @@ class DDPMScheduler(Scheduler):
         super().__init__()
         self.variance_type = variance_type
 
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: torch.device | str | None = None,
+        timesteps: Sequence[int] | None = None,
+    ) -> None:
+        """Plan a run, over these ``timesteps`` if given; see ``Scheduler.set_timesteps``."""
+        self._begin(self.plan(num_inference_steps, device=device, timesteps=timesteps))
+
     def _grid(self, count: int, timesteps: Sequence[int] | None = None) -> Grid:
         if timesteps is None:
             config = self.config
@@ -78,14 +86,6 @@ class DDPMScheduler(Scheduler):
             times = noise_schedule.custom_timesteps(timesteps, self.config.num_train_timesteps)
         alpha_bar = self.alphas_cumprod[times]
         return Grid(times, torch.cat([((1 - alpha_bar) / alpha_bar) ** 0.5, torch.zeros(1)]))
-
-    def _ready_plan(self) -> Plan:
-        return self._training_plan if self._plan is None else self._plan
-
-    @cached_property
-    def _training_plan(self) -> Plan:
-        """Every training timestep, which ``step`` visits if ``set_timesteps`` was not called, as in the reference."""
-        return self._plan_of(self._training_grid(), len(self), None, 0, {})
 
     def _steps(self, plan: Plan) -> tuple[Step, ...]:
         alpha_bar_t = self.alphas_cumprod[list(plan.times)]

@@ -93,6 +93,15 @@ class DEISMultistepScheduler(LogSnrScheduler):
         if use_flow_sigmas and self._respace is not None:
             raise ConfigError("use_flow_sigmas cannot be combined with another sigma spacing")
 
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: torch.device | str | None = None,
+        mu: float | None = None,
+    ) -> None:
+        """Plan a run (``mu`` is refused: there is no dynamic shifting); see ``Scheduler.set_timesteps``."""
+        self._begin(self.plan(num_inference_steps, device=device, mu=mu))
+
     def _grid(self, count: int) -> Grid:
         config, training = self.config, self._training_sigmas()
         if config.use_flow_sigmas:

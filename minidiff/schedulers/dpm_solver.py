@@ -127,6 +127,16 @@ class DpmSolver(LogSnrScheduler):
 
     # ---- the noise levels of a run ------------------------------------------------------------------------------
 
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: torch.device | str | None = None,
+        mu: float | None = None,
+        timesteps: Sequence[int] | None = None,
+    ) -> None:
+        """Plan a run, over these ``timesteps`` if given (``mu`` is refused); see ``Scheduler.set_timesteps``."""
+        self._begin(self.plan(num_inference_steps, device=device, mu=mu, timesteps=timesteps))
+
     def _grid(self, count: int, timesteps: Sequence[int] | None = None) -> Grid:
         config, training = self.config, self._training_sigmas()
         respaced = self._respace is not None or config.get("use_lu_lambdas")

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from minidiff.configured import register_to_config
-from minidiff.schedulers.base import Plan, Update
+from minidiff.schedulers.base import Plan, Stochastic, Update
 from minidiff.schedulers.dpm_solver import DpmSolver, Step, Transitions, remembered
 from minidiff.schedulers.prediction import Scalar, linear
 
@@ -46,7 +46,7 @@ def differences(ms: Sequence[Tensor], ratios: Sequence[Scalar]) -> tuple[Tensor,
     return first, (r0 * d10 - r1 * d11) / between, 2.0 * (d11 - d10) / between
 
 
-class DPMSolverSinglestepScheduler(DpmSolver):
+class DPMSolverSinglestepScheduler(Stochastic, DpmSolver):
     """Sample with DPM-Solver(++) in groups of one to three steps.
 
     Counts that the order does not divide, and runs to a noise level of 0, end in groups of lower order even without

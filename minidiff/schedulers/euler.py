@@ -67,6 +67,16 @@ class EulerDiscreteScheduler(SigmaSpaceScheduler):
         self._require("final_sigmas_type", ("zero", "sigma_min"))
         super().__init__()
 
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: torch.device | str | None = None,
+        timesteps: Sequence[float] | None = None,
+        sigmas: Sequence[float] | None = None,
+    ) -> None:
+        """Plan a run, over these ``timesteps`` or ``sigmas`` if given; see ``Scheduler.set_timesteps``."""
+        self._begin(self.plan(num_inference_steps, device=device, timesteps=timesteps, sigmas=sigmas))
+
     def _grid(
         self, count: int, timesteps: Sequence[float] | None = None, sigmas: Sequence[float] | None = None
     ) -> Grid:
@@ -76,7 +86,8 @@ class EulerDiscreteScheduler(SigmaSpaceScheduler):
             closed = np.append(spaced, last).astype(np.float32)
         else:
             closed = np.asarray(sigmas, dtype=np.float32)
-            if closed.ndim != 1 or (np.diff(closed) >= 0).any():
+            falls = np.diff(closed) < 0  # the last may be repeated, as final_sigmas_type="sigma_min" repeats it
+            if closed.ndim != 1 or not falls[:-1].all() or closed[-1] > closed[-2]:
                 raise ValueError(f"sigmas should descend, and end with the level after the last step; found {sigmas!r}")
             times = noise_schedule.sigma_to_timestep(closed[:-1], np.log(self._training_sigmas()))
         closed = torch.from_numpy(closed)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from minidiff.configured import register_to_config
-from minidiff.schedulers.base import Grid, Plan, Update
+from minidiff.schedulers.base import Grid, Plan, Stochastic, Update
 from minidiff.schedulers.prediction import Scalar
 from minidiff.schedulers.sigma_space import Level, SigmaSpaceScheduler, levels, wide
 
@@ -38,10 +38,11 @@ def ancestral(sigma: Tensor, following: Tensor) -> tuple[Tensor, Tensor]:
     return (following**2 - up**2).clamp(min=0) ** 0.5, up  # far apart, rounding makes it negative
 
 
-class EulerAncestralDiscreteScheduler(SigmaSpaceScheduler):
+class EulerAncestralDiscreteScheduler(Stochastic, SigmaSpaceScheduler):
     """Sample with Euler's method and fresh noise at every step; the last draw is multiplied by 0."""
 
     refuses_indices = True
+    time_dtype = torch.float64
     prediction_types = ("epsilon", "v_prediction")
 
     @register_to_config

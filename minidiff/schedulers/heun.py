@@ -9,6 +9,7 @@ Karras et al. 2022, https://arxiv.org/abs/2206.00364, Algorithm 1. Checked again
 """
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -56,6 +57,17 @@ class HeunDiscreteScheduler(SigmaSpaceScheduler):
     ) -> None:
         super().__init__()
 
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: torch.device | str | None = None,
+        num_train_timesteps: int | None = None,
+        timesteps: Sequence[float] | None = None,
+    ) -> None:
+        """Plan a run, over these ``timesteps`` if given; see ``Scheduler.set_timesteps``."""
+        self._require_training(num_train_timesteps)
+        self._begin(self.plan(num_inference_steps, device=device, timesteps=timesteps))
+
     @property
     def _clip(self) -> Clip:
         return Clip(limit=self.config.clip_sample_range if self.config.clip_sample else None)
@@ -74,6 +86,10 @@ class HeunDiscreteScheduler(SigmaSpaceScheduler):
         corrects = [(i - plan.start) % 2 == 1 for i in range(len(moves))]
         moves = [moves[i - 1] if second else moves[i] for i, second in enumerate(corrects)]
         return tuple(map(Step, levels(plan.sigmas[:-1]), corrects, moves))
+
+    @cached_property
+    def _training_plan(self) -> Plan:
+        return self.plan(len(self))
 
     def _x0(self, level: Level, y: Tensor, out: Tensor) -> Tensor:
         return self._clip(super()._x0(level, y, out))

@@ -13,6 +13,7 @@ DPM-Solver-2 of Karras et al. 2022, https://arxiv.org/abs/2206.00364, in the for
 """
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from minidiff import noise_schedule
 from minidiff.configured import register_to_config
-from minidiff.schedulers.base import Grid, Plan, Update
+from minidiff.schedulers.base import Grid, Plan, Stochastic, Update
 from minidiff.schedulers.euler_ancestral import ancestral
 from minidiff.schedulers.prediction import Scalar
 from minidiff.schedulers.sigma_space import Level, SigmaSpaceScheduler, levels
@@ -58,6 +59,20 @@ class KDPM2DiscreteScheduler(SigmaSpaceScheduler):
         steps_offset: int = 0,
     ) -> None:
         super().__init__()
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: torch.device | str | None = None,
+        num_train_timesteps: int | None = None,
+    ) -> None:
+        """Plan a run; see ``Scheduler.set_timesteps``."""
+        self._require_training(num_train_timesteps)
+        self._begin(self.plan(num_inference_steps, device=device))
+
+    @cached_property
+    def _training_plan(self) -> Plan:
+        return self.plan(len(self))
 
     def _grid(self, count: int) -> Grid:
         times, spaced = self._spaced(count)
@@ -108,7 +123,7 @@ class KDPM2DiscreteScheduler(SigmaSpaceScheduler):
         return Update(x + noise * step.up if self.wants_noise(plan, i) else x, (), x0)
 
 
-class KDPM2AncestralDiscreteScheduler(KDPM2DiscreteScheduler):
+class KDPM2AncestralDiscreteScheduler(Stochastic, KDPM2DiscreteScheduler):
     """Sample with the midpoint method and fresh noise at every step but the last."""
 
     @register_to_config

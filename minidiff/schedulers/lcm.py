@@ -17,7 +17,7 @@ from torch import Tensor
 
 from minidiff.configured import register_to_config
 from minidiff.outputs import Output
-from minidiff.schedulers.base import Plan, Update
+from minidiff.schedulers.base import Plan, Stochastic, Update
 from minidiff.schedulers.consistency import ConsistencyScheduler
 from minidiff.schedulers.prediction import Scalar, linear
 
@@ -43,7 +43,7 @@ class LCMSchedulerOutput(Output):
     denoised: Tensor | None = None
 
 
-class LCMScheduler(ConsistencyScheduler):
+class LCMScheduler(Stochastic, ConsistencyScheduler):
     """Sample a latent consistency model in 1 to 8 steps."""
 
     @register_to_config

@@ -21,6 +21,8 @@ from minidiff.schedulers.base import Grid, Scheduler
 class LogSnrScheduler(Scheduler):
     """Base of the solvers that work in lambda."""
 
+    time_dtype = torch.float32
+
     def __init__(self) -> None:
         super().__init__()
         noise_schedule.chosen_spacing(self.config)  # raises if it asks for several
@@ -32,6 +34,21 @@ class LogSnrScheduler(Scheduler):
     @property
     def _respace(self) -> Callable[[float, float, int], np.ndarray] | None:
         return noise_schedule.chosen_spacing(self._own())
+
+    @property
+    def alpha_t(self) -> Tensor:
+        """alpha_t of every training timestep (T,)."""
+        return torch.sqrt(self.alphas_cumprod)
+
+    @property
+    def sigma_t(self) -> Tensor:
+        """sigma_t of every training timestep (T,)."""
+        return torch.sqrt(1 - self.alphas_cumprod)
+
+    @property
+    def lambda_t(self) -> Tensor:
+        """lambda of every training timestep (T,)."""
+        return self.alpha_t.log() - self.sigma_t.log()
 
     def _respaced(self, count: int) -> np.ndarray:
         """Return ``count`` Karras, exponential or beta noise levels, largest first, float64."""

@@ -71,6 +71,7 @@ class PNDMScheduler(Scheduler):
     because a picture must not change with the import line; UniPC and DDIM convert first.
     """
 
+    any_time = True
     prediction_types = ("epsilon", "v_prediction")
 
     @register_to_config
@@ -151,6 +152,34 @@ class PNDMScheduler(Scheduler):
         if k == 1:
             return None, True, t + stride, t
         return None, False, t, t - stride
+
+    # ---- the hand-written loop: which of the two methods is due is known, so both names are ``step`` -----------------
+
+    step_prk = step_plms = Scheduler.step
+
+    @property
+    def prk_timesteps(self) -> np.ndarray | None:
+        """The timesteps of the Runge-Kutta start (12,), or none of them; None before ``set_timesteps``."""
+        return None if self._plan is None else np.array(self._plan.times[: self._stages()])
+
+    @property
+    def plms_timesteps(self) -> np.ndarray | None:
+        """The timesteps of the multistep method; None before ``set_timesteps``."""
+        return None if self._plan is None else np.array(self._plan.times[self._stages() :])
+
+    def _stages(self) -> int:
+        return 0 if self.config.skip_prk_steps else 12
+
+    @property
+    def ets(self) -> list[Tensor]:
+        """The outputs of the network that are remembered, oldest first, at most 4; they may be assigned."""
+        return list(Past(*self._past).outs)
+
+    @ets.setter
+    def ets(self, outs: Sequence[Tensor]) -> None:
+        self._past = Past(*self._past)._replace(outs=tuple(outs))
+
+    # ---- the step ---------------------------------------------------------------------------------------------------
 
     def denoised(self, plan: Plan, i: int, x: Tensor, out: Tensor) -> Tensor:
         step = plan.steps[i]

@@ -46,6 +46,8 @@ def wide(x: Tensor) -> Tensor:
 class SigmaSpaceScheduler(Scheduler):
     """Base of the solvers that work on unscaled samples. Their steps hold a ``level``: that of the network's input."""
 
+    starts_ready = True
+    time_dtype = torch.float32
     refuses_indices: ClassVar[bool] = False  # step() refuses integers, which are never a timestep but often an index
 
     def __init__(self) -> None:
@@ -104,6 +106,15 @@ class SigmaSpaceScheduler(Scheduler):
         if self.config.timestep_spacing in ("linspace", "trailing"):
             return largest.item()
         return ((largest**2 + 1) ** 0.5).item()
+
+    @property
+    def init_noise_sigma(self) -> Tensor:
+        """The standard deviation of the sample that the run starts from, () float32."""
+        return torch.tensor(super().init_noise_sigma)
+
+    def _require_training(self, num_train_timesteps: int | None) -> None:
+        if num_train_timesteps not in (None, len(self)):
+            raise ValueError(f"num_train_timesteps={num_train_timesteps} is not the configuration's {len(self)}")
 
     # ---- samples, clean and noisy -------------------------------------------------------------------------------
 

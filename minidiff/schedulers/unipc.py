@@ -129,6 +129,16 @@ class UniPCMultistepScheduler(LogSnrScheduler):
 
     # ---- the noise levels of a run ------------------------------------------------------------------------------
 
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: torch.device | str | None = None,
+        sigmas: Sequence[float] | None = None,
+        mu: float | None = None,
+    ) -> None:
+        """Plan a run, over these ``sigmas`` or shifted by ``mu`` if given; see ``Scheduler.set_timesteps``."""
+        self._begin(self.plan(num_inference_steps, device=device, sigmas=sigmas, mu=mu))
+
     def _grid(self, count: int, sigmas: Sequence[float] | None = None, mu: float | None = None) -> Grid:
         config = self.config
         if sigmas is not None and (not config.use_flow_sigmas or self._respace is not None):

@@ -33,7 +33,6 @@ REFUSED = [  # class, options, words of the message
     (UNIPC, {"shift_terminal": 0.1}, "shift_terminal needs use_flow_sigmas"),
     (UNIPC, {"use_karras_sigmas": True, "use_beta_sigmas": True}, "use_karras_sigmas and use_beta_sigmas"),
     (UNIPC, {"use_flow_sigmas": True, "use_beta_sigmas": True}, "use_flow_sigmas goes with use_karras_sigmas"),
-    (DDPM, {"trained_betas": [0.1, 0.2]}, r"trained_betas has shape \(2,\), num_train_timesteps is 1000"),
 ]
 
 
@@ -88,7 +87,7 @@ def test_one_way_to_say_how_long_a_run_is():
     with pytest.raises(ValueError, match="exactly one of"):
         DDPM().set_timesteps()
     with pytest.raises(ValueError, match="PNDMScheduler cannot plan from timesteps="):
-        PNDM().set_timesteps(timesteps=[5, 1])
+        PNDM().plan(timesteps=[5, 1])
     with pytest.raises(ValueError, match="DDPMScheduler cannot plan from eta="):
         DDPM().plan(5, eta=0.5)
     with pytest.raises(ValueError, match="sigmas= needs use_flow_sigmas=True"):
@@ -128,12 +127,22 @@ def test_step_before_set_timesteps(kind):
         kind().step(noise(), 10, noise())
 
 
-@pytest.mark.parametrize("kind", [DDPM, PNDM, UNIPC])
-def test_a_timestep_that_is_not_in_the_run(kind):
+@pytest.mark.parametrize("kind, timestep", [(DDPM, 123), (UNIPC, 123), (PNDM, 1000), (minidiff.DDIMScheduler, -1)])
+def test_a_timestep_that_is_not_in_the_run(kind, timestep):
     scheduler = kind()
     scheduler.set_timesteps(10)
-    with pytest.raises(ValueError, match="timestep 123 is not one of the run's"):
-        scheduler.step(noise(), torch.tensor(123), noise())
+    with pytest.raises(ValueError, match=f"timestep {timestep} is not one of the run's"):
+        scheduler.step(noise(), torch.tensor(timestep), noise())
+
+
+def test_too_few_betas():
+    with pytest.raises(ValueError, match="trained_betas has 2 entries, num_train_timesteps is 1000"):
+        DDPM(trained_betas=[0.1, 0.2]).set_timesteps(1)
+
+
+def test_training_timesteps_of_a_call():
+    with pytest.raises(ValueError, match="num_train_timesteps=500 is not the configuration's 1000"):
+        minidiff.HeunDiscreteScheduler().set_timesteps(5, None, 500)
 
 
 def test_a_step_too_many():
