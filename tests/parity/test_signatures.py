@@ -1,4 +1,4 @@
-"""Calls and constructors of every pipeline: the reference's names, order and defaults; nothing of it passes silently.
+"""Calls and constructors of every pipeline, and every public method: the reference's names, order and defaults.
 
 Code written for the reference may pass anything that the reference names, by keyword; what minidiff does not implement
 is an error that says so (``not_implemented``), never silence.
@@ -6,10 +6,11 @@ is an error that says so (``not_implemented``), never silence.
 
 import inspect
 from dataclasses import fields
+from importlib import import_module
 from typing import Any
 
 import pytest
-from theirs import diffusers
+from theirs import diffusers, transformers
 
 import minidiff
 from minidiff.pipelines.latent import LatentPipeline
@@ -103,3 +104,101 @@ def test_what_callbacks_may_ask_for(name: str) -> None:
     if "XL" in name:
         expected -= {"negative_prompt_embeds", "negative_pooled_prompt_embeds", "negative_add_time_ids"}
     assert expected <= set(ours._callback_tensor_inputs)
+
+
+# --- Every public method of every public class -------------------------------------------------------------------
+
+CLASSES = [name for name in minidiff.__all__ if isinstance(getattr(minidiff, name), type)] + ["VaeImageProcessor"]
+CLASSES = [name for name in CLASSES if not name.startswith("CLIPTextConfig")]  # a record there, fields alone here
+SCHEDULERS = [name for name in CLASSES if name.endswith("Scheduler")]
+DIFFERENT = {  # method: arguments whose default or place differs, with the reason
+    "forward": {"output_hidden_states", "return_dict"},  # of CLIP: read from **kwargs there
+    "decode": {"clean_up_tokenization_spaces"},  # of the tokenizer: read from **kwargs there
+    "fuse_lora": {"components"},  # None is "those that have adapters", there a list
+    "unfuse_lora": {"components"},
+    "from_pretrained": {"pretrained_model_or_path", "revision"},  # another name of the path; None is "main"
+    "save_pretrained": {"max_shard_size"},  # "10GB" said, None or "50GB" there
+    "from_config": {"config"},  # of networks: called ``fields``
+    "load_config": {"return_commit_hash"},  # what follows is by keyword alone
+}
+LACKING = {  # what schedulers of the reference have and ours do not: the reason
+    "convert_model_output": "a part of its step; ours is minidiff.schedulers.prediction",
+    "extract_init_dict": "a part of its from_config",
+    "get_config_dict": "deprecated there in favour of load_config",
+    "get_lms_coefficient": "a part of its step; minidiff.schedulers.lms.lms_weights",
+    "get_order_list": "a part of its set_timesteps",
+    "get_scalings_for_boundary_condition_discrete": "a part of its step; plan.steps[i].skip and .out",
+    "push_to_hub": "uploading is huggingface_hub's",
+    "register_for_auto_class": "for code that is loaded from the Hub",
+    "state_in_first_order": "where its step is; plan.steps[i].corrects and .finishes",
+    "stretch_shift_to_terminal": "a part of its set_timesteps",
+    "time_shift": "a part of its set_timesteps",
+    **dict.fromkeys(
+        "deis_first_order_update multistep_deis_second_order_update multistep_deis_third_order_update "
+        "dpm_solver_first_order_update multistep_dpm_solver_second_order_update multistep_uni_c_bh_update "
+        "multistep_dpm_solver_third_order_update singlestep_dpm_solver_second_order_update multistep_uni_p_bh_update "
+        "singlestep_dpm_solver_third_order_update singlestep_dpm_solver_update".split(),
+        "a part of its step; ours are advance() and the coefficients in plan.steps",
+    ),
+}
+
+
+def classes(name: str) -> tuple[type, type]:
+    if name == "VaeImageProcessor":
+        return import_module("minidiff.image_processor").VaeImageProcessor, diffusers.image_processor.VaeImageProcessor
+    return getattr(minidiff, name), getattr(transformers if name.startswith("CLIP") else diffusers, name)
+
+
+def methods(cls: type) -> list[str]:
+    return ["__init__", *(name for name in dir(cls) if name[0] != "_" and callable(getattr(cls, name)))]
+
+
+def arguments(function: Any) -> dict[str, inspect.Parameter]:
+    """The arguments with a name, without the object or class itself."""
+    found = parameters(function).values()
+    named = [p for p in found if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD) and p.name not in ("cls", "self")]
+    return {p.name: p for p in named}
+
+
+def positional(arguments: dict[str, inspect.Parameter]) -> list[str]:
+    return [name for name, p in arguments.items() if p.kind is p.POSITIONAL_OR_KEYWORD]
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_methods(name: str) -> None:
+    """A call means the same: arguments by position in the reference's order, and its defaults.
+
+    What ours does not take is an error that says so, and what ours takes beyond stands behind.
+    """
+    one, other = classes(name)
+    wrong = []
+    for method in methods(other):
+        if not hasattr(one, method) or isinstance(getattr(other, method), type):
+            continue
+        ours, theirs = arguments(getattr(one, method)), arguments(getattr(other, method))
+        excused = DIFFERENT.get(method, set())
+        for here, there in zip(positional(ours), positional(theirs), strict=False):
+            if here != there and not {here, there} & excused:
+                wrong.append(f"{method}: {here} stands in the place of {there}")
+        for argument, parameter in theirs.items():
+            if parameter.default is inspect.Parameter.empty or argument not in ours or argument in excused:
+                continue
+            if ours[argument].default not in (inspect.Parameter.empty, plain(parameter.default), parameter.default):
+                wrong.append(f"{method}({argument}={ours[argument].default!r}), there {parameter.default!r}")
+    assert not wrong
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_all_of_a_scheduler_is_there(name: str) -> None:
+    """Every public method and argument, but for those in ``LACKING``."""
+    one, other = classes(name)
+    absent = {method for method in dir(other) if method[0] != "_" and not hasattr(one, method)}
+    assert absent <= set(LACKING)
+    for method in set(methods(other)) - absent - {"load_config", "from_pretrained", "from_config"}:
+        ours, theirs = arguments(getattr(one, method)), arguments(getattr(other, method))
+        assert list(theirs) == list(ours)[: len(theirs)], method
+
+
+def test_no_excuse_is_idle() -> None:
+    assert set(LACKING) <= {method for name in SCHEDULERS for method in set(dir(classes(name)[1]))}
+    assert not any(hasattr(classes(name)[0], method) for name in SCHEDULERS for method in LACKING)
