@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
+from minidiff.checkpoints.sniff import what_is
 from minidiff.errors import ConfigError
 
 
@@ -53,6 +54,8 @@ def _frozen(kind: type[Config], fields: dict[str, Any]) -> Config:
 
 def read_json(path: str | Path) -> dict[str, Any]:
     """Read a JSON object from ``path``. Raises ``ConfigError`` naming the file if it is not one."""
+    if what := what_is(Path(path)):
+        raise ConfigError(f"{path} is no configuration: {what}")
     try:
         fields = json.loads(Path(path).read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:

@@ -14,6 +14,7 @@ from typing import Any
 from tokenizers import AddedToken
 
 from minidiff.checkpoints.hub import Repo
+from minidiff.checkpoints.sniff import what_is
 from minidiff.config import read_json
 from minidiff.errors import CheckpointError, ConfigError
 from minidiff.tokenizer import END_OF_WORD, NO_LIMIT, ROLES
@@ -74,6 +75,8 @@ def _write_json(path: Path, value: Any) -> None:
 
 
 def _read_merges(path: Path) -> list[str]:
+    if what := what_is(path):
+        raise CheckpointError(f"{path} holds no merges: {what}")
     try:
         text = path.read_bytes().decode()
     except UnicodeDecodeError as error:
@@ -100,15 +103,22 @@ def read_fields(
 ) -> dict[str, Any]:
     """Merge the two small files, or their content, and the added tokens into keyword arguments of ``CLIPTokenizer``."""
     fields = _content(config) if config else {}
+    from_map: dict[str, Any] = {}
     if "added_tokens_decoder" in fields:
         added = [{**token, "id": int(i)} for i, token in fields["added_tokens_decoder"].items()]
     elif special_map:
-        fields |= _content(special_map)
+        from_map = _content(special_map)
+        fields |= from_map
     for name, values in _IMPLEMENTED.items():
         if name in fields and fields[name] not in values:
-            raise ConfigError(f"{config}: {name}={fields[name]!r} is not implemented, only {values[0]!r}; convert it")
+            path = special_map if name in from_map else config
+            raise ConfigError(f"{path}: {name}={fields[name]!r} is not implemented, only {values[0]!r}; convert it")
 
-    roles = {role: _special_token(role, fields[role], special_map or config) for role in ROLES if role in fields}
+    roles = {
+        role: _special_token(role, fields[role], special_map if role in from_map else config)
+        for role in ROLES
+        if role in fields
+    }
     special = {str(token) for token in roles.values()}
     decoder = {token["id"]: _added_token(token, special) for token in added}
     return {**roles, "model_max_length": fields.get("model_max_length", NO_LIMIT), "added_tokens_decoder": decoder}

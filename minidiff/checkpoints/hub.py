@@ -11,7 +11,7 @@ from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from minidiff.config import read_json
-from minidiff.errors import CheckpointError, CheckpointNotFoundError
+from minidiff.errors import CheckpointError, CheckpointNotFoundError, shortened
 
 PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".msgpack", ".h5")  # weight formats that minidiff does not open
 WHY_NO_PICKLES = (
@@ -105,6 +105,9 @@ class Repo:
             path = Path(self.source, self.subfolder or "", filename)
             if path.is_file():
                 return path
+            if path.is_symlink():  # of the cache: nobody should look for another file instead
+                target = path.readlink()
+                raise CheckpointNotFoundError(f"{path} is a link to {target}, which is not there: download it again")
             if not path.parent.is_dir():
                 raise MissingFileError(f"{self.source} has no folder {self.subfolder!r}, so no {filename} in it")
             found = ", ".join(sorted(entry.name for entry in path.parent.iterdir())) or "nothing"
@@ -185,7 +188,12 @@ class Repo:
         if isinstance(error, NotCachedError):
             return error
         names = self.names()
-        variants = sorted({found for name in names if (found := variant_of(name, stem)) is not None} - {variant})
+        if shards := [name for name in names if variant_of(name, stem) == (variant or "")]:
+            index = weight_names(stem, variant)[1 if stem == "model" else 0]
+            return CheckpointNotFoundError(
+                f"{self} has shards {', '.join(shortened(shards))}, but no index {index} of them: download that too"
+            )
+        variants = sorted({found for name in names if (found := variant_of(name, stem)) is not None})
         if variants:
             spelled = ", ".join("no variant" if found == "" else f"variant={found!r}" for found in variants)
             asked = f"variant={variant!r}" if variant else "no variant"

@@ -24,6 +24,7 @@ from torch.overrides import TorchFunctionMode
 from minidiff.checkpoints.hub import Weights
 from minidiff.checkpoints.names import unwrapped
 from minidiff.checkpoints.remap import Row, Spelling
+from minidiff.checkpoints.sniff import what_is
 from minidiff.errors import CheckpointError, shortened
 
 STORED_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -107,13 +108,14 @@ def read_header(name: str, path: Path) -> list[Stored]:
     """List the tensors of a safetensors file without reading them.
 
     Raises:
-        CheckpointError: if the file is empty, cut short, a Git LFS pointer, a web page or anything else.
+        CheckpointError: if the file is empty, cut short, or anything else; ``sniff`` says what.
     """
     try:
         with safe_open(path, framework="pt"):  # validates the header, and that the file is as long as it says
             pass
     except SafetensorError as error:
-        raise CheckpointError(f"{path} is not a complete safetensors file: {_what_is(path, error)}") from error
+        what = what_is(path) or f"{error}; if it was cut short, download or save it again (force_download=True)"
+        raise CheckpointError(f"{path} is not a complete safetensors file: {what}") from error
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         header: dict[str, Any] = json.loads(file.read(length))
@@ -123,20 +125,6 @@ def read_header(name: str, path: Path) -> list[Stored]:
         start, end = entry["data_offsets"]  # counted from the end of the header
         result.append(Stored(key, name, path, entry["dtype"], tuple(entry["shape"]), 8 + length + start, end - start))
     return result
-
-
-def _what_is(path: Path, error: SafetensorError) -> str:
-    with path.open("rb") as file:
-        head = file.read(64).lstrip()
-    if not head:
-        return "it is empty; download or save it again (force_download=True)"
-    if head.startswith(b"version https://git-lfs"):
-        return "it is a Git LFS pointer, not the weights themselves; run `git lfs pull` in that folder"
-    if head[:1] == b"<":
-        return "it is a web page; download the weights again (force_download=True)"
-    if head.startswith((b"PK\x03\x04", b"\x80\x02")):
-        return "it is a pickle with another name, which minidiff does not open because it can run code"
-    return f"{error}; if it was cut short, download or save it again (force_download=True)"
 
 
 def load_weights(model: nn.Module, weights: Weights, dtype: torch.dtype) -> None:

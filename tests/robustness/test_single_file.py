@@ -160,7 +160,7 @@ def test_unknown_families_are_refused_with_what_was_found(ctx: int, channels: in
     ("content", "message"),
     [
         (b"", "is empty"),
-        (b"PK\x03\x04rest", "is a pickle with another name"),
+        (b"PK\x03\x04rest", "is a ZIP archive"),
         (b"version https://git-lfs.github.com/spec/v1\n", "Git LFS pointer"),
         (b"<!doctype html><html></html>", "is a web page"),
         (b"\x10\x00\x00\x00\x00\x00\x00\x00{}", "is not a complete safetensors file"),

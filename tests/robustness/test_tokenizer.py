@@ -186,6 +186,36 @@ def test_fields_that_ask_for_another_tokenizer(small: Vocabulary, tmp_path: Path
         CLIPTokenizer.from_pretrained(folder)
 
 
+def test_a_field_is_named_with_its_file(small: Vocabulary, tmp_path: Path) -> None:
+    CLIPTokenizer(*small).save_pretrained(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+    path = tmp_path / "special_tokens_map.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"additional_special_tokens": ["<x>"]}))
+    with pytest.raises(ConfigError, match=r"special_tokens_map.json: additional_special_tokens=\['<x>'\]"):
+        CLIPTokenizer.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json"])
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 4265\n", "it is a Git LFS pointer"),
+        (b"Entry not found", "it is a server's answer instead of the file: 'Entry not found'"),
+        (b'{"error":"Repository not found"}', "it is a server's answer instead of the file"),
+        (b"<!DOCTYPE html><html></html>", "it is a web page"),
+    ],
+)
+def test_files_that_are_something_else(
+    small: Vocabulary, tmp_path: Path, name: str, content: bytes, expected: str
+) -> None:
+    CLIPTokenizer(*small).save_pretrained(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises((CheckpointError, ConfigError), match=expected) as error:
+        CLIPTokenizer.from_pretrained(tmp_path)
+    assert name in str(error.value)
+
+
 def test_damaged_files(small: Vocabulary, tmp_path: Path) -> None:
     for name, content, message in [
         ("vocab.json", b"{", "vocab.json is not valid JSON"),
