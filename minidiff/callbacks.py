@@ -77,7 +77,7 @@ class SDCFGCutoffCallback(PipelineCallback):
         if step_index != self.cutoff_step(pipeline):
             return tensors
         pipeline._guidance_scale = 0.0
-        return {**tensors, **{name: tensors[name][-1:] for name in self.tensor_inputs}}
+        return {**tensors, **{name: tensors[name].chunk(2)[-1] for name in self.tensor_inputs}}
 
 
 class SDXLCFGCutoffCallback(SDCFGCutoffCallback):

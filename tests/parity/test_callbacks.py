@@ -1,6 +1,7 @@
 """What callbacks see, change and break: the run's grid on the scheduler, the attributes of a call, and rows."""
 
 import copy
+import importlib
 import pickle
 import threading
 import warnings
@@ -10,11 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from theirs import diffusers
+from theirs import diffusers, relative_error
 from tiny import save_tiny
+from tiny_xl import save_base
 
 import minidiff
 from minidiff import StableDiffusionPipeline
+from minidiff.callbacks import SDCFGCutoffCallback
 from minidiff.pipelines.base import DiffusionPipeline
 
 CALL = {"prompt": "red heart", "num_inference_steps": 4, "output_type": "latent", "height": 32, "width": 32}
@@ -322,3 +325,55 @@ def test_numbers_of_numpy_and_torch(shared: StableDiffusionPipeline, kind: Any) 
     numbers = {"num_images_per_prompt": kind(2), "seed": kind(3), "clip_skip": kind(1)}
     found = shared(**call, **numbers, guidance_scale=real(2.5), eta=real(0.5)).images
     assert torch.equal(found, expected)
+
+
+# --- ready-made callbacks ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("arguments", [(0.5,), (None, 1), (1.0,), (None, 7)], ids=str)
+@pytest.mark.parametrize("several", [False, True])
+def test_guidance_ends_at_the_cutoff(pipes: Any, arguments: tuple[Any, ...], several: bool) -> None:
+    pictures = []
+    for pipe, library in zip(pipes, (minidiff, diffusers), strict=True):
+        module = importlib.import_module(f"{library.__name__}.callbacks")
+        callback = module.SDCFGCutoffCallback(*arguments)
+        if several:
+            watch = type("Watch", (module.PipelineCallback,), {"tensor_inputs": ["latents"], "callback_fn": watched})()
+            callback = module.MultiPipelineCallbacks([watch, callback])
+            assert list(callback.tensor_inputs) == ["latents", "prompt_embeds"]
+        pictures.append(pipe(**seeded(), callback_on_step_end=callback).images)
+    guided = pipes[0](**seeded()).images
+    assert torch.equal(*pictures)
+    assert torch.equal(pictures[0], guided) == (arguments in ((1.0,), (None, 7)))
+
+
+def watched(self: Any, pipe: Any, step: int, t: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+    assert set(tensors) == {"latents", "prompt_embeds"}
+    return tensors
+
+
+def test_guidance_ends_for_every_picture_of_a_batch(shared: StableDiffusionPipeline) -> None:
+    """The reference keeps one row of the embeddings, which fits one picture."""
+    callback = SDCFGCutoffCallback(None, 1)
+    call = {**CALL, "prompt": ["red heart", "two cats"], "seed": 3, "callback_on_step_end": callback}
+    second = shared(**{**call, "prompt": "two cats", "seed": 4}).images
+    assert relative_error(shared(**call).images[1:], second) < 1e-5  # measured: 1.3e-6; with one row 1
+
+
+def test_guidance_ends_for_sdxl(tmp_path: Path) -> None:
+    save_base(tmp_path)
+    pictures = []
+    for library in (minidiff, diffusers):
+        pipe = quiet(library.StableDiffusionXLPipeline.from_pretrained(tmp_path))
+        callback = importlib.import_module(f"{library.__name__}.callbacks").SDXLCFGCutoffCallback(0.25)
+        pictures.append(pipe(**seeded(), callback_on_step_end=callback).images)
+    assert torch.equal(*pictures)
+
+
+@pytest.mark.parametrize("arguments", [(None, None), (0.5, 1), (2.0,), (1,), (-0.1,)], ids=str)
+def test_a_cutoff_is_a_step_or_a_share(arguments: tuple[Any, ...]) -> None:
+    for module in (minidiff.callbacks, importlib.import_module("diffusers.callbacks")):
+        with pytest.raises(ValueError, match="cutoff_step_ratio"):
+            module.PipelineCallback(*arguments)
+    with pytest.raises(NotImplementedError, match="PipelineCallback has no callback_fn"):
+        minidiff.callbacks.PipelineCallback()(None, 0, None, {})

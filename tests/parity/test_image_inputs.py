@@ -165,6 +165,65 @@ def test_blur() -> None:
         assert np.array_equal(np.asarray(ours), np.asarray(theirs))
 
 
+def same(ours: Any, theirs: Any) -> bool:
+    if isinstance(ours, Image.Image):
+        return ours.mode == theirs.mode and np.array_equal(np.asarray(ours), np.asarray(theirs))
+    if isinstance(ours, list):
+        return len(ours) == len(theirs) and all(map(same, ours, theirs))
+    if isinstance(ours, torch.Tensor | np.ndarray):
+        return ours.dtype == theirs.dtype and np.array_equal(np.asarray(ours), np.asarray(theirs))
+    return ours == theirs
+
+
+TOOLS = {
+    "numpy_to_pil": [
+        (UNIT.permute(0, 2, 3, 1).numpy(),),
+        (UNIT[0].permute(1, 2, 0).numpy(),),
+        (GREY.numpy()[..., None],),
+    ],
+    "pil_to_numpy": [(picture("RGB"),), ([picture("L"), picture("L").rotate(180)],)],
+    "numpy_to_pt": [(UNIT.permute(0, 2, 3, 1).numpy(),), (GREY.numpy(),)],
+    "pt_to_numpy": [(UNIT,), (UNIT.bfloat16(),)],
+    "normalize": [(UNIT,), (UNIT.numpy(),)],
+    "denormalize": [(UNIT * 3 - 1.5,)],
+    "binarize": [(UNIT,), (torch.full((1, 1, 2, 2), 0.5),)],
+    "convert_to_rgb": [(picture("L"),)],
+    "convert_to_grayscale": [(picture("RGB"),)],
+    "resize": [
+        (picture("RGB"), 20, 24),
+        (picture("RGB"), 20, 24, "fill"),
+        (UNIT, 20, 24),
+        (UNIT.permute(0, 2, 3, 1).numpy(), 9, 7),
+    ],
+    "get_default_height_width": [(picture("RGB"),), (UNIT,), (UNIT.numpy(), 33, 41), (UNIT, None, 50)],
+}
+
+
+@pytest.mark.parametrize(("name", "arguments"), [(name, one) for name, some in TOOLS.items() for one in some])
+def test_tools(name: str, arguments: tuple[Any, ...]) -> None:
+    copies = [tuple(one.clone() if isinstance(one, torch.Tensor) else one for one in arguments) for _ in range(2)]
+    ours = getattr(VaeImageProcessor(resample="bilinear"), name)(*copies[0])
+    theirs = getattr(diffusers.image_processor.VaeImageProcessor(resample="bilinear"), name)(*copies[1])
+    assert same(ours, theirs)
+
+
+def test_switches_are_read_as_config() -> None:
+    switches = {"resample": "nearest", "do_normalize": False}
+    ours, theirs = (cls(**switches).config for cls in (VaeImageProcessor, diffusers.image_processor.VaeImageProcessor))
+    assert dict(ours) == {name: theirs[name] for name in ours} and ours.resample == "nearest"
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int32, torch.int64])
+def test_masks_of_integers(dtype: torch.dtype) -> None:
+    """The reference takes them where nothing is resized; with a size its torch function has none for them."""
+    mask = torch.tensor([[0, 1], [1, 0]]).repeat_interleave(8, 0).repeat_interleave(8, 1)[None, None]
+    switches = {"do_normalize": False, "do_binarize": True, "do_convert_grayscale": True}
+    theirs = diffusers.image_processor.VaeImageProcessor(**switches, do_resize=False).preprocess(mask.to(dtype))
+    assert torch.equal(VaeImageProcessor(**switches, do_resize=False).preprocess(mask.to(dtype)), theirs.float())
+    for given in (mask.to(dtype), mask.to(dtype)[0, 0].numpy()):
+        assert torch.equal(mask_tensor(given, 8, 32, 32), mask_tensor(mask.float(), 8, 32, 32))
+
+
 @pytest.mark.parametrize("switches", [{}, {"do_normalize": False}], ids=str)
 @pytest.mark.parametrize("flags", [None, [True, False]])
 @pytest.mark.parametrize("channels", [1, 3])

@@ -121,7 +121,7 @@ INPAINTING: Wrong = {
     "a colour mask": ({"mask_image": PICTURE}, ValueError, "one channel.*found 3 channels"),
     "a mask like latents": ({"mask_image": torch.zeros(1, 4, 8, 8)}, ValueError, "found 4 channels"),
     "NaN in the mask": ({"mask_image": MASK * float("nan")}, ValueError, "NaN or infinity"),
-    "a mask of booleans": ({"mask_image": MASK > 0}, ValueError, "floating, found torch.bool"),
+    "a mask of complex numbers": ({"mask_image": MASK + 0j}, ValueError, "floating, found torch.complex64"),
     "a path": ({"mask_image": "mask.png"}, TypeError, "found str"),
     "masks that do not go round": (
         {"mask_image": MASK.repeat(2, 1, 1, 1), "num_images_per_prompt": 3},
