@@ -1,9 +1,11 @@
 """Programs import from the reference's dotted paths; each leads to what minidiff has under that name."""
 
+import ast
 import inspect
 import subprocess
 import sys
 from importlib import import_module
+from pathlib import Path
 
 import pytest
 from theirs import diffusers
@@ -80,3 +82,27 @@ def test_what_is_not_there_is_said():
     with pytest.raises(ModuleNotFoundError, match="minidiff.models.controlnets"):
         import_module("minidiff.models.controlnets.controlnet")
     assert hasattr(diffusers, "FluxTransformer2DModel")
+
+
+HEADERS = [
+    f"pipelines/{family}/pipeline_{family}{task}.py"
+    for family in ("stable_diffusion", "stable_diffusion_xl")
+    for task in ("", "_img2img", "_inpaint", "_instruct_pix2pix")
+]
+MISSING = {"get_module_execution_device", "empty_device_cache"}  # of devices that need more than torch
+
+
+@pytest.mark.parametrize("file", HEADERS)
+def test_the_import_block_of_a_pipeline_of_the_reference_runs(file):
+    """Whoever writes a pipeline begins with a copy of one, and its first lines are imports."""
+    package = f"diffusers/{file}".split("/")[:-1]
+    tree = ast.parse((Path(diffusers.__file__).parent / file).read_text(encoding="utf-8"))
+    found = 0
+    for node in [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level]:
+        home = ".".join(
+            ["minidiff", *package[1 : len(package) - node.level + 1], *([node.module] if node.module else [])]
+        )
+        for name in [alias.name for alias in node.names if alias.name not in MISSING]:
+            exec(f"from {home} import {name}")
+            found += 1
+    assert found > 10
