@@ -16,8 +16,8 @@ may use one tokenizer, and the text that was cut off can be named.
 import copy
 import logging
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections import UserDict
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -53,28 +53,30 @@ def split_into_words(text: str) -> list[str]:
     return [word for word, _ in PRE_TOKENIZER.pre_tokenize_str(NORMALIZER.normalize_str(text))]
 
 
-@dataclass(frozen=True)
-class TokenizerOutput(Mapping):
-    """Token ids of one or several prompts; also a mapping of ``input_ids`` and ``attention_mask``.
+class TokenizerOutput(UserDict):
+    """Token ids of one or several prompts: a dict whose items are also attributes.
 
     ``input_ids`` and ``attention_mask`` (1 = token, 0 = padding) are (B, L) int64 tensors or arrays, or lists.
     ``dropped`` holds, for each prompt, the part of its text that truncation removed ("" where nothing was).
     """
 
-    input_ids: Any
-    attention_mask: Any
-    dropped: list[str]
+    def __init__(self, items: Mapping[str, Any] | None = None, dropped: Sequence[str] = ()) -> None:
+        super().__init__(items)
+        self.dropped = list(dropped)
 
-    def __getitem__(self, key: str) -> Any:
-        if key not in ("input_ids", "attention_mask"):
-            raise KeyError(f"{key!r}; the tokenizer returns 'input_ids' and 'attention_mask'")
-        return getattr(self, key)
+    def __getattr__(self, name: str) -> Any:
+        if name == "data" or name not in self.data:  # data is missing while a copy is being made
+            raise AttributeError(f"the tokenizer's output has no {name!r}")
+        return self.data[name]
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(("input_ids", "attention_mask"))
+    def __missing__(self, name: str) -> Any:
+        raise KeyError(f"{name!r}; the tokenizer returned {', '.join(map(repr, self.data))}")
 
-    def __len__(self) -> int:
-        return 2
+    def to(self, device: torch.device | str | int, **options: Any) -> "TokenizerOutput":
+        """Move the tensors to a device, and return this output itself."""
+        moved = {name: x.to(device, **options) for name, x in self.data.items() if isinstance(x, torch.Tensor)}
+        self.data.update(moved)
+        return self
 
 
 class CLIPTokenizer:
@@ -85,7 +87,9 @@ class CLIPTokenizer:
     Raise ``CheckpointError`` if merges and vocabulary do not belong together.
     """
 
-    padding_side = truncation_side = "right"
+    padding_side = truncation_side = "right"  # a program may set the first to "left"
+    name_or_path = ""  # where it was loaded from
+    is_fast = True
 
     def __init__(
         self,
@@ -124,11 +128,13 @@ class CLIPTokenizer:
         local_files_only: bool = False,
         token: str | bool | None = None,
         force_download: bool = False,
+        use_fast: bool | None = None,
     ) -> "CLIPTokenizer":
         """Load a tokenizer from a folder or a Hub repository.
 
         The vocabulary comes from ``tokenizer.json`` or from ``vocab.json`` and ``merges.txt``; what
         ``special_tokens_map.json`` says comes before ``tokenizer_config.json`` (SD 2.x names its pad token only there).
+        ``use_fast`` asks for nothing: the reference's two tokenizers read the same files and give the same ids.
         Raise ``CheckpointNotFoundError`` if the vocabulary is missing, ``ConfigError`` if a field asks for another
         kind of tokenizer, ``CheckpointError`` if a file is damaged.
         """
@@ -136,7 +142,9 @@ class CLIPTokenizer:
 
         where = {"subfolder": subfolder, "revision": revision, "cache_dir": cache_dir, "token": token}
         where |= {"local_files_only": local_files_only, "force_download": force_download}
-        return cls(**read_tokenizer(pretrained_model_name_or_path, **where))
+        tokenizer = cls(**read_tokenizer(pretrained_model_name_or_path, **where))
+        tokenizer.name_or_path = str(pretrained_model_name_or_path)
+        return tokenizer
 
     def save_pretrained(self, save_directory: str | Path) -> None:
         """Write ``vocab.json``, ``merges.txt``, ``tokenizer_config.json`` and ``special_tokens_map.json``."""
@@ -160,6 +168,9 @@ class CLIPTokenizer:
         max_length: int | None = None,
         add_special_tokens: bool = True,
         return_tensors: str | None = None,
+        return_attention_mask: bool | None = None,
+        return_length: bool = False,
+        return_overflowing_tokens: bool = False,
     ) -> TokenizerOutput:
         """Turn one prompt or a list of prompts into ids.
 
@@ -167,6 +178,8 @@ class CLIPTokenizer:
         ``truncation``: True cuts to ``max_length`` tokens, the special ones included; None does so only if
         ``max_length`` is given and ``padding`` is False. The cut text is logged and returned as ``.dropped``.
         ``max_length`` defaults to ``model_max_length``. ``return_tensors``: "pt", "np" or None for lists.
+        ``return_attention_mask``: False leaves it out. ``return_length``: True adds the number of ids, as ``length``.
+        ``return_overflowing_tokens`` must be False: what was cut off is in ``.dropped``.
         Raise ``TypeError`` for what is not text, ``ValueError`` for a bad option, text that is not valid Unicode, or
         tensors of prompts of different lengths.
         """
@@ -174,29 +187,80 @@ class CLIPTokenizer:
         length = _checked_length("max_length", self.model_max_length if max_length is None else max_length)
         if truncation is None:  # the reference cuts for False, not for "do_not_pad"
             truncation = max_length is not None and padding is False
+        if truncation not in (True, False, "longest_first", "do_not_truncate"):
+            raise ValueError(f"truncation={truncation!r}; expected True ('longest_first') or False ('do_not_truncate')")
+        if return_overflowing_tokens or self.truncation_side != "right":
+            raise TypeError("return_overflowing_tokens and truncation_side='left' are not implemented: see .dropped")
+
+        limit = length if truncation in (True, "longest_first") else None
+        rows, dropped = self._encode(self._backend, texts, limit, add_special_tokens)
+        found = self._filled(rows, None, padding, max_length, return_tensors)
+        if return_attention_mask is False:
+            del found["attention_mask"]
+        if return_length:
+            found["length"] = _as_tensor([len(row) for row in found["input_ids"]], return_tensors)
+        if isinstance(text, str) and return_tensors is None:
+            found = {name: values[0] for name, values in found.items()}
+        return TokenizerOutput(found, dropped)
+
+    def pad(
+        self,
+        encoded_inputs: Mapping[str, Any] | Sequence[Mapping[str, Any]],
+        padding: bool | str = True,
+        max_length: int | None = None,
+        *,
+        return_attention_mask: bool | None = None,
+        return_tensors: str | None = None,
+    ) -> TokenizerOutput:
+        """Bring token ids to one length: ``{"input_ids": [[1, 2], [3]]}``, or a list of ``{"input_ids": [1, 2]}``.
+
+        What is not ``input_ids`` or ``attention_mask`` is refused, as nobody says what to fill it up with. Arguments
+        and errors as of a call.
+        """
+        if not isinstance(encoded_inputs, Mapping):
+            encoded_inputs = {name: [one[name] for one in encoded_inputs] for name in encoded_inputs[0]}
+        given = {name: [_as_list(row) for row in rows] for name, rows in encoded_inputs.items()}
+        if not {"input_ids"} <= set(given) <= {"input_ids", "attention_mask"}:
+            raise ValueError(f"pad takes input_ids and attention_mask, found {', '.join(given)}")
+        alone = bool(given["input_ids"]) and isinstance(given["input_ids"][0], int)
+        both = (given["input_ids"], given.get("attention_mask"))
+        rows, masks = ([values] if alone and values else values for values in both)
+        found = self._filled(rows, masks, padding, max_length, return_tensors)
+        if return_attention_mask is False:
+            del found["attention_mask"]
+        if alone and return_tensors is None:
+            found = {name: values[0] for name, values in found.items()}
+        return TokenizerOutput(found)
+
+    def _filled(
+        self,
+        rows: list[list[int]],
+        masks: list[list[int]] | None,
+        padding: bool | str,
+        max_length: int | None,
+        return_tensors: str | None,
+    ) -> dict[str, Any]:
+        """Return ids filled up with the pad token, and the mask that says where (``masks`` is that of the rows)."""
         if isinstance(padding, bool):
             padding = "longest" if padding else "do_not_pad"
         if padding not in ("max_length", "longest", "do_not_pad"):
             raise ValueError(f"padding={padding!r}; expected 'max_length', 'longest' (True) or 'do_not_pad' (False)")
-        if truncation not in (True, False, "longest_first", "do_not_truncate"):
-            raise ValueError(f"truncation={truncation!r}; expected True ('longest_first') or False ('do_not_truncate')")
         if return_tensors not in (None, "pt", "np"):
             raise ValueError(f"return_tensors={return_tensors!r}; expected 'pt', 'np' or None")
+        length = self.model_max_length if max_length is None else max_length
         if padding == "max_length" and length >= NO_LIMIT:
             raise ValueError(
                 "padding='max_length' needs max_length=...: this tokenizer's files give no model_max_length"
             )
-
-        limit = length if truncation in (True, "longest_first") else None
-        backend = self._backend
-        rows, dropped = self._encode(backend, texts, limit, add_special_tokens)
         width = {"max_length": length, "longest": max(map(len, rows)), "do_not_pad": 0}[padding]
-        pad = backend.token_to_id(self.pad_token)
-        ids = [row + [pad] * (width - len(row)) for row in rows]
-        mask = [[1] * len(row) + [0] * (width - len(row)) for row in rows]
-        if isinstance(text, str) and return_tensors is None:
-            ids, mask = ids[0], mask[0]
-        return TokenizerOutput(_as_tensor(ids, return_tensors), _as_tensor(mask, return_tensors), dropped)
+
+        def fill(row: list[int], value: int) -> list[int]:
+            more = [value] * (width - len(row))
+            return more + row if self.padding_side == "left" else row + more
+
+        ids = [fill(row, self.pad_token_id) for row in rows]
+        mask = [fill(row, 0) for row in masks or [[1] * len(row) for row in rows]]
+        return {"input_ids": _as_tensor(ids, return_tensors), "attention_mask": _as_tensor(mask, return_tensors)}
 
     def _encode(
         self, backend: Tokenizer, texts: list[str], limit: int | None, add_special_tokens: bool
@@ -308,6 +372,15 @@ class CLIPTokenizer:
         """The tokens that are never split, the special ones included, by id."""
         return self._backend.get_added_tokens_decoder()
 
+    @property
+    def added_tokens_encoder(self) -> dict[str, int]:
+        """The ids of the tokens that are never split, by token."""
+        return {token.content: i for i, token in self.added_tokens_decoder.items()}
+
+    def get_added_vocab(self) -> dict[str, int]:
+        """Return ``added_tokens_encoder``."""
+        return self.added_tokens_encoder
+
     def get_vocab(self) -> dict[str, int]:
         """Return all tokens with their ids, the added ones included."""
         return self._backend.get_vocab(with_added_tokens=True)
@@ -339,6 +412,11 @@ class CLIPTokenizer:
     def pad_token_id(self) -> int:
         """The id of ``pad_token``."""
         return self._backend.token_to_id(self.pad_token)
+
+    @property
+    def special_tokens_map(self) -> dict[str, str]:
+        """The special tokens by their role."""
+        return {role: getattr(self, role) for role in ROLES}
 
     @property
     def all_special_tokens(self) -> list[str]:
@@ -440,10 +518,14 @@ def _checked_length(name: str, length: int) -> int:
     return length
 
 
+def _as_list(row: Any) -> Any:
+    return row.tolist() if hasattr(row, "tolist") else row
+
+
 def _as_tensor(rows: list, kind: str | None) -> Any:
     if kind is None:
         return rows
-    if len({len(row) for row in rows}) > 1:
+    if len({len(row) for row in rows if isinstance(row, list)}) > 1:
         lengths = ", ".join(str(len(row)) for row in rows)
         raise ValueError(f"prompts of {lengths} tokens make no tensor; give padding and truncation=True")
     return torch.tensor(rows, dtype=torch.int64) if kind == "pt" else np.array(rows, dtype=np.int64)

@@ -1,9 +1,14 @@
 """CLIPTokenizer against transformers.CLIPTokenizer, token for token: text is discrete, so every comparison is exact."""
 
+import copy
+import pickle
 import random
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from theirs import transformers
@@ -255,3 +260,63 @@ def test_clip_vocabulary_is_complete() -> None:
     vocab, merges = clip_vocabulary()
     assert (len(vocab), len(merges)) == (49408, 48894)
     assert (vocab["!"], vocab["<|startoftext|>"], vocab["<|endoftext|>"]) == (0, 49406, 49407)
+
+
+# --- what programs do with the result --------------------------------------------------------------------------------
+
+IDS = [[538, 5, 6], [538, 7]]
+USES: dict[str, Callable[[Any], Any]] = {
+    "moved": lambda t: t("red heart", return_tensors="pt").to("cpu").input_ids,
+    "moved by item": lambda t: t(["red heart"], return_tensors="pt").to(torch.device("cpu"))["attention_mask"],
+    "a list stays": lambda t: t("red heart").to("cpu").input_ids,
+    "handed on": lambda t: sorted(dict(**t("red", return_tensors="pt"))),
+    "data": lambda t: t("red heart").data,
+    "a key set": lambda t: {**t("red"), **(e := t("red"), e.update(x=1), e)[2]},
+    "copied": lambda t: copy.deepcopy(t("red heart")).input_ids,
+    "pickled": lambda t: pickle.loads(pickle.dumps(t("red heart"))).input_ids,
+    "no mask": lambda t: list(t("red", return_attention_mask=False)),
+    "lengths": lambda t: t(["red", "red heart"], return_length=True)["length"],
+    "nothing overflows": lambda t: t("red heart", return_overflowing_tokens=False).input_ids,
+    "pad": lambda t: dict(t.pad({"input_ids": IDS}, padding=True, return_tensors="pt")),
+    "pad tensors": lambda t: dict(t.pad({"input_ids": [torch.tensor(row) for row in IDS]}, return_tensors="pt")),
+    "pad to a length": lambda t: dict(
+        t.pad({"input_ids": IDS}, padding="max_length", max_length=6, return_tensors="np")
+    ),
+    "pad records": lambda t: dict(t.pad([{"input_ids": row} for row in IDS], return_tensors="pt")),
+    "pad one": lambda t: dict(t.pad({"input_ids": IDS[0]}, padding="max_length", max_length=5)),
+    "pad with masks": lambda t: dict(t.pad({"input_ids": IDS, "attention_mask": [[1, 0, 1], [0, 1]]})),
+    "pad without masks": lambda t: dict(t.pad({"input_ids": IDS}, return_attention_mask=False)),
+    "pad nothing": lambda t: dict(t.pad({"input_ids": IDS}, padding=False)),
+    "padding on the left": lambda t: (
+        setattr(c := copy.deepcopy(t), "padding_side", "left"),
+        dict(c(["a", "red heart"], padding=True)),
+    )[1],
+    "added": lambda t: (
+        (c := copy.deepcopy(t)).add_tokens(["<x>", "<y>"]),
+        c.get_added_vocab(),
+        c.added_tokens_encoder,
+    ),
+    "special": lambda t: (t.special_tokens_map, t.is_fast, t.name_or_path),
+}
+
+
+@pytest.mark.parametrize("name", USES)
+def test_uses(name: str) -> None:
+    vocab, merges = small_vocabulary()
+    made = {"vocab": vocab, "merges": merges, "model_max_length": 77}
+    ours, theirs = (USES[name](cls(**made)) for cls in (CLIPTokenizer, transformers.CLIPTokenizer))
+    assert plain(ours) == plain(theirs)
+
+
+def plain(result: Any) -> Any:
+    """Return tensors and arrays as lists, with their dtypes."""
+    if isinstance(result, torch.Tensor | np.ndarray):
+        return str(result.dtype).removeprefix("torch."), result.tolist()
+    return {name: plain(one) for name, one in result.items()} if isinstance(result, dict) else result
+
+
+def test_name_or_path_and_use_fast(folders: dict[str, Path]) -> None:
+    ours, theirs = (
+        cls.from_pretrained(folders["small"], use_fast=False) for cls in (CLIPTokenizer, transformers.CLIPTokenizer)
+    )
+    assert ours.name_or_path == theirs.name_or_path == str(folders["small"])

@@ -115,6 +115,19 @@ def test_bad_options(tokenizer: CLIPTokenizer, options: dict, error: type[Except
         tokenizer(["red", "red heart"], **options)
 
 
+def test_bad_padding(tokenizer: CLIPTokenizer) -> None:
+    with pytest.raises(ValueError, match="pad takes input_ids and attention_mask, found input_ids, labels"):
+        tokenizer.pad({"input_ids": [[1]], "labels": [[1]]})
+    with pytest.raises(ValueError, match="padding='left'"):
+        tokenizer.pad({"input_ids": [[1]]}, padding="left")
+    other = copy.deepcopy(tokenizer)
+    other.truncation_side = "left"
+    with pytest.raises(TypeError, match="truncation_side='left' are not implemented"):
+        other("red heart")
+    with pytest.raises(AttributeError, match="the tokenizer's output has no 'token_type_ids'"):
+        _ = tokenizer("red").token_type_ids
+
+
 def test_ragged_tensors_and_unknown_length(small: Vocabulary, tokenizer: CLIPTokenizer) -> None:
     for kind in ("pt", "np"):
         with pytest.raises(ValueError, match=r"prompts of \d+, \d+ tokens make no tensor; give padding"):
