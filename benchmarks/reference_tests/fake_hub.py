@@ -19,14 +19,15 @@ def make(cache: Path) -> None:
     tiny = from_tests("tiny").save_tiny(cache / "made/tiny")
     base = from_tests("tiny_xl").save_base(cache / "made/base")
     for repo in PIPELINES:
-        _place(cache, repo, tiny)
+        place(cache, f"hf-internal-testing/{repo}", tiny)
     for repo in PIPELINES_XL:
-        _place(cache, repo, base)
-    _place(cache, "tiny-random-clip", tiny / "tokenizer")  # its tokenizer alone: networks are made by the tests
+        place(cache, f"hf-internal-testing/{repo}", base)
+    place(cache, "hf-internal-testing/tiny-random-clip", tiny / "tokenizer")  # its tokenizer alone: networks are made by the tests
 
 
-def _place(cache: Path, repo: str, source: Path) -> None:
-    home = cache / f"models--hf-internal-testing--{repo}"
+def place(cache: Path, repo: str, source: Path) -> None:
+    """Put the files of ``source`` where the Hub's client looks for the repository ``repo``."""
+    home = cache / f"models--{repo.replace('/', '--')}"
     shutil.copytree(source, home / "snapshots" / COMMIT)
     (home / "refs").mkdir()
     (home / "refs/main").write_text(COMMIT, encoding="utf-8")

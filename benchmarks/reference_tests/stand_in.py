@@ -2,8 +2,8 @@
 
 Only import statements change, as in a migrated program: ``from diffusers.a.b import C`` means ``minidiff.a.b.C`` if
 there is such a name, else ``minidiff.C`` if that is public, else the reference's own ``C``. The reference's modules
-import each other as before. Loaded with ``-p benchmarks.reference_tests.stand_in``; only modules of the package
-``tests`` are migrated.
+import each other as before. Loaded with ``-p benchmarks.reference_tests.stand_in`` it migrates the modules of the package
+``tests``; ``migrate`` adds other modules, for benchmarks that run other code.
 """
 
 import builtins
@@ -17,6 +17,7 @@ REFERENCE = ("diffusers", "transformers")
 _import = builtins.__import__
 _absent = object()
 _proxies: dict[str, "StandIn"] = {}
+_migrated = {"tests"}
 
 
 class StandIn(ModuleType):
@@ -72,7 +73,12 @@ def migrated_import(name: str, globals: Any = None, locals: Any = None, fromlist
     """Import as Python does, and hand tests the stand-in of a module of the reference."""
     module = _import(name, globals, locals, fromlist, level)
     caller = (globals or {}).get("__name__", "")
-    return stand_in(module) if caller.partition(".")[0] == "tests" and is_reference(module) else module
+    return stand_in(module) if caller.partition(".")[0] in _migrated and is_reference(module) else module
+
+
+def migrate(name: str) -> None:
+    """Migrate the imports of the module or package ``name`` too."""
+    _migrated.add(name)
 
 
 builtins.__import__ = migrated_import

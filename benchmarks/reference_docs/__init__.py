@@ -1,0 +1,1 @@
+"""The code of the reference's documentation, run with minidiff's classes in place of its own; see ``__main__``."""

@@ -1,0 +1,23 @@
+"""Which blocks of the documentation are about something outside minidiff's scope, and why."""
+
+import re
+
+OUTSIDE = (  # pattern of the page, pattern of the code, the reason
+    (r"api/modular|modular_diffusers|modular_pipelines|guiders", r"", "modular pipelines and guiders"),
+    (r"quantiz|quanto|bitsandbytes|gguf|torchao|sdnq|nunchaku|autoround|modelopt", r"", "quantization"),
+    (r"onnx|open_vino|neuron|habana|coreml|tgate|para_attn|pruna|cache_dit|optimization/cache|tensorrt", r"", "other runtimes"),
+    (r"research_projects|community|model_search|kandinsky|deprecated|transformers/", r"", "other models and projects"),
+    (r"", r"[Cc]ontrol[Nn]et|T2IAdapter|ip_adapter|IPAdapter|IP-Adapter", "ControlNet, T2I-Adapter, image prompts"),
+    (r"", r"Flux|FLUX|SD3|StableDiffusion3|stable-diffusion-3|Sana|PixArt|Kolors|Qwen|Z-?Image|Hunyuan|Lumina|Chroma", "other families"),
+    (r"", r"Wan|LTX|CogV|CogView|AnimateDiff|Cosmos|Mochi|Allegro|Latte|[Vv]ideo|export_to_gif|SkyReels", "video"),
+    (r"", r"Kandinsky|DeepFloyd|UnCLIP|unclip|Wuerstchen|Cascade|ShapE|shap-e|MusicLDM|Audio|Marigold|Amused", "other families"),
+    (r"", r"StableDiffusionUpscale|LatentUpscale|Depth2Img|AsymmetricAutoencoderKL|AutoencoderTiny|PAG|_pag|Gligen", "other pipelines"),
+    (r"", r"push_to_hub\(|create_repo|upload_folder|snapshot_download|trust_remote_code|custom_pipeline", "writing to the Hub, code from it"),
+    (r"", r"group_offload|layerwise_casting|float8|ContextParallel|TensorParallel|enable_parallelism|xformers", "hooks of the reference"),
+    (r"", r"\bflax\b|Flax|\bjax\b|onnxruntime|Onnx", "other frameworks"),
+)
+
+
+def outside(name: str, block: str) -> str | None:
+    """Return why a block of a page does not concern minidiff, None if it does."""
+    return next((why for pages, code, why in OUTSIDE if re.search(pages, name) and re.search(code, block)), None)
