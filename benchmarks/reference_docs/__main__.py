@@ -7,8 +7,8 @@ python -m benchmarks.reference_docs CHECKOUT --show      # with the first line o
 CHECKOUT is a checkout of the reference's repository; its pages, the examples' README files, and the docstrings of the
 installed package are read. The blocks of a page run in order in one namespace, on small checkpoints with random weights
 under the Hub ids that the pages name (``hub``). Each page runs twice: as it is, and with the page's imports migrated
-(``benchmarks.reference_tests.stand_in``). A block that does not run with the reference is not counted; one that concerns
-something outside minidiff's scope is not run (``scope``).
+(``benchmarks.reference_tests.stand_in``). A block that does not run with the reference is not counted; one that
+concerns something outside minidiff's scope is not run (``scope``).
 """
 
 import argparse

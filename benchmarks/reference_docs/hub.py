@@ -91,7 +91,7 @@ def _name_classes(folders: dict[str, Path]) -> None:
     import diffusers
 
     names = {"inpaint": "StableDiffusionInpaintPipeline", "pix2pix": "StableDiffusionInstructPix2PixPipeline"}
-    names |= {"xl inpaint": "StableDiffusionXLInpaintPipeline", "xl pix2pix": "StableDiffusionXLInstructPix2PixPipeline"}
+    names |= {f"xl {task}": name.replace("Diffusion", "DiffusionXL") for task, name in names.items()}
     for family, folder in folders.items():
         if family in names:
             index = folder / "model_index.json"

@@ -5,15 +5,22 @@ import re
 OUTSIDE = (  # pattern of the page, pattern of the code, the reason
     (r"api/modular|modular_diffusers|modular_pipelines|guiders", r"", "modular pipelines and guiders"),
     (r"quantiz|quanto|bitsandbytes|gguf|torchao|sdnq|nunchaku|autoround|modelopt", r"", "quantization"),
-    (r"onnx|open_vino|neuron|habana|coreml|tgate|para_attn|pruna|cache_dit|optimization/cache|tensorrt", r"", "other runtimes"),
+    (
+        r"onnx|open_vino|neuron|habana|coreml|tgate|para_attn|pruna|cache_dit|optimization/cache|tensorrt",
+        r"",
+        "runtimes",
+    ),
     (r"research_projects|community|model_search|kandinsky|deprecated|transformers/", r"", "other models and projects"),
     (r"", r"[Cc]ontrol[Nn]et|T2IAdapter|ip_adapter|IPAdapter|IP-Adapter", "ControlNet, T2I-Adapter, image prompts"),
-    (r"", r"Flux|FLUX|SD3|StableDiffusion3|stable-diffusion-3|Sana|PixArt|Kolors|Qwen|Z-?Image|Hunyuan|Lumina|Chroma", "other families"),
+    (r"", r"Flux|FLUX|SD3|StableDiffusion3|stable-diffusion-3|Sana|PixArt|Kolors", "other families"),
+    (r"", r"Qwen|Z-?Image|Hunyuan|Lumina|Chroma", "other families"),
     (r"", r"Wan|LTX|CogV|CogView|AnimateDiff|Cosmos|Mochi|Allegro|Latte|[Vv]ideo|export_to_gif|SkyReels", "video"),
-    (r"", r"Kandinsky|DeepFloyd|UnCLIP|unclip|Wuerstchen|Cascade|ShapE|shap-e|MusicLDM|Audio|Marigold|Amused", "other families"),
-    (r"", r"StableDiffusionUpscale|LatentUpscale|Depth2Img|AsymmetricAutoencoderKL|AutoencoderTiny|PAG|_pag|Gligen", "other pipelines"),
-    (r"", r"push_to_hub\(|create_repo|upload_folder|snapshot_download|trust_remote_code|custom_pipeline", "writing to the Hub, code from it"),
-    (r"", r"group_offload|layerwise_casting|float8|ContextParallel|TensorParallel|enable_parallelism|xformers", "hooks of the reference"),
+    (r"", r"Kandinsky|DeepFloyd|UnCLIP|unclip|Cascade|ShapE|shap-e|Audio|Marigold|Amused", "other families"),
+    (r"", r"StableDiffusionUpscale|LatentUpscale|Depth2Img|PAG|_pag|Gligen", "other pipelines"),
+    (r"", r"AsymmetricAutoencoderKL|AutoencoderTiny", "other autoencoders"),
+    (r"", r"push_to_hub\(|create_repo|upload_folder|snapshot_download", "writing to the Hub"),
+    (r"", r"trust_remote_code|custom_pipeline", "code from the Hub"),
+    (r"", r"group_offload|layerwise_casting|float8|ContextParallel|TensorParallel|enable_parallelism", "hooks"),
     (r"", r"\bflax\b|Flax|\bjax\b|onnxruntime|Onnx", "other frameworks"),
 )
 

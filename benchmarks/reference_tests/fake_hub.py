@@ -22,7 +22,8 @@ def make(cache: Path) -> None:
         place(cache, f"hf-internal-testing/{repo}", tiny)
     for repo in PIPELINES_XL:
         place(cache, f"hf-internal-testing/{repo}", base)
-    place(cache, "hf-internal-testing/tiny-random-clip", tiny / "tokenizer")  # its tokenizer alone: networks are made by the tests
+    # its tokenizer alone: networks are made by the tests
+    place(cache, "hf-internal-testing/tiny-random-clip", tiny / "tokenizer")
 
 
 def place(cache: Path, repo: str, source: Path) -> None:

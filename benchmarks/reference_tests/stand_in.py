@@ -2,8 +2,8 @@
 
 Only import statements change, as in a migrated program: ``from diffusers.a.b import C`` means ``minidiff.a.b.C`` if
 there is such a name, else ``minidiff.C`` if that is public, else the reference's own ``C``. The reference's modules
-import each other as before. Loaded with ``-p benchmarks.reference_tests.stand_in`` it migrates the modules of the package
-``tests``; ``migrate`` adds other modules, for benchmarks that run other code.
+import each other as before. Loaded with ``-p benchmarks.reference_tests.stand_in`` it migrates the modules of the
+package ``tests``; ``migrate`` adds others, for benchmarks that run other code.
 """
 
 import builtins
