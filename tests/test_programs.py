@@ -4,9 +4,7 @@ Each takes the library as an argument, in the place of the import line, and noth
 programs that these calls come from is docs/programs.md.
 """
 
-import inspect
 from collections.abc import Callable, Iterator
-from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 from typing import Any

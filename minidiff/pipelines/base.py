@@ -137,7 +137,7 @@ class DiffusionPipeline(MemorySavers, SingleFilePipeline):
             raise CheckpointError("safe_serialization=False asks for pickles; minidiff writes only safetensors")
         folder = Path(save_directory)
         index = self.config.to_dict()  # raises if a component cannot be saved, before anything is written
-        for name, component in self.components.items():
+        for name, component in self._parts().items():
             if isinstance(component, Model):
                 component.save_pretrained(folder / name, variant=variant, max_shard_size=max_shard_size)
             elif component is not None:
@@ -235,7 +235,12 @@ class DiffusionPipeline(MemorySavers, SingleFilePipeline):
     @property
     def components(self) -> dict[str, Any]:
         """The components by name, None for one that is absent: ``Other(**pipe.components)`` shares them."""
-        return {name: getattr(self, name) for name in self._component_names}
+        return self._parts()
+
+    def _parts(self) -> dict[str, Any]:
+        return {
+            name: getattr(self, name) for name in self._component_names
+        }  # a pipeline may say `components` otherwise
 
     @property
     def _execution_device(self) -> torch.device:
@@ -245,12 +250,12 @@ class DiffusionPipeline(MemorySavers, SingleFilePipeline):
     @property
     def config(self) -> Config:
         """The content of ``model_index.json``: the class, each component's library and class, and the settings."""
-        parts = {name: _library_and_class(name, component) for name, component in self.components.items()}
+        parts = {name: _library_and_class(name, component) for name, component in self._parts().items()}
         head = {"_class_name": type(self).__name__, "_diffusers_version": REFERENCE_VERSION}
         return Config({**head, **parts, **self._settings})
 
     def _networks(self) -> list[nn.Module]:
-        return [part for _, part in sorted(self.components.items()) if isinstance(part, nn.Module)]
+        return [part for _, part in sorted(self._parts().items()) if isinstance(part, nn.Module)]
 
     @property
     def dtype(self) -> torch.dtype:

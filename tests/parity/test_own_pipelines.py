@@ -382,3 +382,22 @@ def test_an_image_processor_that_is_assigned_is_used(folders: dict[str, Path]) -
     assert abs(theirs[0] - theirs[1]).max() > 1e-3
     for one, other in zip(ours, theirs, strict=True):
         assert_same(one, other)
+
+
+def test_a_pipeline_may_say_its_components_otherwise(tmp_path: Path) -> None:
+    """Published pipelines compute ``components`` from ``config`` to hand them to others."""
+
+    class Mega(minidiff.DiffusionPipeline):
+        def __init__(self, scheduler: Any, unet: Any) -> None:
+            super().__init__()
+            self.register_modules(scheduler=scheduler, unet=unet)
+
+        @property
+        def components(self) -> dict[str, Any]:
+            return {name: getattr(self, name) for name in self.config if not name.startswith("_")}
+
+    pipe = Mega(minidiff.DDPMScheduler(), minidiff.UNet2DModel(block_out_channels=[32, 32, 32, 32]))
+    assert pipe.components == {"scheduler": pipe.scheduler, "unet": pipe.unet}
+    assert pipe.to(torch.float64).dtype == torch.float64
+    pipe.save_pretrained(tmp_path)
+    assert (tmp_path / "unet/config.json").exists()
