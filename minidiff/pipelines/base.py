@@ -240,7 +240,7 @@ class DiffusionPipeline(MemorySavers, SingleFilePipeline):
     def _parts(self) -> dict[str, Any]:
         return {
             name: getattr(self, name) for name in self._component_names
-        }  # a pipeline may say `components` otherwise
+        }  # a pipeline may override `components`
 
     @property
     def _execution_device(self) -> torch.device:
