@@ -12,11 +12,13 @@ Checked against ``transformers.CLIPTextModel`` and ``CLIPTextModelWithProjection
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from minidiff.adapters.network import AdaptedNetwork
 from minidiff.checkpoints.model import Model
@@ -33,6 +35,7 @@ from minidiff.config import Config, check_types, complete
 from minidiff.errors import ConfigError
 from minidiff.layers import Attention
 from minidiff.outputs import Output
+from minidiff.recompute import GradientCheckpointing, Recomputed
 
 LEGACY_EOS = 2  # published configs say eos_token_id 2, which never was the id of the end-of-text token (49407)
 
@@ -58,7 +61,7 @@ class CLIPSpec(NamedTuple):
     eps: float
 
 
-class Layer(nn.Module):
+class Layer(Recomputed):
     """Causal self-attention and a feed-forward network, each pre-normed and residual."""
 
     def __init__(self, spec: CLIPSpec) -> None:
@@ -100,7 +103,7 @@ class CLIPTextConfig(Config):
         super().__init__(clip_config(fields))
 
 
-class CLIPTextModel(AdaptedNetwork, Model):
+class CLIPTextModel(AdaptedNetwork, GradientCheckpointing, Model):
     """Encode token ids to text embeddings.
 
     Args:
@@ -187,6 +190,14 @@ class CLIPTextModel(AdaptedNetwork, Model):
         pooled = x[torch.arange(len(x), device=x.device), self._end_of_text(input_ids)]
         out = CLIPTextOutput(x, pooled, tuple(states) if output_hidden_states else None)
         return out if return_dict else out.to_tuple()
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: Mapping[str, Any] | None = None) -> None:
+        """Enable gradient checkpointing; the arguments go to ``torch.utils.checkpoint.checkpoint``."""
+        self._recompute(partial(checkpoint, **{"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}))
+
+    def gradient_checkpointing_disable(self) -> None:
+        """Disable gradient checkpointing."""
+        self._recompute(None)
 
     def _check(self, input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None) -> None:
         """Raise if ids, mask or positions do not fit the network or each other."""

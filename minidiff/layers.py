@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from minidiff.recompute import Recomputed
 from minidiff.slicing import attend_in_slices
 
 
@@ -46,15 +47,34 @@ def timestep_embedding(
     return F.pad(torch.cat(waves, dim=-1), (0, width % 2))
 
 
-class TimeMLP(nn.Module):
-    """Two linear layers that turn the sinusoidal embedding (B, width) into ``temb`` (B, E)."""
+def guidance_embedding(w: Tensor, width: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Encode guidance scales w (B,), 0 = no guidance, for networks that are told them: (B, width), sines first.
 
-    def __init__(self, width: int, E: int) -> None:
+    f_i = 10000^(-i / (width/2 - 1)),  emb = [sin(1000 w f), cos(1000 w f)]
+
+    Meng et al. 2022 (https://arxiv.org/abs/2210.03142). ``timestep_embedding`` rounds in another order: at w = 7 the
+    two differ by 1e-3.
+    """
+    half = width // 2
+    f = torch.exp(torch.arange(half, dtype=dtype) * -(torch.log(torch.tensor(10_000.0)) / (half - 1)))
+    angle = (1000.0 * w).to(dtype)[:, None] * f.to(w.device)[None, :]  # (B, half)
+    return F.pad(torch.cat([angle.sin(), angle.cos()], dim=1), (0, width % 2))
+
+
+class TimeMLP(nn.Module):
+    """Two linear layers that turn the sinusoidal embedding (B, width) into ``temb`` (B, E).
+
+    With ``cond``, a further condition (B, cond) is added to the embedding: the guidance scale in LCM.
+    """
+
+    def __init__(self, width: int, E: int, cond: int | None = None) -> None:
         super().__init__()
         self.fc1 = nn.Linear(width, E)
+        self.cond = nn.Linear(cond, width, bias=False) if cond is not None else None
         self.fc2 = nn.Linear(E, E)
 
-    def forward(self, emb: Tensor) -> Tensor:
+    def forward(self, emb: Tensor, cond: Tensor | None = None) -> Tensor:
+        emb = emb if cond is None else emb + self.cond(cond)
         return self.fc2(F.silu(self.fc1(emb)))
 
 
@@ -76,7 +96,7 @@ class FourierFeatures(nn.Module):
         return torch.cat([angle.sin(), angle.cos()], dim=-1)
 
 
-class ResBlock(nn.Module):
+class ResBlock(Recomputed):
     """Two 3x3 convolutions with a residual connection; the time embedding is added between them.
 
     h = norm2(conv1(silu(norm1(x))) + time(silu(temb)));  y = (skip(x) + conv2(silu(h))) / scale
@@ -192,30 +212,35 @@ class Attention(nn.Module):
     Args:
         D: width of the sequence that asks.
         D_ctx: width of the sequence that answers (D for self-attention).
-        heads: N; D must be divisible by it.
+        heads: N.
         qkv_bias: whether q, k and v have a bias (autoencoder: yes, transformer: no).
+        width: N K, of all heads together; default D, which must then be divisible by N.
     """
 
-    def __init__(self, D: int, D_ctx: int, *, heads: int, qkv_bias: bool = False) -> None:
+    def __init__(self, D: int, D_ctx: int, *, heads: int, qkv_bias: bool = False, width: int | None = None) -> None:
         super().__init__()
+        width = width or D
         self.heads = heads
         self.slice_size: int | None = None  # heads at a time, see SlicedAttention.set_attention_slice; None = all
-        self.q = nn.Linear(D, D, bias=qkv_bias)
-        self.k = nn.Linear(D_ctx, D, bias=qkv_bias)
-        self.v = nn.Linear(D_ctx, D, bias=qkv_bias)
-        self.out = nn.Linear(D, D)
+        self.q = nn.Linear(D, width, bias=qkv_bias)
+        self.k = nn.Linear(D_ctx, width, bias=qkv_bias)
+        self.v = nn.Linear(D_ctx, width, bias=qkv_bias)
+        self.out = nn.Linear(width, D)
 
     def forward(
         self, x: Tensor, ctx: Tensor | None = None, *, mask: Tensor | None = None, causal: bool = False
     ) -> Tensor:
-        """Attend from ``x`` (B, L, D) to ``ctx`` (B, L_ctx, D_ctx), by default itself; ``mask``: True = may look."""
+        """Attend from ``x`` (B, L, D) to ``ctx`` (B, L_ctx, D_ctx), by default itself.
+
+        ``mask``, (B, 1, 1 or L, L_ctx): True = may look; or numbers that are added to the scores.
+        """
         ctx = x if ctx is None else ctx
         q, k, v = (rearrange(s, "B L (N K) -> B N L K", N=self.heads) for s in (self.q(x), self.k(ctx), self.v(ctx)))
         # The fused kernels keep scores and softmax in float32, so `upcast_attention` (SD 2.1) has nothing left to do.
         if self.slice_size is None:
             h = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
-        else:  # in UNets alone, whose attention has no mask
-            h = attend_in_slices(q, k, v, self.slice_size)
+        else:  # in UNets alone
+            h = attend_in_slices(q, k, v, self.slice_size, mask)
         return self.out(rearrange(h, "B N L K -> B L (N K)"))
 
 
@@ -232,7 +257,7 @@ class GEGLU(nn.Module):
         return self.fc2(a * F.gelu(b))
 
 
-class TransformerBlock(nn.Module):
+class TransformerBlock(Recomputed):
     """Self-attention, cross-attention to the condition, feed-forward; each pre-normed and residual."""
 
     def __init__(self, D: int, D_ctx: int, *, heads: int) -> None:
@@ -244,9 +269,9 @@ class TransformerBlock(nn.Module):
         self.norm3 = nn.LayerNorm(D)
         self.mlp = GEGLU(D)
 
-    def forward(self, x: Tensor, ctx: Tensor) -> Tensor:
+    def forward(self, x: Tensor, ctx: Tensor, mask: Tensor | None = None) -> Tensor:
         x = repeated(x + self.self_attn(self.norm1(x)), len(ctx))
-        x = x + self.cross_attn(self.norm2(x), ctx)
+        x = x + self.cross_attn(self.norm2(x), ctx, mask=mask)
         return x + self.mlp(self.norm3(x))
 
 
@@ -264,28 +289,30 @@ class SpatialTransformer(nn.Module):
         self.blocks = nn.ModuleList(TransformerBlock(C, D_ctx, heads=heads) for _ in range(depth))
         self.proj_out = nn.Linear(C, C)
 
-    def forward(self, x: Tensor, ctx: Tensor) -> Tensor:
+    def forward(self, x: Tensor, ctx: Tensor, mask: Tensor | None = None) -> Tensor:
         H, W = x.shape[-2:]
         h = self.proj_in(rearrange(self.norm(x), "B C H W -> B (H W) C"))
         for block in self.blocks:
-            h = block(h, ctx)
+            h = block(h, ctx, mask)
         return repeated(x, len(h)) + rearrange(self.proj_out(h), "B (H W) C -> B C H W", H=H, W=W)
 
 
-class PixelAttention(nn.Module):
+class PixelAttention(Recomputed):
     """Self-attention over the pixels of a feature map with a residual connection: y = (x + attn(norm(x))) / scale.
 
-    In the autoencoder and in unconditional UNets. ``groups=None`` leaves the norm out.
+    In the autoencoder and in unconditional UNets. ``groups=None`` leaves the norm out; ``width`` as in ``Attention``.
     """
 
-    def __init__(self, C: int, *, heads: int, groups: int | None, eps: float, scale: float = 1.0) -> None:
+    def __init__(
+        self, C: int, *, heads: int, groups: int | None, eps: float, scale: float = 1.0, width: int | None = None
+    ) -> None:
         super().__init__()
         self.scale = scale
         self.norm = nn.GroupNorm(groups, C, eps=eps) if groups is not None else nn.Identity()
-        self.self_attn = Attention(C, C, heads=heads, qkv_bias=True)
+        self.self_attn = Attention(C, C, heads=heads, qkv_bias=True, width=width)
 
     def forward(self, x: Tensor) -> Tensor:
         H, W = x.shape[-2:]
         h = self.self_attn(rearrange(self.norm(x), "B C H W -> B (H W) C"))
-        y = x + rearrange(h, "B (H W) C -> B C H W", H=H, W=W)
+        y = rearrange(h, "B (H W) C -> B C H W", H=H, W=W) + x  # in this order, or later dropout is laid out otherwise
         return y if self.scale == 1 else y / self.scale

@@ -15,13 +15,14 @@ from torch import Tensor, nn
 logger = logging.getLogger("minidiff")
 
 
-def attend_in_slices(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
+def attend_in_slices(q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None = None) -> Tensor:
     """Return softmax(q k^T / sqrt(K)) v, (B, N, L, K), computed for ``heads`` heads of one sample at a time."""
     y = torch.empty_like(q)
     for b in range(len(q)):
         for n in range(0, q.shape[1], heads):
             part = (slice(b, b + 1), slice(n, n + heads))
-            y[part] = F.scaled_dot_product_attention(q[part], k[part], v[part])
+            bias = mask if mask is None else mask[part[0]]
+            y[part] = F.scaled_dot_product_attention(q[part], k[part], v[part], attn_mask=bias)
     return y
 
 

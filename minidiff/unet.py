@@ -38,6 +38,7 @@ from minidiff.layers import (
     timestep_embedding,
 )
 from minidiff.outputs import Output
+from minidiff.recompute import GradientCheckpointing
 from minidiff.slicing import SlicedAttention
 
 
@@ -50,6 +51,7 @@ class Level(NamedTuple):
     up_depth: int  # the same on the way up
     heads: int
     D_ctx: int  # width of the text embeddings this level attends to
+    attn_width: int | None = None  # of all heads over the pixels together; None = channels
     pixel_attn: bool = False  # self-attention over the pixels behind each residual block on the way down
     up_pixel_attn: bool = False  # the same on the way up
     res_down: bool = False  # halve the resolution in a residual block instead of a strided convolution
@@ -77,6 +79,7 @@ class UNetSpec(NamedTuple):
     dropout: float = 0.0
     added: int | None = None  # width of the added condition of SDXL, pooled text and encoded sizes; None = none
     added_features: int = 0  # width of each encoded size in it
+    time_cond: int | None = None  # width of the encoded guidance scale that the network is told; None = it is not told
 
 
 class Block(nn.Module):
@@ -93,12 +96,12 @@ class Block(nn.Module):
         self.res = nn.ModuleList(res)
         self.resample = resample
 
-    def layer(self, j: int, x: Tensor, temb: Tensor, ctx: Tensor | None) -> Tensor:
+    def layer(self, j: int, x: Tensor, temb: Tensor, ctx: Tensor | None, mask: Tensor | None) -> Tensor:
         """Run residual block ``j`` and the attention behind it: to the text ``ctx``, or over the pixels if None."""
         x = self.res[j](x, temb[: len(x)])
         if not self.attn:
             return x
-        return self.attn[j](x) if ctx is None else self.attn[j](x, ctx)
+        return self.attn[j](x) if ctx is None else self.attn[j](x, ctx, mask)
 
     def smaller(self, x: Tensor, temb: Tensor) -> Tensor:
         """Halve the resolution."""
@@ -111,7 +114,7 @@ class Block(nn.Module):
         return self.resample(x, size)
 
 
-class UNet(SlicedAttention, Model):
+class UNet(SlicedAttention, GradientCheckpointing, Model):
     """The body of every UNet. The public faces below and in ``unet_unconditional`` say what goes in and comes out.
 
     Layers are made in the order in which the reference makes them, which is the order in which their initial weights
@@ -160,7 +163,7 @@ class UNet(SlicedAttention, Model):
 
     def _make_embeddings(self) -> None:
         """Make what embeds the time and, in the faces, all else that the network is told beside the sample."""
-        self.time_embed = TimeMLP(self.spec.time_features, self.spec.E)
+        self.time_embed = TimeMLP(self.spec.time_features, self.spec.E, self.spec.time_cond)
 
     def _res(self, C_in: int, C_out: int, scale: float = 1.0) -> ResBlock:
         spec = self.spec
@@ -172,7 +175,8 @@ class UNet(SlicedAttention, Model):
         C, heads, groups = lv.channels, lv.heads, self.spec.groups
         if depth:
             return SpatialTransformer(C, lv.D_ctx, depth=depth, heads=heads, groups=groups)
-        return PixelAttention(C, heads=heads, groups=groups, eps=self.spec.eps) if pixels else None
+        options = {"heads": heads, "groups": groups, "eps": self.spec.eps, "width": lv.attn_width}
+        return PixelAttention(C, **options) if pixels else None
 
     def _middle(self, lv: Level) -> Block:
         """Make two residual blocks with attention (or none) between them, at the coarsest level."""
@@ -180,7 +184,7 @@ class UNet(SlicedAttention, Model):
         first = self._res(C, C, spec.mid_scale)
         attn = self._attention(lv, spec.mid_depth, False)
         if spec.mid_pixel_attn:
-            options = {"groups": spec.mid_groups, "eps": spec.eps, "scale": spec.mid_scale}
+            options = {"groups": spec.mid_groups, "eps": spec.eps, "scale": spec.mid_scale, "width": lv.attn_width}
             attn = PixelAttention(C, heads=lv.heads, **options)
         return Block([(first, attn), (self._res(C, C, spec.mid_scale), None)], None)
 
@@ -206,27 +210,30 @@ class UNet(SlicedAttention, Model):
             t, self.spec.time_features, flip_sin_to_cos=config.flip_sin_to_cos, freq_shift=config.freq_shift
         )
 
-    def _body(self, x: Tensor, temb: Tensor, ctx: Tensor | None = None) -> Tensor:
-        """Run the network proper: down, middle, up. One x (B, C, H, W) may stand for n copies of it in ``ctx``."""
+    def _body(self, x: Tensor, temb: Tensor, ctx: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        """Run the network proper: down, middle, up. One x (B, C, H, W) may stand for n copies of it in ``ctx``.
+
+        ``mask`` is added to the scores of the text, see ``Attention``.
+        """
         if self.config.center_input_sample:
             x = 2 * x - 1
         x = self.conv_in(x)
         skips = [x]
         for block in self.down:
             for j in range(len(block.res)):
-                x = block.layer(j, x, temb, ctx)
+                x = block.layer(j, x, temb, ctx, mask)
                 skips.append(x)
             if block.resample is not None:
                 x = block.smaller(x, temb)
                 skips.append(x)
 
         if self.mid is not None:
-            x = self.mid.layer(0, x, temb, ctx)
+            x = self.mid.layer(0, x, temb, ctx, mask)
             x = self.mid.res[1](x, temb)
 
         for block in self.up:
             for j in range(len(block.res)):
-                x = block.layer(j, torch.cat([x, repeated(skips.pop(), len(x))], dim=1), temb, ctx)
+                x = block.layer(j, torch.cat([x, repeated(skips.pop(), len(x))], dim=1), temb, ctx, mask)
             if block.resample is not None:
                 x = block.larger(x, temb, skips[-1].shape[-2:])  # the skip's size: odd sizes do not halve evenly
 
@@ -271,14 +278,14 @@ class UNet2DConditionModel(AdaptedNetwork, SingleFileModel, UNet):
         timestep: Tensor | float | int,
         encoder_hidden_states: Tensor,
         class_labels: None = None,
-        timestep_cond: None = None,
+        timestep_cond: Tensor | None = None,
         attention_mask: None = None,
         cross_attention_kwargs: Mapping[str, Any] | None = None,
         added_cond_kwargs: Mapping[str, Tensor] | None = None,
         down_block_additional_residuals: None = None,
         mid_block_additional_residual: None = None,
         down_intrablock_additional_residuals: None = None,
-        encoder_attention_mask: None = None,
+        encoder_attention_mask: Tensor | None = None,
         return_dict: bool = True,
     ) -> UNet2DConditionOutput | tuple[Tensor]:
         """Predict from a noisy latent.
@@ -287,9 +294,12 @@ class UNet2DConditionModel(AdaptedNetwork, SingleFileModel, UNet):
             sample: noisy latents, (B, in_channels, H, W), any H and W.
             timestep: one time for all, or (B,) times; 0 is nearly clean, 999 nearly pure noise.
             encoder_hidden_states: text embeddings, (B, L, D).
+            timestep_cond: for networks with ``time_cond_proj_dim`` (LCM) alone: the encoded guidance scale, (B, width),
+                see ``guidance_embedding``.
             added_cond_kwargs: for networks with ``addition_embed_type="text_time"`` (SDXL) alone: "text_embeds", the
                 pooled text embeddings (B, P), and "time_ids", the sizes that the picture is conditioned on (B, n), with
                 P + n * addition_time_embed_dim = projection_class_embeddings_input_dim.
+            encoder_attention_mask: which tokens of the text may be looked at, (B, L): 1 or True = may; of any dtype.
             return_dict: whether to return a record or a tuple.
 
         Returns:
@@ -302,35 +312,35 @@ class UNet2DConditionModel(AdaptedNetwork, SingleFileModel, UNet):
         """
         self._refuse(
             class_labels=class_labels,
-            timestep_cond=timestep_cond,
+            timestep_cond=None if self.spec.time_cond is not None else timestep_cond,
             attention_mask=attention_mask,
             cross_attention_kwargs=cross_attention_kwargs,
-            added_cond_kwargs=None if self.add_embed is not None else added_cond_kwargs,
+            added_cond_kwargs=None if self.add_embed is not None else added_cond_kwargs or None,
             down_block_additional_residuals=down_block_additional_residuals,
             mid_block_additional_residual=mid_block_additional_residual,
             down_intrablock_additional_residuals=down_intrablock_additional_residuals,
-            encoder_attention_mask=encoder_attention_mask,
         )
         self._check_sample(sample)
         self._check_text(sample, encoder_hidden_states)
-        temb = self._time_condition(sample, timestep, added_cond_kwargs)
-        x = self._body(sample, temb, encoder_hidden_states)
+        mask = self._check_mask(encoder_attention_mask, encoder_hidden_states)
+        told = {} if timestep_cond is None else {"timestep_cond": self._check_cond(sample, timestep_cond)}
+        temb = self._time_condition(sample, timestep, {**(added_cond_kwargs or {}), **told})
+        x = self._body(sample, temb, encoder_hidden_states, mask)
         return UNet2DConditionOutput(x) if return_dict else (x,)
 
-    def _time_condition(
-        self, sample: Tensor, timestep: Tensor | float | int, added: Mapping[str, Tensor] | None
-    ) -> Tensor:
-        """Return the embedding (B, E) of the time and, in SDXL, of the added condition."""
-        temb = self.time_embed(self._encode_times(self._times(sample, timestep)).to(sample.dtype))
+    def _time_condition(self, sample: Tensor, timestep: Tensor | float | int, told: Mapping[str, Tensor]) -> Tensor:
+        """Return the embedding (B, E) of the time and what else the network is told: guidance (LCM), sizes (SDXL)."""
+        added = dict(told)
+        t = self._encode_times(self._times(sample, timestep)).to(sample.dtype)
+        temb = self.time_embed(t, added.pop("timestep_cond", None))
         return temb if self.add_embed is None else temb + self.add_embed(self._encode_added(sample, added))
 
-    def _encode_added(self, sample: Tensor, added: Mapping[str, Tensor] | None) -> Tensor:
+    def _encode_added(self, sample: Tensor, added: Mapping[str, Tensor]) -> Tensor:
         """Return the added condition (B, P + n * features): pooled text and sizes, each encoded as a time is.
 
         Podell et al. 2023 (SDXL, https://arxiv.org/abs/2307.01952), section 2.2.
         """
         B, spec, config = len(sample), self.spec, self.config
-        added = {} if added is None else added
         if set(added) != {"text_embeds", "time_ids"}:
             raise ValueError(
                 "this UNet is conditioned on sizes too: added_cond_kwargs should hold text_embeds (B, P) and "
@@ -361,6 +371,24 @@ class UNet2DConditionModel(AdaptedNetwork, SingleFileModel, UNet):
                 f"encoder_hidden_states should be ({len(sample)}, L, {D}), a text for each sample, found "
                 f"{tuple(ctx.shape)}; a width other than {D} comes from the text encoder of another model family"
             )
+
+    def _check_cond(self, sample: Tensor, cond: Tensor) -> Tensor:
+        """Return the encoded guidance scale in the dtype of the sample."""
+        width = self.spec.time_cond
+        if cond.shape not in ((1, width), (len(sample), width)):
+            raise ValueError(f"timestep_cond should be ({len(sample)} or 1, {width}), found {tuple(cond.shape)}")
+        return cond.to(sample.dtype)
+
+    def _check_mask(self, mask: Tensor | None, ctx: Tensor) -> Tensor | None:
+        """Return what a mask of the text (B, L) adds to the scores, (B, 1, 1, L): 0 or, where it is 0, -10000."""
+        if mask is None:
+            return None
+        if mask.shape != ctx.shape[:2]:
+            raise ValueError(
+                f"encoder_attention_mask should be {tuple(ctx.shape[:2])}, one entry per token of "
+                f"encoder_hidden_states, found {tuple(mask.shape)}"
+            )
+        return ((1 - mask.to(ctx.dtype)) * -10_000.0)[:, None, None, :]
 
     def rows(self) -> list[Row]:
         """Return the name table of this configuration: ours, Hub, original single file."""
@@ -398,6 +426,7 @@ def unet_config(fields: Mapping[str, Any]) -> Config:
         "use_linear_projection": False,
         "addition_time_embed_dim": None,
         "projection_class_embeddings_input_dim": None,
+        "time_cond_proj_dim": None,
     }
     only = {
         "mid_block_type": ("UNetMidBlock2DCrossAttn",),
@@ -420,7 +449,6 @@ def unet_config(fields: Mapping[str, Any]) -> Config:
         "time_embedding_dim": (None,),
         "time_embedding_act_fn": (None,),
         "timestep_post_act": (None,),
-        "time_cond_proj_dim": (None,),
         "conv_in_kernel": (3,),
         "conv_out_kernel": (3,),
         "attention_type": ("default",),
@@ -433,6 +461,9 @@ def unet_config(fields: Mapping[str, Any]) -> Config:
     config = complete("UNet2DConditionModel", fields, defaults, only)
     lists = ("layers_per_block", "cross_attention_dim", "transformer_layers_per_block", "attention_head_dim")
     check_types("UNet2DConditionModel", config, defaults, lists)
+    width = config.time_cond_proj_dim
+    if width is not None and (type(width) is not int or width < 1):
+        raise ConfigError(f"UNet2DConditionModel: time_cond_proj_dim should be a positive integer, found {width!r}")
     _check_added(config)
     return config
 
@@ -493,6 +524,7 @@ def unet_spec(config: Config) -> UNetSpec:
         E=4 * channels[0],
         added=config.projection_class_embeddings_input_dim,
         added_features=config.addition_time_embed_dim or 0,
+        time_cond=config.time_cond_proj_dim,
     )
 
 

@@ -265,6 +265,7 @@ def _levels(config: Config, mid_attn: bool) -> Iterator[Level]:
             up_depth=0,
             heads=_heads(C, config.attention_head_dim) if attends else 1,
             D_ctx=0,
+            attn_width=_heads(C, config.attention_head_dim) * (config.attention_head_dim or C) if attends else None,
             pixel_attn=attn,
             up_pixel_attn=up_attn,
             res_down=config.downsample_type == "resnet" if res_down is None else res_down,
@@ -273,12 +274,10 @@ def _levels(config: Config, mid_attn: bool) -> Iterator[Level]:
 
 
 def _heads(C: int, K: int | None) -> int:
-    """Return the number of heads of width K: in files of this network `attention_head_dim` means what it says."""
-    if K is None:
-        return 1
-    if C % K:
-        raise ConfigError(f"{NAME}: {C} channels should be divisible by attention_head_dim {K}, the width of a head")
-    return C // K
+    """Return how many heads of width K fit into C: in files of this network `attention_head_dim` means what it says."""
+    if K is not None and K > C:
+        raise ConfigError(f"{NAME}: attention_head_dim {K}, the width of a head, should be at most {C}, the channels")
+    return 1 if K is None else C // K
 
 
 def _block_kinds(

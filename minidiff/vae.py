@@ -27,6 +27,7 @@ from minidiff.errors import ConfigError
 from minidiff.layers import Downsample, PixelAttention, ResBlock, Upsample
 from minidiff.outputs import Output
 from minidiff.random import randn
+from minidiff.recompute import GradientCheckpointing
 from minidiff.tiles import Tiles, in_tiles
 
 _EPS = 1e-6  # of every normalisation in the autoencoder; not a configuration field
@@ -172,7 +173,7 @@ class DecoderOutput(Output):
     sample: Tensor
 
 
-class AutoencoderKL(SingleFileModel, Model):
+class AutoencoderKL(SingleFileModel, GradientCheckpointing, Model):
     """Encode pictures to latent Gaussians and decode latents to pictures.
 
     Keyword arguments are the fields of the Hub's ``vae/config.json``, with the reference's defaults. Layers are made

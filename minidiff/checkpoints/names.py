@@ -140,6 +140,8 @@ def _time_and_class_rows(config: "Config") -> Iterator[Row]:
 def _unet_rows(spec: "UNetSpec") -> Iterator[Row]:
     p, last = UNET_PREFIX, len(spec.levels) - 1
     yield from _layer("time_embed.fc1", "time_embedding.linear_1", f"{p}time_embed.0")
+    if spec.time_cond is not None:
+        yield from _layer("time_embed.cond", "time_embedding.cond_proj", f"{p}time_embed.cond_proj", bias=False)
     yield from _layer("time_embed.fc2", "time_embedding.linear_2", f"{p}time_embed.2")
     if spec.added is not None:
         yield from _layer("add_embed.fc1", "add_embedding.linear_1", f"{p}label_emb.0.0")

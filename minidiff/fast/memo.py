@@ -76,7 +76,7 @@ class FastTime(Fast):
 
     kind, method = UNet2DConditionModel, "_time_condition"
 
-    def fast(self, sample: Tensor, timestep: Any, added: Mapping[str, Tensor] | None) -> Tensor:
+    def fast(self, sample: Tensor, timestep: Any, added: Mapping[str, Tensor]) -> Tensor:
         """Return the time embedding (B, E)."""
         memo, unet = current(), self.module
         if memo is None:
@@ -86,10 +86,10 @@ class FastTime(Fast):
         mlps = [unet.time_embed] if unet.add_embed is None else [unet.time_embed, unet.add_embed]
         if not asked or not all(unwatched(m, TimeMLP) for m in mlps):
             return NotImplemented
-        layers = [layer for mlp in mlps for layer in (mlp.fc1, mlp.fc2)]
+        layers = [layer for mlp in mlps for layer in mlp.children()]
         if not all(unwatched(layer, nn.Linear) for layer in layers):
             return NotImplemented
-        sources = *(added or {}).values(), memo.timesteps, *weights(*layers)
+        sources = *added.values(), memo.timesteps, *weights(*layers)
         x = sample if added else sample[:1]  # without added conditions the time is all there is
         memo.temb = memo.once(
             unet,
@@ -119,13 +119,13 @@ class FastBody(Fast):
 
     kind, method = UNet2DConditionModel, "_body"
 
-    def fast(self, x: Tensor, temb: Tensor, ctx: Tensor) -> Tensor:
+    def fast(self, x: Tensor, temb: Tensor, ctx: Tensor, mask: Tensor | None = None) -> Tensor:
         """Run the network proper."""
         memo, unet = current(), self.module
         alike = memo is not None and memo.copies > 1 and unet.add_embed is None  # added conditions differ
         if not alike or not calls_are_plain() or not all(map(bystander, before_the_text(unet))):
             return NotImplemented
-        return UNet2DConditionModel._body(unet, x[: len(x) // memo.copies], temb, ctx)
+        return UNet2DConditionModel._body(unet, x[: len(x) // memo.copies], temb, ctx, mask)
 
 
 def before_the_text(unet: UNet2DConditionModel) -> Iterator[nn.Module]:

@@ -10,6 +10,8 @@ import torch
 from theirs import assert_same_order, assert_same_start, carry_over, diffusers, randomize, relative_error
 from torch import Tensor, nn
 
+import minidiff.fast
+from minidiff.layers import guidance_embedding
 from minidiff.unet import UNet2DConditionModel
 
 CONFIGS = Path(__file__).parents[1] / "data" / "hub_configs"
@@ -117,6 +119,7 @@ BRANCHES = {
     "attention at other levels down and up": three("x--", "-x-"),
     "widths that fall": three("xxx", "xxx") | {"block_out_channels": [16, 8, 8]},
     "sample size": tiny(sample_size=[8, 6]),
+    "told the guidance scale": tiny(time_cond_proj_dim=7),
 }
 
 
@@ -158,6 +161,52 @@ def test_option_changes_the_result(option: dict[str, Any]) -> None:
     x, ctx = inputs(ours)
     with torch.no_grad():
         assert relative_error(other(x, 501, ctx).sample, ours(x, 501, ctx).sample) > 1e-4
+
+
+@torch.no_grad()
+def test_a_network_that_is_told_the_guidance_scale() -> None:
+    ours, theirs = make_pair(tiny(time_cond_proj_dim=7))
+    x, ctx = inputs(ours)
+    w = torch.tensor([6.5, 0.25])
+    told = {"timestep_cond": guidance_embedding(w, 7, dtype=torch.float64)}
+    expected = theirs(x, 20, ctx, **told).sample
+    assert relative_error(ours(x, 20, ctx, **told).sample, expected) <= BOUND
+    assert relative_error(expected, theirs(x, 20, ctx).sample) > 0.01
+    with pytest.raises(ValueError, match=r"timestep_cond should be \(2 or 1, 7\), found \(2, 8\)"):
+        ours(x, 20, ctx, timestep_cond=torch.zeros(2, 8))
+    with pytest.raises(ValueError, match="timestep_cond"):
+        make_pair(tiny())[0](x, 20, ctx, **told)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("width", [256, 7])
+def test_encoded_guidance_scales_are_bit_equal(width: int, dtype: torch.dtype) -> None:
+    w = torch.tensor([0.0, 0.5, 6.5, 7.123])
+    expected = diffusers.StableDiffusionPipeline.get_guidance_scale_embedding(None, w, width, dtype)
+    assert torch.equal(guidance_embedding(w, width, dtype), expected)
+
+
+MASKS = {"some": [[1, 1, 1, 0, 0], [1, 0, 1, 1, 0]], "all": [[1] * 5] * 2, "none": [[0] * 5] * 2}
+
+
+@pytest.mark.parametrize("slices", [None, "max"])
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.float32], ids=str)
+@pytest.mark.parametrize("kind", MASKS)
+@torch.no_grad()
+def test_mask_of_the_text(
+    kind: str, dtype: torch.dtype, slices: str | None, three_levels: tuple[UNet2DConditionModel, nn.Module]
+) -> None:
+    ours, theirs = copy.deepcopy(three_levels[0]), three_levels[1]
+    ours.set_attention_slice(slices)
+    x, ctx = inputs(ours)
+    mask = torch.tensor(MASKS[kind]).to(dtype)
+    expected = theirs(x, 20, ctx, encoder_attention_mask=mask).sample
+    assert relative_error(ours(x, 20, ctx, encoder_attention_mask=mask).sample, expected) <= BOUND
+    assert (relative_error(expected, theirs(x, 20, ctx).sample) > 1e-3) == (kind == "some")
+    minidiff.fast.optimize(ours)
+    assert relative_error(ours(x, 20, ctx, encoder_attention_mask=mask).sample, expected) <= BOUND
+    with pytest.raises(ValueError, match=r"encoder_attention_mask should be \(2, 5\).*found \(2, 4\)"):
+        ours(x, 20, ctx, encoder_attention_mask=mask[:, 1:])
 
 
 @pytest.fixture(scope="module")

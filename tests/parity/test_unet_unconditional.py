@@ -84,6 +84,8 @@ BRANCHES = {
     "no middle": tiny(mid_block_type=None),
     "one head": tiny("aa", attention_head_dim=None),
     "heads of width 2": tiny("aa", attention_head_dim=2),
+    "heads of a width that does not divide the channels": tiny("aa", attention_head_dim=3),
+    "one head that is narrower than the channels": tiny("aa", block_out_channels=[8, 12], attention_head_dim=7),
     "a width of heads that divides only the levels that attend": tiny(attention_head_dim=16),
     "downsample padding 0": tiny("---", downsample_padding=0),
     "downsample padding 0 with attention": tiny("aa-", downsample_padding=0),
@@ -174,11 +176,8 @@ def test_option_changes_the_result(option: dict[str, Any]) -> None:
 
 
 def test_dropout_in_training() -> None:
-    """The masks are drawn from torch's global generator, in the reference's order.
-
-    Not behind attention: a mask is laid out as the tensor is in memory, and ours leaves attention with channels last.
-    """
-    pair = make_pair(tiny("r-", dropout=0.3, add_attention=False))
+    """The masks are drawn from torch's global generator, in the reference's order, behind attention too."""
+    pair = make_pair(tiny("ra", dropout=0.3))
     outs = []
     for model in pair:
         torch.manual_seed(5)
@@ -439,7 +438,10 @@ REFUSED = {
     "groups": ({"norm_num_groups": 3}, r"\[8, 16\] should be divisible by norm_num_groups 3"),
     "no groups": ({"norm_num_groups": None}, r"norm_num_groups = null \(expected an integer\)"),
     "groups of the middle": ({"attn_norm_num_groups": 3}, "16 channels should be divisible by attn_norm_num_groups 3"),
-    "heads": ({"attention_head_dim": 5}, "16 channels should be divisible by attention_head_dim 5"),
+    "heads": (
+        {"attention_head_dim": 17},
+        "attention_head_dim 17, the width of a head, should be at most 16, the channels",
+    ),
     "width of heads": ({"attention_head_dim": 0}, "attention_head_dim should be a positive integer or null, found 0"),
     "heads per level": ({"attention_head_dim": [8, 8]}, r"attention_head_dim should be .*, found \[8, 8\]"),
     "layers": ({"layers_per_block": 0}, "layers_per_block should hold integers of at least 1, found 0"),

@@ -212,7 +212,6 @@ NOT_IMPLEMENTED: dict[type[Model], dict[str, Any]] = {
         "time_embedding_dim": 64,
         "time_embedding_act_fn": "silu",
         "timestep_post_act": "silu",
-        "time_cond_proj_dim": 256,
         "conv_in_kernel": 1,
         "conv_out_kernel": 1,
         "attention_type": "gated",
@@ -248,7 +247,7 @@ HONOURED = {
         sample_size in_channels out_channels center_input_sample flip_sin_to_cos freq_shift down_block_types
         up_block_types block_out_channels layers_per_block downsample_padding norm_num_groups norm_eps
         cross_attention_dim transformer_layers_per_block attention_head_dim use_linear_projection
-        addition_time_embed_dim projection_class_embeddings_input_dim
+        addition_time_embed_dim projection_class_embeddings_input_dim time_cond_proj_dim
     """.split(),
     AutoencoderKL: """
         in_channels out_channels down_block_types up_block_types block_out_channels layers_per_block latent_channels
@@ -428,7 +427,7 @@ def test_added_conditions_that_do_not_fit(added: dict[str, tuple[int, ...]] | No
 
 UNUSED_ARGUMENTS = """
     class_labels timestep_cond attention_mask cross_attention_kwargs added_cond_kwargs down_block_additional_residuals
-    mid_block_additional_residual down_intrablock_additional_residuals encoder_attention_mask
+    mid_block_additional_residual down_intrablock_additional_residuals
 """.split()
 
 
