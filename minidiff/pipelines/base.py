@@ -181,6 +181,8 @@ class DiffusionPipeline(MemorySavers, SingleFilePipeline):
         if cls is not DiffusionPipeline:
             return cls
         name = index.get("_class_name")
+        if name is None:
+            raise ConfigError(f"{path} has no _class_name: call from_pretrained on the class that it is for")
         found = _public(name)
         if found is None or not issubclass(found, DiffusionPipeline) or found is DiffusionPipeline:
             known = [other for other in minidiff._HOME if other.endswith("Pipeline") and other != "DiffusionPipeline"]

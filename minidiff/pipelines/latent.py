@@ -136,6 +136,9 @@ class LatentPipeline(ByHand, Callbacks, LoraLoader, TextualInversionLoader, Diff
 
     def _begin(self, request: Request) -> Run:
         """Start a run with LoRA adapters at the request's scale; ``_predict`` keeps them there."""
+        if absent := [f"no {name}" for name in ("unet", "scheduler") if getattr(self, name) is None]:
+            it = "it" if len(absent) == 1 else "them"
+            raise ValueError(f"this pipeline has {' and '.join(absent)}: pass {it} when it is made")
         self._say_what_is_scaled(request.lora_scale)
         facts = {name: getattr(request, name) for name in FACTS if hasattr(request, name)}
         RUNS.set(self, SimpleNamespace(**facts, interrupt=False, guided=request.guided))
@@ -258,8 +261,12 @@ UNET_INPUTS = {
 }
 
 
-def check_channels(pipeline: type[LatentPipeline], vae: AutoencoderKL | None, unet: UNet2DConditionModel) -> None:
+def check_channels(
+    pipeline: type[LatentPipeline], vae: AutoencoderKL | None, unet: UNet2DConditionModel | None
+) -> None:
     """Raise ``ConfigError`` if the UNet does not read what the pipeline shows it, naming the pipeline that does."""
+    if unet is None:  # a pipeline that only encodes texts
+        return
     Z = unet.config.out_channels if vae is None else vae.config.latent_channels
     channels = {name: kind.latents * Z + kind.further for name, kind in UNET_INPUTS.items()}
     expected = [channels[name] for name in pipeline.unet_inputs]

@@ -73,8 +73,8 @@ class SDPipeline(LatentPipeline):
         vae: AutoencoderKL | None,
         text_encoder: CLIPTextModel | None,
         tokenizer: CLIPTokenizer | None,
-        unet: UNet2DConditionModel,
-        scheduler: Scheduler,
+        unet: UNet2DConditionModel | None,
+        scheduler: Scheduler | None,
         safety_checker: None = None,
         feature_extractor: None = None,
         image_encoder: None = None,
@@ -311,10 +311,13 @@ class StableDiffusionPipeline(SDPipeline):
 # --- checks ----------------------------------------------------------------------------------------------------------
 
 
-def _check_fit(text_encoder: CLIPTextModel | None, tokenizer: CLIPTokenizer | None, unet: UNet2DConditionModel) -> None:
+def _check_fit(
+    text_encoder: CLIPTextModel | None, tokenizer: CLIPTokenizer | None, unet: UNet2DConditionModel | None
+) -> None:
     """Raise ``ConfigError`` if two components were not made for each other."""
     if text_encoder is not None:
-        D, D_ctx = text_encoder.config.hidden_size, unet.spec.levels[-1].D_ctx
+        D = text_encoder.config.hidden_size
+        D_ctx = D if unet is None else unet.spec.levels[-1].D_ctx
         if D_ctx != D:
             raise ConfigError(
                 f"text_encoder and unet do not fit: hidden_size {D} of the text encoder ({family(D)}) against "
@@ -327,11 +330,13 @@ def _check_fit(text_encoder: CLIPTextModel | None, tokenizer: CLIPTokenizer | No
             )
 
 
-def _corrected(scheduler: Scheduler, corrections: Mapping[str, Any]) -> Scheduler:
+def _corrected(scheduler: Scheduler | None, corrections: Mapping[str, Any]) -> Scheduler | None:
     """Correct what the reference corrects in outdated configurations, in the object that was given, as it does.
 
     Wherever the wrong value comes from: a file, or the default of a class where the file says nothing.
     """
+    if scheduler is None:
+        return None
     outdated = {name: right for name, right in corrections.items() if scheduler.config.get(name, right) != right}
     if outdated:
         logger.info("scheduler config updated for Stable Diffusion, as the reference does: %s", outdated)

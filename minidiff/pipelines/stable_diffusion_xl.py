@@ -461,6 +461,19 @@ def _sizes(request: XLRequest, size: tuple[int, int]) -> tuple[list[float], list
 
 def _check_fit(components: Mapping[str, Any], time_ids: int) -> None:
     """Raise ``ConfigError`` if two components were not made for each other."""
+    if components["unet"] is not None:  # None: a pipeline that only encodes texts
+        _check_unet(components, time_ids)
+    for suffix in ("", "_2"):
+        tokenizer, encoder = components[f"tokenizer{suffix}"], components[f"text_encoder{suffix}"]
+        if tokenizer is not None and encoder is not None and len(tokenizer) > encoder.config.vocab_size:
+            raise ConfigError(
+                f"tokenizer{suffix} and text_encoder{suffix} do not fit: {len(tokenizer)} tokens against vocab_size "
+                f"{encoder.config.vocab_size}"
+            )
+
+
+def _check_unet(components: Mapping[str, Any], time_ids: int) -> None:
+    """Raise ``ConfigError`` if the UNet was not made for the text encoders."""
     unet, encoder_2 = components["unet"], components["text_encoder_2"]
     encoders = [one for one in (components["text_encoder"], encoder_2) if one is not None]
     if unet.spec.added is None:
@@ -479,13 +492,6 @@ def _check_fit(components: Mapping[str, Any], time_ids: int) -> None:
                 f"unet takes added conditions of width {unet.spec.added}, but projection_dim {P} of text_encoder_2 and "
                 f"{time_ids} sizes of width {features} make {P + time_ids * features}; requires_aesthetics_score of "
                 "the image-to-image pipeline should be true for the refiner (5 sizes) and false for base (6)"
-            )
-    for suffix in ("", "_2"):
-        tokenizer, encoder = components[f"tokenizer{suffix}"], components[f"text_encoder{suffix}"]
-        if tokenizer is not None and encoder is not None and len(tokenizer) > encoder.config.vocab_size:
-            raise ConfigError(
-                f"tokenizer{suffix} and text_encoder{suffix} do not fit: {len(tokenizer)} tokens against vocab_size "
-                f"{encoder.config.vocab_size}"
             )
 
 

@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiny import save_tiny
+from tiny_xl import save_base
 from torch import Tensor
 
 import minidiff
@@ -114,15 +116,35 @@ LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 4265\n
     ("content", "expected"),
     [
         (b"", "it is empty"),
-        (LFS, "it is a Git LFS pointer, not the weights themselves; run `git lfs pull`"),
+        (LFS, "it is a Git LFS pointer, not the file itself; run `git lfs pull`"),
         (b"<!DOCTYPE html><html>not found</html>", "it is a web page"),
-        (b"PK\x03\x04" + bytes(100), "it is a pickle with another name"),
+        (b"PK\x03\x04" + bytes(26) + b"archive/data.pkl", "it is a pickle with another name"),
+        (b"PK\x03\x04" + bytes(26) + b"model.safetensors", "it is a ZIP archive: unpack it"),
+        (b"GGUF\x03\x00\x00\x00" + bytes(100), "it is a GGUF file, whose quantised weights minidiff does not read"),
+        (
+            b'{"error":"Repository not found"}',
+            "it is a server's answer instead of the file: '{\"error\":",
+        ),
+        (b"Entry not found", "it is a server's answer instead of the file: 'Entry not found'"),
         (b"\x80\x02}q\x00." + bytes(100), "it is a pickle with another name"),
         (b"\x00\x01", "if it was cut short, download"),
         ((99).to_bytes(8, "little") + b"{" + bytes(200), "if it was cut short, download"),
         ((2**40).to_bytes(8, "little") + b"{}", "if it was cut short, download"),
     ],
-    ids=["empty", "lfs", "html", "zip", "pickle", "two bytes", "not json", "endless header"],
+    ids=[
+        "empty",
+        "lfs",
+        "html",
+        "torch",
+        "zip",
+        "gguf",
+        "error",
+        "not found",
+        "pickle",
+        "two bytes",
+        "not json",
+        "endless header",
+    ],
 )
 def test_not_a_safetensors_file(folder: Path, content: bytes, expected: str) -> None:
     (folder / WEIGHTS).write_bytes(content)
@@ -135,6 +157,30 @@ def test_truncated_file(folder: Path, keep: int) -> None:
     (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes()[:keep])
     found = message(folder)
     assert f"{folder / WEIGHTS} is not a complete safetensors file: " in found and "cut short" in found
+
+
+@pytest.mark.parametrize(("content", "expected"), [(LFS, "LFS pointer"), (b'{"error": "x"}', "server's answer")])
+def test_a_configuration_that_is_none(folder: Path, content: bytes, expected: str) -> None:
+    (folder / "config.json").write_bytes(content)
+    with pytest.raises(ConfigError, match=rf"config.json is no configuration.*it is a .*{expected}"):
+        AutoencoderKL.from_pretrained(folder)
+
+
+def test_no_false_advice_about_variants(folder: Path) -> None:
+    """A link of the cache whose file is gone, and shards without their index, are no weights of no variant."""
+    AutoencoderKL.from_pretrained(folder).save_pretrained(folder, max_shard_size="4KB", variant="fp16")
+    (folder / WEIGHTS).unlink()
+    (folder / WEIGHTS).symlink_to(folder / "blobs" / "gone")
+    found = message(folder)
+    assert "safetensors is a link to" in found and "gone, which is not there: download it again" in found
+    (folder / WEIGHTS).unlink()
+    next(folder.glob("*.index.fp16.json")).unlink()
+    for variant in ("fp16", None):
+        found = message(folder, variant=variant)
+        shards = [f"diffusion_pytorch_model.fp16-0000{k}-of-" for k in (1, 2)]
+        if variant:
+            assert f"has shards {shards[0]}" in found and shards[1] in found and "but no index" in found
+        assert ("ask for that" in found) == (variant is None)
 
 
 def test_config_problems(folder: Path) -> None:
@@ -220,7 +266,8 @@ INDEX = {
     ("changes", "expected"),
     [
         ({"_class_name": "FluxPipeline"}, "asks for FluxPipeline, which minidiff does not implement; it has"),
-        ({"_class_name": None}, "asks for None, which minidiff does not implement"),
+        ({"_class_name": None}, "model_index.json has no _class_name: call from_pretrained on the class"),
+        ({"_class_name": ...}, "model_index.json has no _class_name: call from_pretrained on the class"),
         ({"_class_name": "AutoencoderKL"}, "asks for AutoencoderKL, which minidiff does not implement"),
         (
             {"unet": ["diffusers", "UNet3DConditionModel"]},
@@ -240,6 +287,29 @@ def test_model_index_problems(tmp_path: Path, changes: dict[str, Any], expected:
     (tmp_path / "model_index.json").write_text(json.dumps(index))
     with pytest.raises(ConfigError, match=expected):
         minidiff.DiffusionPipeline.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("save", "kind"), [(save_tiny, "StableDiffusionPipeline"), (save_base, "StableDiffusionXLPipeline")]
+)
+def test_pipelines_that_only_encode_texts(tmp_path: Path, save: Any, kind: str) -> None:
+    """As in the reference, any component may be left out; what needs it says so."""
+    whole = getattr(minidiff, kind).from_pretrained(save(tmp_path))
+    arguments = {"device": "cpu", "num_images_per_prompt": 1, "do_classifier_free_guidance": False}
+    expected = whole.encode_prompt("a", **arguments)[0]
+    pipe = getattr(minidiff, kind).from_pretrained(tmp_path, unet=None, vae=None, scheduler=None)
+    assert torch.equal(pipe.encode_prompt("a", **arguments)[0], expected)
+    with pytest.raises(ValueError, match="this pipeline has no unet and no scheduler: pass them when it is made"):
+        pipe("a")
+    pipe.save_pretrained(tmp_path / "texts")  # whose index says [null, null]
+    again = minidiff.DiffusionPipeline.from_pretrained(tmp_path / "texts")
+    assert again.unet is again.scheduler is None
+    with pytest.raises(ValueError, match="this pipeline has no unet and no scheduler"):
+        next(again.steps("a"))
+    with pytest.raises(CheckpointError, match="has no unet, so there is no single file of it"):
+        again.save_single_file(tmp_path / "x.safetensors")
+    with pytest.raises(ValueError, match="this pipeline has no scheduler: pass it when it is made"):
+        getattr(minidiff, kind)(**{**whole.components, "scheduler": None})("a")
 
 
 def test_pipeline_arguments(tmp_path: Path) -> None:
