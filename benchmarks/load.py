@@ -75,7 +75,7 @@ def write_network(kind: str, config: Path, folder: Path, dtype: torch.dtype, var
 
     with torch.device("meta"):
         network = getattr(minidiff, kind).from_config(read_json(config / "config.json"))
-    tensors = translate(network.state_dict(), network.rows(), "ours", "hub")
+    tensors = translate(torch.nn.Module.state_dict(network), network.rows(), "ours", "hub")
     header, end = {}, 0
     for name, tensor in tensors.items():
         start, end = end, end + tensor.numel() * dtype.itemsize

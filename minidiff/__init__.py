@@ -12,6 +12,7 @@ from minidiff.compat.paths import PATHS
 __version__ = "0.1.0"
 
 _HOME = {  # public name -> module that defines it
+    "AutoModel": "minidiff.checkpoints.auto",
     "AutoPipelineForImage2Image": "minidiff.pipelines.auto",
     "AutoPipelineForInpainting": "minidiff.pipelines.auto",
     "AutoPipelineForText2Image": "minidiff.pipelines.auto",

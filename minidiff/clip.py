@@ -36,6 +36,7 @@ from minidiff.errors import ConfigError
 from minidiff.layers import Attention
 from minidiff.outputs import Output
 from minidiff.recompute import GradientCheckpointing, Recomputed
+from minidiff.vocabulary import Vocabulary
 
 LEGACY_EOS = 2  # published configs say eos_token_id 2, which never was the id of the end-of-text token (49407)
 
@@ -103,7 +104,7 @@ class CLIPTextConfig(Config):
         super().__init__(clip_config(fields))
 
 
-class CLIPTextModel(AdaptedNetwork, GradientCheckpointing, Model):
+class CLIPTextModel(AdaptedNetwork, GradientCheckpointing, Vocabulary, Model):
     """Encode token ids to text embeddings.
 
     Args:
@@ -147,8 +148,7 @@ class CLIPTextModel(AdaptedNetwork, GradientCheckpointing, Model):
                 nn.init.zeros_(module.bias)
 
     @classmethod
-    def from_config(cls, fields: Mapping[str, Any], **overrides: Any) -> "CLIPTextModel":
-        """Build a network with new weights from a configuration."""
+    def _of_fields(cls, fields: Mapping[str, Any], **overrides: Any) -> "CLIPTextModel":
         return cls({**_text_half(fields), **overrides})
 
     def forward(

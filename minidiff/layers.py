@@ -136,11 +136,11 @@ class ResBlock(Recomputed):
         self, x: Tensor, temb: Tensor | None = None, resize: Callable[[Tensor], Tensor] | None = None
     ) -> Tensor:
         """Compute y; ``resize`` changes the resolution of x and of silu(norm1(x)), the two ways through the block."""
-        h = F.silu(self.norm1(x), inplace=True)
+        h = silu(self.norm1(x), self.norm1)
         if resize is not None:
             x, h = resize(x), resize(h)
         h = self._told(self.conv1(h), temb)  # (B, C_out, H, W)
-        y = self.skip(x) + self.conv2(F.dropout(F.silu(h, inplace=True), self.dropout, self.training))
+        y = self.skip(x) + self.conv2(F.dropout(silu(h, self.norm2), self.dropout, self.training))
         return y if self.scale == 1 else y / self.scale
 
     def _told(self, h: Tensor, temb: Tensor | None) -> Tensor:
@@ -165,6 +165,11 @@ def repeated(x: Tensor, B: int) -> Tensor:
     same and one is enough; where a larger batch joins in, the smaller is repeated.
     """
     return x if len(x) == B else torch.cat([x] * (B // len(x)))  # x.repeat would lose the memory format
+
+
+def silu(x: Tensor, norm: nn.Module) -> Tensor:
+    """Return silu(x) for what ``norm`` returned, in the same memory unless a hook on it may have kept that."""
+    return F.silu(x, inplace=not norm._forward_hooks)
 
 
 def halve(x: Tensor) -> Tensor:

@@ -23,8 +23,10 @@ from minidiff.checkpoints.model import Model
 from minidiff.checkpoints.names import canonical_unet_name, unet_rows
 from minidiff.checkpoints.remap import Row
 from minidiff.checkpoints.single_file import SingleFileModel
+from minidiff.compat.attention import Attending
 from minidiff.config import Config, check_types, complete, per_level
 from minidiff.errors import ConfigError
+from minidiff.freeu import FreeU
 from minidiff.layers import (
     Downsample,
     PixelAttention,
@@ -114,7 +116,7 @@ class Block(nn.Module):
         return self.resample(x, size)
 
 
-class UNet(SlicedAttention, GradientCheckpointing, Model):
+class UNet(SlicedAttention, GradientCheckpointing, Attending, Model):
     """The body of every UNet. The public faces below and in ``unet_unconditional`` say what goes in and comes out.
 
     Layers are made in the order in which the reference makes them, which is the order in which their initial weights
@@ -123,6 +125,8 @@ class UNet(SlicedAttention, GradientCheckpointing, Model):
     """
 
     weights_stem = "diffusion_pytorch_model"
+    _repeated_blocks = ("TransformerBlock",)
+    freeu: FreeU | None = None  # what changes the skips on the way up
 
     def __init__(self, config: Config, spec: UNetSpec) -> None:
         super().__init__()
@@ -188,11 +192,6 @@ class UNet(SlicedAttention, GradientCheckpointing, Model):
             attn = PixelAttention(C, heads=lv.heads, **options)
         return Block([(first, attn), (self._res(C, C, spec.mid_scale), None)], None)
 
-    @classmethod
-    def from_config(cls, fields: Mapping[str, Any], **overrides: Any) -> "UNet":
-        """Build a network with new weights from a configuration."""
-        return cls(**{**fields, **overrides})
-
     def _times(self, sample: Tensor, timestep: Tensor | float | int) -> Tensor:
         """Return one time per sample, (B,), on its device."""
         t = torch.as_tensor(timestep, device=sample.device)
@@ -231,9 +230,10 @@ class UNet(SlicedAttention, GradientCheckpointing, Model):
             x = self.mid.layer(0, x, temb, ctx, mask)
             x = self.mid.res[1](x, temb)
 
-        for block in self.up:
+        for i, block in enumerate(self.up):
             for j in range(len(block.res)):
-                x = block.layer(j, torch.cat([x, repeated(skips.pop(), len(x))], dim=1), temb, ctx, mask)
+                x, skip = (x, skips.pop()) if self.freeu is None else self.freeu(i, x, skips.pop())
+                x = block.layer(j, torch.cat([x, repeated(skip, len(x))], dim=1), temb, ctx, mask)
             if block.resample is not None:
                 x = block.larger(x, temb, skips[-1].shape[-2:])  # the skip's size: odd sizes do not halve evenly
 
@@ -389,6 +389,20 @@ class UNet2DConditionModel(AdaptedNetwork, SingleFileModel, UNet):
                 f"encoder_hidden_states, found {tuple(mask.shape)}"
             )
         return ((1 - mask.to(ctx.dtype)) * -10_000.0)[:, None, None, :]
+
+    def enable_freeu(self, s1: float, s2: float, b1: float, b2: float) -> None:
+        """Attenuate the skips by s and amplify what comes from below by b, at the two coarsest levels; see ``freeu``.
+
+        Raises:
+            ValueError: if a number is 0, with which the reference does nothing.
+        """
+        if not all((s1, s2, b1, b2)):
+            raise ValueError(f"FreeU takes numbers other than 0, found s1={s1}, s2={s2}, b1={b1}, b2={b2}")
+        self.freeu = FreeU(s1, s2, b1, b2)
+
+    def disable_freeu(self) -> None:
+        """Leave the way up as it was trained."""
+        self.freeu = None
 
     def rows(self) -> list[Row]:
         """Return the name table of this configuration: ours, Hub, original single file."""

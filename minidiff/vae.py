@@ -15,16 +15,17 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minidiff.checkpoints.model import Model
 from minidiff.checkpoints.names import canonical_vae_name, vae_rows
 from minidiff.checkpoints.remap import Row
 from minidiff.checkpoints.single_file import SingleFileModel
+from minidiff.compat.attention import Attending
+from minidiff.compat.published import Published
 from minidiff.config import Config, check_types, complete
 from minidiff.errors import ConfigError
-from minidiff.layers import Downsample, PixelAttention, ResBlock, Upsample
+from minidiff.layers import Downsample, PixelAttention, ResBlock, Upsample, silu
 from minidiff.outputs import Output
 from minidiff.random import randn
 from minidiff.recompute import GradientCheckpointing
@@ -74,7 +75,7 @@ class Middle(nn.Module):
         return self.res[1](self.attn(self.res[0](x)))
 
 
-class Encoder(nn.Module):
+class Encoder(Published):
     """Pictures (B, 3, H, W) -> moments (B, 2 Z, H / f, W / f), with f = 2^(levels - 1) and Z latent channels."""
 
     def __init__(self, spec: VAESpec) -> None:
@@ -97,10 +98,10 @@ class Encoder(nn.Module):
         x = self.conv_in(x)
         for level in self.down:
             x = level(x)
-        return self.conv_out(F.silu(self.norm_out(self.mid(x)), inplace=True))
+        return self.conv_out(silu(self.norm_out(self.mid(x)), self.norm_out))
 
 
-class Decoder(nn.Module):
+class Decoder(Published):
     """Latents (B, Z, H / f, W / f) -> pictures (B, 3, H, W)."""
 
     def __init__(self, spec: VAESpec) -> None:
@@ -120,7 +121,7 @@ class Decoder(nn.Module):
         x = self.mid(self.conv_in(z))
         for level in self.up:
             x = level(x)
-        return self.conv_out(F.silu(self.norm_out(x), inplace=True))
+        return self.conv_out(silu(self.norm_out(x), self.norm_out))
 
 
 class DiagonalGaussian:
@@ -173,7 +174,7 @@ class DecoderOutput(Output):
     sample: Tensor
 
 
-class AutoencoderKL(SingleFileModel, GradientCheckpointing, Model):
+class AutoencoderKL(SingleFileModel, GradientCheckpointing, Attending, Model):
     """Encode pictures to latent Gaussians and decode latents to pictures.
 
     Keyword arguments are the fields of the Hub's ``vae/config.json``, with the reference's defaults. Layers are made
@@ -200,11 +201,6 @@ class AutoencoderKL(SingleFileModel, GradientCheckpointing, Model):
         self.tile_sample_min_size = side  # side of a tile, in pixels
         self.tile_latent_min_size = side // 2 ** (len(spec.channels) - 1)  # and in latents
         self.tile_overlap_factor = 0.25  # the part of a tile that it shares with the next
-
-    @classmethod
-    def from_config(cls, fields: Mapping[str, Any], **overrides: Any) -> "AutoencoderKL":
-        """Build a network with new weights from a configuration."""
-        return cls(**{**fields, **overrides})
 
     def encode(self, x: Tensor, return_dict: bool = True) -> AutoencoderKLOutput | tuple[DiagonalGaussian]:
         """Encode pictures (B, 3, H, W) in [-1, 1] to a Gaussian over latents (B, Z, H / f, W / f).

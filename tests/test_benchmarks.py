@@ -56,7 +56,7 @@ def test_the_first_wrong_layer_is_named(part, both):
     ours, theirs = both.networks()[part]
     assert locate.first_departure(ours, theirs) is None
     broken = copy.deepcopy(ours)
-    state = broken.state_dict()
+    state = torch.nn.Module.state_dict(broken)
     first, second = pair_of_equal_shape(part, state)
     state[first], state[second] = state[second].clone(), state[first].clone()
     broken.load_state_dict(state)

@@ -227,7 +227,11 @@ def large(tmp_path: Path) -> Iterator[Path]:
     (tmp_path / "large" / "config.json").write_text(json.dumps(LARGE_VAE))
     with torch.device("meta"):
         model = minidiff.AutoencoderKL.from_config(LARGE_VAE)
-    tensors = {name: ["F32", list(model.state_dict()[row.ours[0]].shape)] for row in model.rows() for name in row.hub}
+    tensors = {
+        name: ["F32", list(torch.nn.Module.state_dict(model)[row.ours[0]].shape)]
+        for row in model.rows()
+        for name in row.hub
+    }
     yield sparse_file(tmp_path / "large" / "diffusion_pytorch_model.safetensors", tensors).parent
 
 

@@ -34,7 +34,7 @@ def theirs(name: str) -> Any:
 
 def modern(network: nn.Module) -> dict[str, Tensor]:
     """Return our weights under the names, and in the layout, that we save."""
-    return translate(network.state_dict(), network.rows(), "ours", "hub")
+    return translate(nn.Module.state_dict(network), network.rows(), "ours", "hub")
 
 
 def assert_same_weights(our: nn.Module, their: nn.Module) -> None:

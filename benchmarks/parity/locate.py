@@ -117,7 +117,7 @@ def _outputs(network: nn.Module, modules: list[str], inputs: dict[str, Any]) -> 
 def _wrong_weights(ours: Model, theirs: nn.Module, names: list[tuple[str, str, str]]) -> list[str]:
     state = theirs.state_dict()
     spelled = {ours.canonical_hub_name(name): name for name in state}
-    mine = ours.state_dict()
+    mine = nn.Module.state_dict(ours)
     wrong = []
     for name, hub, _ in names:
         other = state[spelled[hub]] if hub in spelled else None

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from minidiff.checkpoints.model import Model
 from minidiff.checkpoints.names import UNET_PREFIX, unwrapped
+from minidiff.compat.published import own_modules
 
 Part = Literal["down", "up", "alpha"]
 
@@ -128,7 +129,7 @@ class Names:
 
 def _layers(component: str, network: Model) -> Iterator[tuple[LayerName, str | None]]:
     """Yield each linear or convolutional layer, with its name in the UNet of an original single file."""
-    modules = dict(network.named_modules())
+    modules = dict(own_modules(network))
     for row in network.rows():
         for k, (ours, hub) in enumerate(zip(row.ours, row.hub, strict=True)):
             layer = ours.removesuffix(".weight")

@@ -25,6 +25,7 @@ from minidiff.checkpoints.hub import Weights
 from minidiff.checkpoints.names import unwrapped
 from minidiff.checkpoints.remap import Row, Spelling
 from minidiff.checkpoints.sniff import what_is
+from minidiff.compat.published import own_modules
 from minidiff.errors import CheckpointError, shortened
 
 STORED_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -164,7 +165,7 @@ def _assign(model: nn.Module, state: dict[str, Tensor]) -> None:
 
     It is ``load_state_dict(strict=True, assign=True)`` without its hooks and its comparisons, which were made before.
     """
-    for prefix, module in model.named_modules():
+    for prefix, module in own_modules(model):
         dot = prefix and f"{prefix}."
         for name, parameter in module._parameters.items():
             if parameter is not None:
@@ -234,7 +235,7 @@ def listed(wrong: Mapping[str, list[str]]) -> list[str]:
 
 def expected_shapes(model: nn.Module, rows: Iterable[Row], spelling: Spelling = "hub") -> dict[str, tuple[int, ...]]:
     """Return the shape of each tensor under its name in ``spelling``, by laying the meta tensors out as it does."""
-    ours: Mapping[str, Tensor] = model.state_dict()
+    ours: Mapping[str, Tensor] = nn.Module.state_dict(model)
     expected: dict[str, tuple[int, ...]] = {}
     for row in rows:
         tensors = row.op(spelling).from_ours(tuple(ours[key] for key in row.ours))

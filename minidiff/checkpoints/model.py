@@ -1,37 +1,24 @@
 """``Model``: what every network can do besides computing: be loaded from a checkpoint in Hub layout, and be saved."""
 
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from minidiff.checkpoints.arguments import device_of, refuse_unless_harmless
 from minidiff.checkpoints.hub import WHY_NO_PICKLES, Repo
 from minidiff.checkpoints.load import OnMeta, as_dtype, load_weights, paused_collector
-from minidiff.checkpoints.remap import Row, translate
 from minidiff.checkpoints.save import save_json, save_weights
+from minidiff.compat.network import Named
 from minidiff.config import Config, read_json
 from minidiff.errors import CheckpointError, ConfigError
 
+_WHERE = ("subfolder", "revision", "cache_dir", "local_files_only", "token", "force_download")
+_LOADING_INFO = ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
 REFERENCE_VERSION = "0.42.1"  # of diffusers, whose layout our files follow; it treats files of old versions specially
-
-# Arguments of the reference that choose how it loads. These values ask for nothing that minidiff would have to do.
-HARMLESS: dict[str, tuple[Any, ...]] = {
-    "low_cpu_mem_usage": (True, False, None),  # memory use is always low
-    "device_map": (None,),
-    "ignore_mismatched_sizes": (False,),
-    "output_loading_info": (False,),
-    "trust_remote_code": (False, None),
-}
-
-
-def refuse_unless_harmless(arguments: dict[str, Any]) -> dict[str, Any]:
-    """Return ``arguments`` without the reference's loading options; raise ``TypeError`` if one asks for something."""
-    for name, values in HARMLESS.items():
-        if name in arguments and arguments[name] not in values:
-            raise TypeError(f"{name}={arguments[name]!r} is not implemented; load on the CPU, then call .to(device)")
-    return {name: value for name, value in arguments.items() if name not in HARMLESS}
 
 
 def refuse_pickles(use_safetensors: bool | None) -> None:
@@ -40,25 +27,55 @@ def refuse_pickles(use_safetensors: bool | None) -> None:
         raise CheckpointError(f"use_safetensors=False asks for pickled weights: {WHY_NO_PICKLES}")
 
 
-class Model(nn.Module):
+class Model(Named):
     """Base of every network. A subclass says how it is configured and how its weights are called on the Hub."""
 
     weights_stem: ClassVar[str] = "diffusion_pytorch_model"  # of the weight files: "model" for text encoders
+    _keep_in_fp32_modules: ClassVar[None] = None  # read by programs that choose a dtype: no part is kept in another
+    _repeated_blocks: ClassVar[tuple[str, ...]] = ()  # classes of which a network has many, worth compiling alone
     config: Config
 
     @classmethod
-    def from_config(cls, fields: Mapping[str, Any], **overrides: Any) -> "Model":
-        """Build a network with new weights from the fields of a Hub config."""
-        raise NotImplementedError
+    def from_config(cls, config: Mapping[str, Any] | str | Path, **overrides: Any) -> "Model":
+        """Build a network with new weights from a configuration.
 
-    def rows(self) -> list[Row]:
-        """Return the rows of the name table that belong to this configuration."""
-        raise NotImplementedError
+        Args:
+            config: the fields of a Hub config. A path or Hub id is read with ``load_config``, as the reference still
+                does with a warning.
+            overrides: fields to use instead; with a path also the arguments of ``load_config``.
+        """
+        if not isinstance(config, Mapping):
+            warnings.warn(f"give {cls.__name__}.load_config({str(config)!r}) to from_config", FutureWarning, 2)
+            where = {name: overrides.pop(name) for name in _WHERE if name in overrides}
+            config = cls.load_config(config, **where)
+        return cls._of_fields(config, **overrides)
 
     @classmethod
-    def canonical_hub_name(cls, name: str) -> str | None:
-        """Return the modern Hub spelling of a stored name, or None for a tensor that is left out on purpose."""
-        return name
+    def _of_fields(cls, fields: Mapping[str, Any], **overrides: Any) -> "Model":
+        return cls(**{**fields, **overrides})
+
+    @classmethod
+    def load_config(
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        *,
+        subfolder: str | None = None,
+        revision: str | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+        token: str | bool | None = None,
+        force_download: bool = False,
+        **harmless: Any,
+    ) -> dict[str, Any]:
+        """Return the fields of ``config.json`` of a folder in Hub layout or a Hub id; arguments as ``from_pretrained``.
+
+        Raises:
+            CheckpointNotFoundError: if the folder, repository or file is not there.
+        """
+        if unknown := refuse_unless_harmless(harmless):
+            raise TypeError(f"load_config has no argument {', '.join(unknown)}")
+        where = (subfolder, revision, cache_dir, bool(local_files_only), token, force_download)
+        return read_json(Repo(pretrained_model_name_or_path, *where).file("config.json"))
 
     @classmethod
     def from_pretrained(
@@ -75,11 +92,14 @@ class Model(nn.Module):
         token: str | bool | None = None,
         force_download: bool = False,
         use_safetensors: bool | None = None,
+        device_map: str | int | torch.device | Mapping[str, Any] | None = None,
+        output_loading_info: bool = False,
         **overrides: Any,
-    ) -> "Model":
+    ) -> Any:
         """Load a network from a folder in Hub layout or from the Hub; only its config and weights are downloaded.
 
-        The network is on the CPU and in evaluation mode. Weights that are stored in the wanted dtype are memory-mapped.
+        The network is in evaluation mode, and on the CPU if not asked otherwise. Weights that are stored in the wanted
+        dtype are memory-mapped.
 
         Args:
             pretrained_model_name_or_path: a folder, or a Hub id such as ``"stabilityai/sd-vae-ft-mse"``.
@@ -87,7 +107,12 @@ class Model(nn.Module):
             variant: which of several weight files, such as ``"fp16"``. It names a file, not a dtype.
             torch_dtype: dtype of the weights, float32 by default whatever is stored; ``dtype`` is another name of it.
             revision: branch, tag or commit on the Hub.
+            device_map: the device to load to; "auto" is the GPU where there is one.
+            output_loading_info: whether to return what did not fit too: nothing, since all of it raises.
             overrides: configuration fields to use instead of those in ``config.json``.
+
+        Returns:
+            The network, or with ``output_loading_info`` the network and a dict of empty lists.
 
         Raises:
             CheckpointNotFoundError: if the folder, repository or a file is not there.
@@ -96,6 +121,7 @@ class Model(nn.Module):
         """
         refuse_pickles(use_safetensors)
         overrides = refuse_unless_harmless(overrides)
+        device = device_of(device_map)
         wanted = as_dtype(torch_dtype, dtype)
         source = pretrained_model_name_or_path
         repo = Repo(source, subfolder, revision, cache_dir, bool(local_files_only), token, force_download)
@@ -108,32 +134,53 @@ class Model(nn.Module):
             with OnMeta():
                 model = cls.from_config(fields, **overrides)
             load_weights(model, weights, wanted)
-        return model.eval()
+        model.register_to_config(_name_or_path=str(source))
+        model.eval().to(device)
+        return (model, {name: [] for name in _LOADING_INFO}) if output_loading_info else model
 
     def save_pretrained(
         self,
         save_directory: str | Path,
-        *,
+        is_main_process: bool = True,
+        save_function: Callable[..., None] | None = None,
+        safe_serialization: bool = True,
         variant: str | None = None,
         max_shard_size: int | str = "10GB",
-        safe_serialization: bool = True,
+        **harmless: Any,
     ) -> None:
         """Write config and weights in Hub layout and spelling, so that diffusers and transformers load them too.
 
         Args:
             save_directory: made if it does not exist. Weights of the same variant in it are replaced.
+            is_main_process: whether this process, of several that hold the same network, writes the weights.
+            save_function: what would write pickles; for safetensors it has no part, in the reference neither.
             variant: goes into the file name, as in ``diffusion_pytorch_model.fp16.safetensors``.
             max_shard_size: in bytes, or a string such as ``"500MB"``; more than that is split into indexed shards.
         """
         if not safe_serialization:
             raise CheckpointError("safe_serialization=False asks for a pickle; minidiff writes only safetensors")
+        if unknown := refuse_unless_harmless(harmless):
+            raise TypeError(f"save_pretrained has no argument {', '.join(unknown)}")
         folder = Path(save_directory)
         self.save_config(folder)
-        tensors = translate(self.state_dict(), self.rows(), "ours", "hub")
-        save_weights(tensors, folder, self.weights_stem, variant, max_shard_size)
+        if is_main_process:
+            save_weights(self._to_save(), folder, self.weights_stem, variant, max_shard_size)
 
-    def save_config(self, save_directory: str | Path) -> None:
+    def _to_save(self) -> dict[str, Tensor]:
+        """Return the weights in the Hub's spelling; raise ``CheckpointError`` if there are others than the table's."""
+        tensors = self.state_dict()
+        expected = {name for row in self.rows() for name in row.hub}
+        if wrong := sorted(tensors.keys() ^ expected):
+            raise CheckpointError(
+                f"{type(self).__name__} cannot be saved as it is: {len(wrong)} weights are not those of its "
+                f"configuration, such as {', '.join(wrong[:3])}; take out what was added to the network"
+            )
+        return tensors
+
+    def save_config(self, save_directory: str | Path, **harmless: Any) -> None:
         """Write ``config.json`` only."""
+        if unknown := refuse_unless_harmless(harmless):
+            raise TypeError(f"save_config has no argument {', '.join(unknown)}")
         folder = Path(save_directory)
         if folder.is_file():
             raise CheckpointError(f"{folder} is a file; save_pretrained needs a folder")
@@ -145,15 +192,44 @@ class Model(nn.Module):
         fields = {name: value for name, value in self.config.items() if not name.startswith("_")}
         return {"_class_name": type(self).__name__, "_diffusers_version": REFERENCE_VERSION, **fields}
 
+    def register_to_config(self, **changes: Any) -> None:
+        """Change what the configuration says. The network stays as it was built."""
+        self.config = Config({**self.config, **changes})
+
+    @property
+    def name_or_path(self) -> str:
+        """The folder or Hub id that this was loaded from; "" for new weights."""
+        return self.config.get("_name_or_path", "")
+
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of the weights."""
-        return next(self.parameters()).dtype
+        return self._first_parameter().dtype
 
     @property
     def device(self) -> torch.device:
         """The device of the weights."""
-        return next(self.parameters()).device
+        return self._first_parameter().device
+
+    def _first_parameter(self) -> nn.Parameter:
+        return next(weight for module in self.modules() for weight in module._parameters.values() if weight is not None)
+
+    def compile_repeated_blocks(self, *args: Any, **options: Any) -> None:
+        """Compile the blocks that occur many times, each by ``torch.compile(block, ...)``, instead of the network.
+
+        Raises:
+            ValueError: if this network has none that are worth it.
+        """
+        blocks = [module for module in self.modules() if type(module).__name__ in self._repeated_blocks]
+        if not blocks:
+            raise ValueError(f"{type(self).__name__} has no blocks that repeat; compile it as a whole: .compile()")
+        for block in blocks:
+            block.compile(*args, **options)
+
+    def get_memory_footprint(self, return_buffers: bool = True) -> int:
+        """Return the bytes of the weights and, unless told otherwise, of the buffers."""
+        tensors = [*self.parameters(), *(self.buffers() if return_buffers else ())]
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
         """Count the weights; optionally only those with a gradient, or without those of embedding tables."""

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from minidiff.checkpoints.contents import Part
 from minidiff.checkpoints.families import V_MARK, ZERO_SNR_MARK
@@ -80,7 +80,7 @@ def marks(prediction: str | None, zero_snr: bool) -> Iterator[Group]:
 
 def groups_of_model(model: Model, rows: list[Row]) -> Iterator[Group]:
     """Yield the tensors of a network in memory, row by row, under their names in an original single file."""
-    state = model.state_dict()
+    state = nn.Module.state_dict(model)
     shapes = expected_shapes(model, rows, "ldm")
     for row in rows:
         ours = tuple(state[name] for name in row.ours)

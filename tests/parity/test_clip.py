@@ -227,7 +227,7 @@ def test_no_tensor_is_ignored_or_swapped() -> None:
     ids = texts()
     still = ours(ids).last_hidden_state
     rng = torch.Generator().manual_seed(2)
-    mine = ours.state_dict()
+    mine = torch.nn.Module.state_dict(ours)
     reference = {ours.canonical_hub_name(name): tensor for name, tensor in theirs.state_dict().items()}
     for row in ours.rows():
         (our_name,), (hub_name,) = row.ours, row.hub

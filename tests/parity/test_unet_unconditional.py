@@ -320,7 +320,7 @@ def test_no_tensor_is_ignored_or_swapped(fields: dict[str, Any]) -> None:
     x, t, labels = noisy(1), 333, torch.tensor([3])
     still = ours(x, t, labels).sample
     rng = torch.Generator().manual_seed(2)
-    mine, reference = ours.state_dict(), theirs.state_dict()
+    mine, reference = torch.nn.Module.state_dict(ours), theirs.state_dict()
     for row in ours.rows():
         (our_name,), (hub_name,) = row.ours, row.hub
         delta = 0.1 * torch.randn(reference[hub_name].shape, generator=rng, dtype=torch.float64)
@@ -341,7 +341,7 @@ def test_gradients(fields: dict[str, Any]) -> None:
     ours, theirs = make_pair(fields)
     for model in (ours, theirs):
         model(noisy(), 333, LABELS + 1).sample.square().mean().backward()
-    mine, reference = dict(ours.named_parameters()), dict(theirs.named_parameters())
+    mine, reference = torch.nn.Module.state_dict(ours, keep_vars=True), dict(theirs.named_parameters())
     for row in ours.rows():
         (our_name,), (hub_name,) = row.ours, row.hub
         if our_name == "time_proj.weight" and mine[our_name].grad is reference[hub_name].grad is None:
@@ -357,7 +357,7 @@ def test_laws_of_the_name_table(name: str) -> None:
     fields = published(name)
     with torch.device("meta"):
         ours, theirs = UNet2DModel.from_config(fields), diffusers.UNet2DModel.from_config(fields)
-    rows, state = ours.rows(), ours.state_dict()
+    rows, state = ours.rows(), torch.nn.Module.state_dict(ours)
     for spelling, expected in (("ours", state), ("hub", theirs.state_dict()), ("ldm", theirs.state_dict())):
         names = [one for row in rows for one in row.names(spelling)]
         assert len(set(names)) == len(names) and set(names) == expected.keys()

@@ -199,7 +199,7 @@ def test_no_tensor_is_ignored_or_swapped() -> None:
 
     still = both(ours)
     rng = torch.Generator().manual_seed(2)
-    mine, reference = ours.state_dict(), theirs.state_dict()
+    mine, reference = torch.nn.Module.state_dict(ours), theirs.state_dict()
     for row in ours.rows():
         (our_name,), (hub_name,) = row.ours, row.hub
         delta = 0.1 * torch.randn(reference[hub_name].shape, generator=rng, dtype=torch.float64)

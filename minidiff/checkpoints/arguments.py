@@ -1,0 +1,82 @@
+"""Arguments of the reference's loaders and savers that choose how it works, and what to do instead of each."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+# name -> (the values that ask for nothing that minidiff would have to do, what to do instead of others)
+HARMLESS: dict[str, tuple[tuple[Any, ...], str]] = {
+    "low_cpu_mem_usage": ((True, False, None), "leave it out: memory use is always low"),
+    "offload_state_dict": ((True, False, None), "leave it out: files are mapped, not read"),
+    "resume_download": ((True, False, None), "leave it out: downloads are always resumed"),
+    "weights_only": ((True, False, None), "leave it out: nothing but weights is read"),
+    "device_map": ((None,), "load on the CPU, then call .to(device)"),
+    "max_memory": ((None,), "a network lies on one device; pipelines have enable_model_cpu_offload()"),
+    "offload_folder": ((None,), "a network lies on one device; pipelines have enable_model_cpu_offload()"),
+    "ignore_mismatched_sizes": (
+        (False, None),
+        "a network has the shapes of its configuration: give the fields of the file, then exchange the layers",
+    ),
+    "output_loading_info": ((False, None), "networks have it; a tensor that is missing or unexpected is an error"),
+    "trust_remote_code": ((False, None), "no code from repositories is run; import the class in your program"),
+    "custom_revision": ((None,), "no code from repositories is run; import the class in your program"),
+    "proxies": ((None, {}), "set the environment variable HTTPS_PROXY"),
+    "mirror": ((None, ""), "set the environment variable HF_ENDPOINT"),
+    "use_auth_token": ((None, False), "it is called token= now"),
+    "push_to_hub": (
+        (False, None),
+        "save to a folder, then call huggingface_hub.upload_folder(repo_id=, folder_path=)",
+    ),
+    "quantization_config": ((None,), "minidiff has no quantised weights; torch_dtype=torch.bfloat16 halves them"),
+    "from_flax": ((False, None), "Flax weights are not read; look for a revision with safetensors"),
+    "disable_mmap": ((False, None), "files are always memory-mapped where nothing is converted; leave it out"),
+    "use_flashpack": ((False, None), "only safetensors are read and written"),
+    "parallel_config": ((None,), "a network lies on one device"),
+    "attn_implementation": ((None, "sdpa"), "attention is always torch's scaled_dot_product_attention"),
+    "provider": ((None,), "it belongs to ONNX models, which minidiff does not run"),
+}
+_SPREAD = ("auto", "balanced", "balanced_low_0", "sequential")  # over several devices, if there are
+
+
+def refuse_unless_harmless(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Return ``arguments`` without the reference's loading options; raise ``TypeError`` if one asks for something."""
+    for name, (values, instead) in HARMLESS.items():
+        if name in arguments and arguments[name] not in values:
+            raise TypeError(f"{name}={arguments[name]!r} is not implemented; {instead}")
+    return {name: value for name, value in arguments.items() if name not in HARMLESS}
+
+
+def device_of(device_map: Any) -> torch.device | None:
+    """Return the one device that a ``device_map`` means: a device, ``{"": device}``, or "auto" where there is but one.
+
+    Raises:
+        TypeError: if it spreads a network over several devices or the disk.
+        ValueError: if it names no device.
+    """
+    if device_map is None:
+        return None
+    if isinstance(device_map, Mapping):
+        devices = {str(device): device for device in device_map.values()}
+        if len(devices) != 1 or "disk" in devices:
+            raise TypeError(
+                f"device_map={device_map!r} is not implemented; a network lies on one device, such as 'cuda'"
+            )
+        (device_map,) = devices.values()
+    if device_map in _SPREAD:
+        accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        if accelerator is None:
+            return torch.device("cpu")
+        if (count := torch.accelerator.device_count()) > 1:
+            raise TypeError(
+                f"device_map={device_map!r} is not implemented where there are {count} devices; a network lies on one "
+                f"of them: device_map='{accelerator.type}:0'"
+            )
+        return accelerator
+    if isinstance(device_map, int) and not isinstance(device_map, bool) and device_map >= 0:
+        device_map = f"cuda:{device_map}"
+    try:
+        return torch.device(device_map)
+    except (RuntimeError, TypeError) as error:
+        expected = "a device such as 'cuda', 'cuda:1' or 'cpu', 'auto', or {'': device}"
+        raise ValueError(f"device_map={device_map!r} is not {expected}") from error

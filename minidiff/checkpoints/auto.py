@@ -1,0 +1,56 @@
+"""``AutoModel``: a network whose class its own configuration names. Checked against ``diffusers.AutoModel``."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import minidiff
+from minidiff.checkpoints.model import Model
+from minidiff.errors import ConfigError
+
+
+class AutoModel:
+    """Stands for any network: ``AutoModel.from_pretrained(id, subfolder="unet")`` loads the class that it is."""
+
+    load_config = Model.load_config
+
+    def __init__(self) -> None:
+        raise OSError("AutoModel stands for a network: call its from_pretrained or from_config")  # as theirs
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_or_path: str | Path, *, subfolder: str | None = None, **arguments: Any
+    ) -> Model:
+        """Load a network; the arguments are those of ``UNet2DConditionModel.from_pretrained``.
+
+        Raises:
+            ConfigError: if ``config.json`` names no network that minidiff has.
+        """
+        where = {name: arguments[name] for name in _WHERE if name in arguments}
+        fields = cls.load_config(pretrained_model_or_path, subfolder=subfolder, **where)
+        return _class_of(fields).from_pretrained(pretrained_model_or_path, subfolder=subfolder, **arguments)
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any] | str | Path, **arguments: Any) -> Model:
+        """Build a network with new weights from the fields of a configuration, a folder or a Hub id.
+
+        Raises:
+            ConfigError: if it names no network that minidiff has.
+        """
+        if not isinstance(config, Mapping):
+            where = {name: arguments.pop(name) for name in ("subfolder", *_WHERE) if name in arguments}
+            config = cls.load_config(config, **where)
+        return _class_of(config).from_config(config, **arguments)
+
+
+_WHERE = ("revision", "cache_dir", "local_files_only", "token", "force_download")
+
+
+def _class_of(fields: Mapping[str, Any]) -> type[Model]:
+    """Return the class that a configuration names: diffusers and transformers write its name under different keys."""
+    name = fields.get("_class_name") or next(iter(fields.get("architectures") or ()), None)
+    found = getattr(minidiff, str(name)) if name in minidiff.__all__ else None
+    if not (isinstance(found, type) and issubclass(found, Model)):
+        networks = "AutoencoderKL, CLIPTextModel, CLIPTextModelWithProjection, UNet2DConditionModel, UNet2DModel"
+        raise ConfigError(f"the configuration is that of {name or 'no class'}; minidiff has {networks}")
+    return found
