@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from minidiff.checkpoints.arguments import device_of, refuse_unless_harmless
-from minidiff.checkpoints.hub import WHY_NO_PICKLES, Repo
+from minidiff.checkpoints.hub import WHY_NO_PICKLES, Repo, Weights
 from minidiff.checkpoints.load import OnMeta, as_dtype, load_weights, paused_collector
 from minidiff.checkpoints.save import save_json, save_weights
 from minidiff.compat.network import Named
@@ -27,55 +27,13 @@ def refuse_pickles(use_safetensors: bool | None) -> None:
         raise CheckpointError(f"use_safetensors=False asks for pickled weights: {WHY_NO_PICKLES}")
 
 
-class Model(Named):
-    """Base of every network. A subclass says how it is configured and how its weights are called on the Hub."""
+class Stored(nn.Module):
+    """A network that is loaded and saved in Hub layout: ``config.json`` beside safetensors."""
 
     weights_stem: ClassVar[str] = "diffusion_pytorch_model"  # of the weight files: "model" for text encoders
     _keep_in_fp32_modules: ClassVar[None] = None  # read by programs that choose a dtype: no part is kept in another
     _repeated_blocks: ClassVar[tuple[str, ...]] = ()  # classes of which a network has many, worth compiling alone
     config: Config
-
-    @classmethod
-    def from_config(cls, config: Mapping[str, Any] | str | Path, **overrides: Any) -> "Model":
-        """Build a network with new weights from a configuration.
-
-        Args:
-            config: the fields of a Hub config. A path or Hub id is read with ``load_config``, as the reference still
-                does with a warning.
-            overrides: fields to use instead; with a path also the arguments of ``load_config``.
-        """
-        if not isinstance(config, Mapping):
-            warnings.warn(f"give {cls.__name__}.load_config({str(config)!r}) to from_config", FutureWarning, 2)
-            where = {name: overrides.pop(name) for name in _WHERE if name in overrides}
-            config = cls.load_config(config, **where)
-        return cls._of_fields(config, **overrides)
-
-    @classmethod
-    def _of_fields(cls, fields: Mapping[str, Any], **overrides: Any) -> "Model":
-        return cls(**{**fields, **overrides})
-
-    @classmethod
-    def load_config(
-        cls,
-        pretrained_model_name_or_path: str | Path,
-        *,
-        subfolder: str | None = None,
-        revision: str | None = None,
-        cache_dir: str | Path | None = None,
-        local_files_only: bool = False,
-        token: str | bool | None = None,
-        force_download: bool = False,
-        **harmless: Any,
-    ) -> dict[str, Any]:
-        """Return the fields of ``config.json`` of a folder in Hub layout or a Hub id; arguments as ``from_pretrained``.
-
-        Raises:
-            CheckpointNotFoundError: if the folder, repository or file is not there.
-        """
-        if unknown := refuse_unless_harmless(harmless):
-            raise TypeError(f"load_config has no argument {', '.join(unknown)}")
-        where = (subfolder, revision, cache_dir, bool(local_files_only), token, force_download)
-        return read_json(Repo(pretrained_model_name_or_path, *where).file("config.json"))
 
     @classmethod
     def from_pretrained(
@@ -131,12 +89,15 @@ class Model(Named):
             raise ConfigError(f"{path} describes a {fields['_class_name']}, not a {cls.__name__}; is subfolder= right?")
         weights = repo.pinned(path).weights(cls.weights_stem, variant)
         with paused_collector():
-            with OnMeta():
-                model = cls.from_config(fields, **overrides)
-            load_weights(model, weights, wanted)
+            model = cls._loaded(fields, overrides, weights, wanted)
         model.register_to_config(_name_or_path=str(source))
         model.eval().to(device)
         return (model, {name: [] for name in _LOADING_INFO}) if output_loading_info else model
+
+    @classmethod
+    def _loaded(cls, fields: Mapping[str, Any], overrides: dict[str, Any], weights: Weights, dtype: torch.dtype) -> Any:
+        """Build a network of this configuration that has these weights."""
+        raise NotImplementedError
 
     def save_pretrained(
         self,
@@ -164,37 +125,11 @@ class Model(Named):
         folder = Path(save_directory)
         self.save_config(folder)
         if is_main_process:
-            save_weights(self._to_save(), folder, self.weights_stem, variant, max_shard_size)
+            save_weights(self._weights(), folder, self.weights_stem, variant, max_shard_size)
 
-    def _to_save(self) -> dict[str, Tensor]:
-        """Return the weights in the Hub's spelling; raise ``CheckpointError`` if there are others than the table's."""
-        tensors = self.state_dict()
-        expected = {name for row in self.rows() for name in row.hub}
-        if wrong := sorted(tensors.keys() ^ expected):
-            raise CheckpointError(
-                f"{type(self).__name__} cannot be saved as it is: {len(wrong)} weights are not those of its "
-                f"configuration, such as {', '.join(wrong[:3])}; take out what was added to the network"
-            )
-        return tensors
-
-    def save_config(self, save_directory: str | Path, **harmless: Any) -> None:
-        """Write ``config.json`` only."""
-        if unknown := refuse_unless_harmless(harmless):
-            raise TypeError(f"save_config has no argument {', '.join(unknown)}")
-        folder = Path(save_directory)
-        if folder.is_file():
-            raise CheckpointError(f"{folder} is a file; save_pretrained needs a folder")
-        folder.mkdir(parents=True, exist_ok=True)
-        save_json(self.config_to_save(), folder / "config.json")
-
-    def config_to_save(self) -> dict[str, Any]:
-        """Return the fields of ``config.json``, in the manner of diffusers; text encoders have that of transformers."""
-        fields = {name: value for name, value in self.config.items() if not name.startswith("_")}
-        return {"_class_name": type(self).__name__, "_diffusers_version": REFERENCE_VERSION, **fields}
-
-    def register_to_config(self, **changes: Any) -> None:
-        """Change what the configuration says. The network stays as it was built."""
-        self.config = Config({**self.config, **changes})
+    def _weights(self) -> dict[str, Tensor]:
+        """Return the weights under the names that they have in files."""
+        return self.state_dict()
 
     @property
     def name_or_path(self) -> str:
@@ -239,3 +174,86 @@ class Model(Named):
             for parameter in self.parameters()
             if (parameter.requires_grad or not only_trainable) and not (exclude_embeddings and id(parameter) in tables)
         )
+
+
+class Model(Named, Stored):
+    """Base of every network here. A subclass says how it is configured and how its weights are called on the Hub."""
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any] | str | Path, **overrides: Any) -> "Model":
+        """Build a network with new weights from a configuration.
+
+        Args:
+            config: the fields of a Hub config. A path or Hub id is read with ``load_config``, as the reference still
+                does with a warning.
+            overrides: fields to use instead; with a path also the arguments of ``load_config``.
+        """
+        if not isinstance(config, Mapping):
+            warnings.warn(f"give {cls.__name__}.load_config({str(config)!r}) to from_config", FutureWarning, 2)
+            where = {name: overrides.pop(name) for name in _WHERE if name in overrides}
+            config = cls.load_config(config, **where)
+        return cls._of_fields(config, **overrides)
+
+    @classmethod
+    def _of_fields(cls, fields: Mapping[str, Any], **overrides: Any) -> "Model":
+        return cls(**{**fields, **overrides})
+
+    @classmethod
+    def load_config(
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        *,
+        subfolder: str | None = None,
+        revision: str | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+        token: str | bool | None = None,
+        force_download: bool = False,
+        **harmless: Any,
+    ) -> dict[str, Any]:
+        """Return the fields of ``config.json`` of a folder in Hub layout or a Hub id; arguments as ``from_pretrained``.
+
+        Raises:
+            CheckpointNotFoundError: if the folder, repository or file is not there.
+        """
+        if unknown := refuse_unless_harmless(harmless):
+            raise TypeError(f"load_config has no argument {', '.join(unknown)}")
+        where = (subfolder, revision, cache_dir, bool(local_files_only), token, force_download)
+        return read_json(Repo(pretrained_model_name_or_path, *where).file("config.json"))
+
+    @classmethod
+    def _loaded(cls, fields: Mapping[str, Any], overrides: dict[str, Any], weights: Weights, dtype: torch.dtype) -> Any:
+        with OnMeta():
+            model = cls.from_config(fields, **overrides)
+        load_weights(model, weights, dtype)
+        return model
+
+    def _weights(self) -> dict[str, Tensor]:
+        """Return the weights in the Hub's spelling; raise ``CheckpointError`` if there are others than the table's."""
+        tensors = self.state_dict()
+        expected = {name for row in self.rows() for name in row.hub}
+        if wrong := sorted(tensors.keys() ^ expected):
+            raise CheckpointError(
+                f"{type(self).__name__} cannot be saved as it is: {len(wrong)} weights are not those of its "
+                f"configuration, such as {', '.join(wrong[:3])}; take out what was added to the network"
+            )
+        return tensors
+
+    def save_config(self, save_directory: str | Path, **harmless: Any) -> None:
+        """Write ``config.json`` only."""
+        if unknown := refuse_unless_harmless(harmless):
+            raise TypeError(f"save_config has no argument {', '.join(unknown)}")
+        folder = Path(save_directory)
+        if folder.is_file():
+            raise CheckpointError(f"{folder} is a file; save_pretrained needs a folder")
+        folder.mkdir(parents=True, exist_ok=True)
+        save_json(self.config_to_save(), folder / "config.json")
+
+    def config_to_save(self) -> dict[str, Any]:
+        """Return the fields of ``config.json``, in the manner of diffusers; text encoders have that of transformers."""
+        fields = {name: value for name, value in self.config.items() if not name.startswith("_")}
+        return {"_class_name": type(self).__name__, "_diffusers_version": REFERENCE_VERSION, **fields}
+
+    def register_to_config(self, **changes: Any) -> None:
+        """Change what the configuration says. The network stays as it was built."""
+        self.config = Config({**self.config, **changes})

@@ -41,7 +41,7 @@ PATHS: dict[str, Sequence[str]] = {
     "configuration_utils": ["configured"],
     "image_processor": ["pipelines.image_inputs", "compat.utils"],
     "loaders": ["adapters", "compat.utils"],
-    "models": ["unet", "unet_unconditional", "vae", "compat.utils"],
+    "models": ["unet", "unet_unconditional", "vae", "checkpoints", "compat.utils"],
     "models.attention_processor": ["compat.attention"],
     "models.auto_model": ["checkpoints.auto"],
     "models.autoencoders": ["vae"],

@@ -1,0 +1,41 @@
+"""``ModelMixin``: a network of one's own that is configured, loaded and saved as those of the Hub are.
+
+    class Denoiser(ModelMixin, ConfigMixin):
+        @register_to_config
+        def __init__(self, width: int = 64) -> None:
+            super().__init__()
+            self.layer = nn.Linear(width, width)
+
+Its weights have the names of its attributes, in Python and in the file. Checked against ``diffusers.ModelMixin``.
+"""
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from minidiff.checkpoints.hub import Weights
+from minidiff.checkpoints.model import Stored
+from minidiff.configured import ConfigMixin
+
+
+class ModelMixin(ConfigMixin, Stored):
+    """Base of networks of one's own: an ``nn.Module`` with ``from_pretrained`` and ``save_pretrained``."""
+
+    config_name: ClassVar[str] = "config.json"
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return nn.Module.__getattr__(self, name)
+        except AttributeError:
+            return ConfigMixin.__getattr__(self, name)  # which warns
+
+    @classmethod
+    def _loaded(cls, fields: Mapping[str, Any], overrides: dict[str, Any], weights: Weights, dtype: torch.dtype) -> Any:
+        """Build it as its constructor says, since that may compute more than weights, then take the file's over."""
+        from safetensors.torch import load_file
+
+        model = cls.from_config(fields, **overrides)
+        model.load_state_dict({name: t for path in weights.files.values() for name, t in load_file(path).items()})
+        return model.to(dtype)
