@@ -240,9 +240,7 @@ class DiffusionPipeline(MemorySavers, SingleFilePipeline):
         return self._parts()
 
     def _parts(self) -> dict[str, Any]:
-        return {
-            name: getattr(self, name) for name in self._component_names
-        }  # a pipeline may override `components`
+        return {name: getattr(self, name) for name in self._component_names}  # a pipeline may override `components`
 
     @property
     def _execution_device(self) -> torch.device:
