@@ -31,7 +31,7 @@ LAYERS = {
     "attention": lambda: Attention(24, 24, heads=3),
     "feed forward": lambda: GEGLU(24),
     "upsampling": lambda: Upsample(24),
-    "level": lambda: Level([24, 24, 24], 4, Upsample(24)),
+    "level": lambda: Level([24, 24, 24], 4, Upsample),
 }
 CONVOLUTIONS = ("convolution", "upsampling", "level")
 ORDERS = ("before", "after")
