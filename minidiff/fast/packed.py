@@ -8,6 +8,7 @@ hands float32 linear layers to another library altogether. ``torch.compile`` pac
 the same operators are used here without a compiler.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -28,17 +29,14 @@ def can_pack(x: Tensor, *weights: Tensor | None) -> bool:
     On the CPU, in inference, where torch has oneDNN; and where nothing but the numbers is wanted: no autocast, tracing
     or transform, and no tensors that are more than tensors, such as quantized weights.
     """
-    tensors = [x, *(W for W in weights if W is not None)]
-    return (
-        x.device.type == "cpu"
-        and x.dtype in _DTYPES
-        and x.numel() > 0
-        and all(type(t) in _PLAIN and t.dtype == x.dtype and t.device == x.device for t in tensors)
-        and not (torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or torch.jit.is_tracing())
-        and not (torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack())
-        and forward_ad._current_level < 0
-        and _available()
-    )
+    if torch.is_grad_enabled() or x.dtype not in _DTYPES or x.numel() == 0:
+        return False
+    for tensor in (x, *weights):  # a loop, for speed
+        if tensor is not None and not (type(tensor) in _PLAIN and tensor.is_cpu and tensor.dtype == x.dtype):
+            return False
+    transformed = torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack()
+    recorded = torch.jit.is_tracing() or forward_ad._current_level >= 0
+    return not (transformed or recorded or torch.is_autocast_enabled("cpu")) and _available()
 
 
 def pack_matrix(W: Tensor, rows: int) -> Tensor:
@@ -138,5 +136,6 @@ class FastLinear(Fast):
         return product(x, self._packed.get(lambda: pack_matrix(W, rows), W), bias)
 
 
+@functools.cache
 def _available() -> bool:
     return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")

@@ -41,14 +41,15 @@ class Fast:
 
 def unchanged(module: nn.Module, kind: type[nn.Module], **values: Any) -> bool:
     """Return whether ``module`` is a ``kind`` that computes as the library says, and has attributes of these values."""
-    own = vars(module)
-    names, run = _methods(kind)
-    return (
-        type(module) is kind
-        and (names.isdisjoint(own) or all(_ours(own[name]) for name in names.intersection(own)))
-        and all(_written(kind, name, getattr(kind, name)) for name in run)
-        and all(getattr(module, name) == value for name, value in values.items())
-    )
+    if type(module) is not kind:
+        return False
+    own, (names, run) = vars(module), _methods(kind)
+    if not names.isdisjoint(own) and not all(_ours(own[name]) for name in names.intersection(own)):
+        return False
+    for name in run:  # loops, for speed
+        if not _written(kind, name, getattr(kind, name)):
+            return False
+    return all(getattr(module, name) == value for name, value in values.items())
 
 
 def unwatched(module: nn.Module, kind: type[nn.Module], **values: Any) -> bool:
