@@ -177,7 +177,8 @@ class ConfigMixin:
             raise NotADirectoryError(f"{folder} is a file: give a folder to write {self.config_name} into")
         folder.mkdir(parents=True, exist_ok=True)
         self.to_json_file(folder / str(self.config_name))
-        self.register_to_config(_class_name=type(self).__name__, _diffusers_version=FORMAT)  # it says so from now on
+        head = {"_class_name": type(self).__name__, "_diffusers_version": FORMAT}
+        dict.update(self.config, head)  # it says so from now on, also to who has it already: as there
 
     def to_json_file(self, json_file_path: str | Path) -> None:
         """Write the text of ``to_json_string``."""

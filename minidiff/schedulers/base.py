@@ -329,15 +329,15 @@ class Scheduler(SchedulerMixin, ConfigMixin):
     ) -> SchedulerOutput | tuple[Tensor, ...]:
         plan = self._ready_plan()
         i = self._clock(timestep)
-        elsewhere = self.any_time and i < len(plan.times) and plan.times[i] != _number(timestep)
         if i >= len(plan.steps):
             raise ValueError(f"all {len(plan.steps)} steps are done: call set_timesteps to begin another run")
         late = self._step_index is None and not self.looks_up and i != plan.start  # the run begins in the middle
         if late or (options and options != plan.options):
             plan = plan._replace(options={**plan.options, **options})
             plan = self._plan = self.start_at(plan, i if late else plan.start)
-        if elsewhere:
-            plan = self._at(plan, i, int(_number(timestep)))
+        if self.any_time and plan.times[i] != (told := _number(timestep)):
+            self._require_trained(told, plan.times)
+            plan = self._at(plan, i, int(told))
         if noise is None:
             noise = self.draw_noise(plan, i, x, generator)
         elif generator is not None:
@@ -359,6 +359,10 @@ class Scheduler(SchedulerMixin, ConfigMixin):
     def _training_plan(self) -> Plan:
         """Every training timestep, which ``step`` visits if ``set_timesteps`` was not called, as in the reference."""
         return self._plan_of(self._training_grid(), len(self), None, 0, {})
+
+    def _require_trained(self, timestep: float, times: Sequence[float]) -> None:
+        if timestep not in range(len(self.alphas_cumprod)):
+            raise ValueError(_absent(timestep, times))
 
     def _at(self, plan: Plan, i: int, timestep: int) -> Plan:
         """Return ``plan`` with another timestep at step ``i``."""
@@ -383,10 +387,10 @@ class Scheduler(SchedulerMixin, ConfigMixin):
         try:
             first = times.index(value)
         except ValueError:
-            if self.any_time and value in range(len(self.alphas_cumprod)):
+            if self.any_time:
+                self._require_trained(value, times)
                 return plan.start
-            message = f"timestep {value} is not one of the run's {len(times)}: {_some(times)}"
-            raise ValueError(message) from None
+            raise ValueError(_absent(value, times)) from None
         twice = times[first + 1 : first + 2] == (value,)  # timesteps never ascend, so equal ones are neighbours
         return first + 1 if twice and first > 0 else first
 
@@ -464,6 +468,7 @@ def _index(value: Any) -> int | None:
         return None
 
 
-def _some(times: Sequence[float]) -> str:
+def _absent(timestep: float, times: Sequence[float]) -> str:
     shown = [f"{time:g}" for time in times]
-    return ", ".join(shown if len(shown) <= 8 else [*shown[:4], "...", *shown[-3:]])
+    some = ", ".join(shown if len(shown) <= 8 else [*shown[:4], "...", *shown[-3:]])
+    return f"timestep {timestep} is not one of the run's {len(times)}: {some}"

@@ -124,9 +124,16 @@ class PNDMScheduler(Scheduler):
 
     def _steps(self, plan: Plan) -> tuple[Step, ...]:
         moves = [(None, False, t, t) for t in plan.times[: plan.start]]  # never taken
-        moves += [self._move(plan, k) for k in range(len(plan.times) - plan.start)]
+        moves += [self._move(plan, k, int(t)) for k, t in enumerate(plan.times[plan.start :])]
+        return self._numbers(moves, plan.times)
+
+    def _at(self, plan: Plan, i: int, timestep: int) -> Plan:
+        step = self._numbers([self._move(plan, i - plan.start, timestep)], [timestep])
+        return plan._replace(steps=(*plan.steps[:i], *step, *plan.steps[i + 1 :]))
+
+    def _numbers(self, moves: Sequence[tuple[int | None, bool, int, int]], told: Sequence[float]) -> tuple[Step, ...]:
         stages, repeats, from_t, to_s = zip(*moves, strict=True)
-        a_t, a_s, a_seen = self._alpha_bar(from_t), self._alpha_bar(to_s), self._alpha_bar(plan.times)
+        a_t, a_s, a_seen = self._alpha_bar(from_t), self._alpha_bar(to_s), self._alpha_bar(told)
         columns = (
             a_t**0.5,
             (1 - a_t) ** 0.5,
@@ -138,14 +145,13 @@ class PNDMScheduler(Scheduler):
         )
         return tuple(map(Step, stages, repeats, *columns))
 
-    def _move(self, plan: Plan, k: int) -> tuple[int | None, bool, int, int]:
-        """Return the stage of the run's k-th step, whether it repeats, and the timesteps it goes from and to.
+    def _move(self, plan: Plan, k: int, t: int) -> tuple[int | None, bool, int, int]:
+        """Return the stage of the run's k-th step, told t, whether it repeats, and the timesteps it goes from and to.
 
         The stride is ``T // steps`` whatever the spacing, and the roles are counted from where the run starts: both
         are the reference's, and matter in runs that begin in the middle.
         """
         stride = self.config.num_train_timesteps // plan.num_inference_steps
-        t = int(plan.times[plan.start + k])
         if not self.config.skip_prk_steps and k < 12:
             base = int(plan.times[k // 4 * 4])
             return k % 4, False, base, t - (0 if k % 2 else stride // 2)
@@ -156,6 +162,11 @@ class PNDMScheduler(Scheduler):
     # ---- the hand-written loop: which of the two methods is due is known, so both names are ``step`` -----------------
 
     step_prk = step_plms = Scheduler.step
+
+    def _clock(self, timestep: float | Tensor) -> int:
+        """Return the index of the step: it is counted, whatever its timestep, as in the reference."""
+        known = self._begin_index if self._step_index is None else self._step_index
+        return self._ready_plan().start if known is None else known
 
     @property
     def prk_timesteps(self) -> np.ndarray | None:

@@ -301,7 +301,7 @@ def test_previews_are_what_the_output_means(scheduler):
         shown = scheduler.scale_input(plan, i, x)
         out = network(shown, plan.timesteps[i])
         sigma = plan.steps[i].level.sigma if hasattr(plan.steps[i], "level") else plan.sigmas[i].item()
-        alpha_bar = torch.tensor(1 / (1 + sigma**2), dtype=torch.float64)
+        alpha_bar = torch.as_tensor(1 / (1 + sigma**2), dtype=torch.float64)
         x0 = (shown - (1 - alpha_bar).sqrt() * out) / alpha_bar.sqrt()
         if type(scheduler).__name__ in ("DDPMScheduler", "DDIMScheduler"):
             x0 = x0.clamp(-1, 1)

@@ -80,7 +80,7 @@ def test_names_of_the_outputs_and_noising(kind):
         scheduler.set_timesteps(4)
     t = ours.timesteps[0]
     mine, reference = ours.step(noise(), t, noise()), theirs.step(noise(), t, noise())
-    assert mine.keys() == tuple(reference.keys())
+    assert list(mine.keys()) == list(reference.keys())
     clean, eps, t = noise(), network(noise(), 0), torch.tensor([17, 999])
     assert torch.equal(ours.add_noise(clean, eps, t), theirs.add_noise(clean, eps, t))
     assert torch.equal(ours.get_velocity(clean, eps, t), theirs.get_velocity(clean, eps, t))

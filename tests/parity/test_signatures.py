@@ -108,10 +108,14 @@ def test_what_callbacks_may_ask_for(name: str) -> None:
 
 # --- Every public method of every public class -------------------------------------------------------------------
 
-CLASSES = [name for name in minidiff.__all__ if isinstance(getattr(minidiff, name), type)] + ["VaeImageProcessor"]
+CLASSES = [name for name in minidiff.__all__ if isinstance(getattr(minidiff, name), type)]
+CLASSES = sorted({*CLASSES, "VaeImageProcessor"})
 CLASSES = [name for name in CLASSES if not name.startswith("CLIPTextConfig")]  # a record there, fields alone here
 SCHEDULERS = [name for name in CLASSES if name.endswith("Scheduler")]
 DIFFERENT = {  # method: arguments whose default or place differs, with the reason
+    "add_adapter": {"adapter_name"},  # of CLIP: transformers says None and means "default"
+    "numpy_to_pil": {"images"},  # the same by position; called array and x here
+    "pt_to_numpy": {"images"},
     "forward": {"output_hidden_states", "return_dict"},  # of CLIP: read from **kwargs there
     "decode": {"clean_up_tokenization_spaces"},  # of the tokenizer: read from **kwargs there
     "fuse_lora": {"components"},  # None is "those that have adapters", there a list
