@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 FACTS = (  # what a program may ask about a call after it
     *("plan", "stop", "guidance_scale", "guidance_rescale", "clip_skip", "cross_attention_kwargs", "interrupt"),
-    *("denoising_start", "denoising_end", "image_guidance_scale"),
+    *("denoising_start", "denoising_end", "image_guidance_scale", "timestep_cond"),
 )
 Network = Callable[[Tensor, Tensor, "Run"], Tensor]  # (x, t, run) -> out, with the conditions that the run holds
 
@@ -60,6 +60,7 @@ class Run:
     cross_attention_kwargs: Mapping[str, Any] | None = None
     denoising_start: float | None = None
     denoising_end: float | None = None
+    timestep_cond: Tensor | None = None  # the encoded guidance scale, (1, width), for a UNet that is told it (LCM)
     step: int = 0  # of the plan, the one being taken
     memo: "Memo | None" = None  # what an optimized UNet remembers from step to step
 
@@ -71,7 +72,12 @@ class Run:
     @property
     def guided(self) -> bool:
         """Whether this step asks the UNet twice, with and without the prompt."""
-        return self.guidance_scale > 1
+        return self.guidance_scale > 1 and self.timestep_cond is None
+
+    @property
+    def told(self) -> dict[str, Tensor]:
+        """What a UNet is told that was made for it; others need not know the argument."""
+        return {} if self.timestep_cond is None else {"timestep_cond": self.timestep_cond}
 
     @property
     def passes(self) -> int:

@@ -11,6 +11,7 @@ from minidiff.adapters.lora import lora_scaled
 from minidiff.adapters.lora_loader import LoraLoader
 from minidiff.adapters.textual_inversion import TextualInversionLoader
 from minidiff.errors import ConfigError
+from minidiff.layers import guidance_embedding
 from minidiff.outputs import Output
 from minidiff.pipelines.base import DiffusionPipeline
 from minidiff.pipelines.by_hand import ByHand
@@ -140,12 +141,22 @@ class LatentPipeline(ByHand, Callbacks, LoraLoader, TextualInversionLoader, Diff
             it = "it" if len(absent) == 1 else "them"
             raise ValueError(f"this pipeline has {' and '.join(absent)}: pass {it} when it is made")
         self._say_what_is_scaled(request.lora_scale)
+        width = self.unet.config.get("time_cond_proj_dim")
+        object.__setattr__(request, "tells_guidance", width is not None)
         facts = {name: getattr(request, name) for name in FACTS if hasattr(request, name)}
         RUNS.set(self, SimpleNamespace(**facts, interrupt=False, guided=request.guided))
         with lora_scaled(request.lora_scale):
             run = self._start(request)
         vars(run).update(facts)
+        if width is not None:
+            w = torch.tensor([request.guidance_scale - 1])
+            run.timestep_cond = self.get_guidance_scale_embedding(w, width).to(run.latents)
         return run
+
+    @staticmethod
+    def get_guidance_scale_embedding(w: Tensor, embedding_dim: int = 512, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Encode guidance scales, as a UNet is told them (LCM): see ``guidance_embedding``."""
+        return guidance_embedding(w, embedding_dim, dtype)
 
     def _predict(self, x: Tensor, t: Tensor, run: Run) -> Tensor:
         with lora_scaled(run.lora_scale):

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from numbers import Integral, Real
 from typing import Any
 
@@ -64,6 +64,7 @@ class Request:
     seeds: Sequence[int] | None = None
     long_prompt: str = "cut"
     cross_attention_kwargs: Mapping[str, Any] | None = None
+    tells_guidance: bool = field(default=False, init=False)  # the UNet is told the scale instead of asked twice
 
     def __post_init__(self) -> None:
         as_python(self)
@@ -99,7 +100,7 @@ class Request:
     @property
     def guided(self) -> bool:
         """Whether each step asks the UNet twice, with and without the prompt."""
-        return self.guidance_scale > 1
+        return self.guidance_scale > 1 and not self.tells_guidance
 
     def _check_one_each(self) -> None:
         if (self.prompt is None) == (self.prompt_embeds is None):

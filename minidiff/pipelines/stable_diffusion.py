@@ -184,7 +184,7 @@ class SDPipeline(LatentPipeline):
         return {"prompt_embeds": both, "negative_prompt_embeds": negative, "dropped": dropped}
 
     def _network(self, x: Tensor, t: Tensor, run: Run) -> Tensor:
-        return self.unet(x, t, run.prompt_embeds).sample
+        return self.unet(x, t, run.prompt_embeds, **run.told).sample
 
     def _trained_size(self) -> tuple[int | None, int | None]:
         # The first published UNet configs said 32 by mistake; the reference reads less than 64 from before 0.9 as 64.

@@ -222,7 +222,7 @@ class XLPipeline(LatentPipeline):
 
     def _network(self, x: Tensor, t: Tensor, run: XLRun) -> Tensor:
         added = {"text_embeds": run.add_text_embeds, "time_ids": run.add_time_ids}
-        return self.unet(x, t, run.prompt_embeds, added_cond_kwargs=added).sample
+        return self.unet(x, t, run.prompt_embeds, added_cond_kwargs=added, **run.told).sample
 
     def _check_clip_skip(self, clip_skip: int | None) -> None:
         encoders = [one for one in (self.text_encoder, self.text_encoder_2) if one is not None]
