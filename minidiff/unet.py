@@ -434,6 +434,7 @@ def unet_config(fields: Mapping[str, Any]) -> Config:
         "downsample_padding": 1,
         "norm_num_groups": 32,
         "norm_eps": 1e-5,
+        "dropout": 0.0,
         "cross_attention_dim": 1280,
         "transformer_layers_per_block": 1,
         "attention_head_dim": 8,
@@ -442,11 +443,11 @@ def unet_config(fields: Mapping[str, Any]) -> Config:
         "projection_class_embeddings_input_dim": None,
         "time_cond_proj_dim": None,
     }
+    each = [False] * len(fields.get("down_block_types", defaults["down_block_types"]))
     only = {
         "mid_block_type": ("UNetMidBlock2DCrossAttn",),
-        "only_cross_attention": (False,),
+        "only_cross_attention": (False, each, tuple(each)),
         "mid_block_scale_factor": (1,),
-        "dropout": (0.0,),
         "act_fn": ("silu",),
         "reverse_transformer_layers_per_block": (None,),
         "encoder_hid_dim": (None,),
@@ -478,6 +479,8 @@ def unet_config(fields: Mapping[str, Any]) -> Config:
     width = config.time_cond_proj_dim
     if width is not None and (type(width) is not int or width < 1):
         raise ConfigError(f"UNet2DConditionModel: time_cond_proj_dim should be a positive integer, found {width!r}")
+    if not 0 <= config.dropout <= 1:
+        raise ConfigError(f"UNet2DConditionModel: dropout should be from 0 to 1, found {config.dropout}")
     _check_added(config)
     return config
 
@@ -532,6 +535,7 @@ def unet_spec(config: Config) -> UNetSpec:
         mid_depth=depths[-1],
         groups=config.norm_num_groups,
         eps=config.norm_eps,
+        dropout=config.dropout,
         linear_projection=config.use_linear_projection,
         downsample_padding=config.downsample_padding,
         time_features=channels[0],

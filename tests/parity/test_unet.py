@@ -84,6 +84,8 @@ def test_published_topology_at_an_eighth_of_the_width(name: str) -> None:
 
 
 BRANCHES = {
+    "dropout, which evaluation ignores": tiny(dropout=0.3),
+    "lists of what is not there": tiny(only_cross_attention=[False, False]),
     "convolutional projection": tiny(use_linear_projection=False),
     "linear projection": tiny(use_linear_projection=True),
     "heads one for all": tiny(attention_head_dim=4),
@@ -311,3 +313,19 @@ def test_each_sample_has_its_text(samples: int, texts: int) -> None:
         theirs(x, 3, encoder_hidden_states=ctx)
     with pytest.raises(ValueError, match=rf"encoder_hidden_states should be \({samples}, L, "):
         ours(x, 3, ctx)
+
+
+def test_dropout_in_training() -> None:
+    """In residual blocks alone, as in the reference; without attention, see ``test_unet_unconditional``."""
+    plain = {"down_block_types": [PLAIN_DOWN] * 2, "up_block_types": [PLAIN_UP] * 2, "layers_per_block": 1}
+    ours, theirs = make_pair(tiny(dropout=0.3, **plain))
+    assert ours.config.dropout == ours.spec.dropout == theirs.config.dropout == 0.3
+    x, ctx = inputs(ours)
+    outs = []
+    for model in (ours, theirs):
+        torch.manual_seed(5)
+        with torch.no_grad():
+            outs.append(model.train()(x, 501, ctx).sample)
+    with torch.no_grad():
+        assert relative_error(ours.eval()(x, 501, ctx).sample, outs[0]) > 0.01
+    assert relative_error(*outs) < BOUND

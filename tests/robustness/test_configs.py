@@ -195,7 +195,6 @@ NOT_IMPLEMENTED: dict[type[Model], dict[str, Any]] = {
         "mid_block_type": "UNetMidBlock2D",
         "only_cross_attention": True,
         "mid_block_scale_factor": 2,
-        "dropout": 0.1,
         "act_fn": "gelu",
         "reverse_transformer_layers_per_block": [1, 1, 1, 1],
         "encoder_hid_dim": 64,
@@ -226,6 +225,19 @@ NOT_IMPLEMENTED: dict[type[Model], dict[str, Any]] = {
 }
 
 
+def test_what_asks_for_nothing_is_accepted() -> None:
+    assert unet_config({"dropout": 0.1}).dropout == 0.1
+    for value in ([False] * 4, (False,) * 4):
+        assert unet_config({"only_cross_attention": value}).only_cross_attention == [False] * 4
+    with pytest.raises(ConfigError, match="only_cross_attention"):
+        unet_config({"only_cross_attention": [False, True, True, True]})
+    with pytest.raises(ConfigError, match="only_cross_attention"):  # one for each level
+        unet_config({"only_cross_attention": [False] * 3})
+    for value in (-0.1, 1.5):
+        with pytest.raises(ConfigError, match=rf"dropout should be from 0 to 1, found {value}"):
+            unet_config({"dropout": value})
+
+
 @pytest.mark.parametrize(
     ("cls", "field", "value"),
     [
@@ -247,7 +259,7 @@ HONOURED = {
         sample_size in_channels out_channels center_input_sample flip_sin_to_cos freq_shift down_block_types
         up_block_types block_out_channels layers_per_block downsample_padding norm_num_groups norm_eps
         cross_attention_dim transformer_layers_per_block attention_head_dim use_linear_projection
-        addition_time_embed_dim projection_class_embeddings_input_dim time_cond_proj_dim
+        addition_time_embed_dim projection_class_embeddings_input_dim time_cond_proj_dim dropout
     """.split(),
     AutoencoderKL: """
         in_channels out_channels down_block_types up_block_types block_out_channels layers_per_block latent_channels
