@@ -217,11 +217,14 @@ class DiffusionPipeline(MemorySavers, SingleFilePipeline):
         components, settings = cls._signature()
         entries = {name: value for name, value in index.items() if not name.startswith("_")}
         foreign = [name for name in entries if name not in [*components, *settings] and entries[name] != [None, None]]
+        builtin = _public(cls.__name__) is cls  # whoever writes a pipeline says what it needs; other settings are none
+        if not builtin:
+            foreign = [name for name in foreign if _is_component(entries[name])]
         if foreign:
             message = f"is for {index.get('_class_name')}: {cls.__name__} has no place for its {', '.join(foreign)}"
-            if _public(cls.__name__) is cls:
+            if builtin:
                 raise ConfigError(f"{path} {message}")
-            logger.warning("%s %s; not loaded", path, message)  # whoever writes a pipeline says what it needs
+            logger.warning("%s %s; not loaded", path, message)
         components += [name for name in settings if _is_component(entries.get(name))]
         settings = [name for name in settings if name not in components]
         parts = {name: entries[name] for name in settings if name in entries}

@@ -313,7 +313,7 @@ def test_a_pipeline_of_ones_own_takes_what_it_needs_of_a_checkpoint(folders: dic
     pipe = own(minidiff).from_pretrained(folders["sd"])
     assert list(pipe.components) == ["unet", "scheduler", "vae"]
     assert (
-        "Mine has no place for its requires_safety_checker, text_encoder, tokenizer; not loaded"
+        "Mine has no place for its text_encoder, tokenizer; not loaded"
         in caplog.text.replace("\n", " ")
     )
 

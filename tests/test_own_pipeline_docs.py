@@ -1,0 +1,43 @@
+"""The pipeline of docs/own_pipeline.md, run with minidiff and, its imports changed, with the reference."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+
+from minidiff.embedded import embedded_checkpoint
+
+PAGE = Path(__file__).parents[1] / "docs/own_pipeline.md"
+
+
+def tutorial() -> str:
+    (block,) = re.findall(r"```python\n# tutorial\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.S)
+    return block
+
+
+def with_the_reference(code: str) -> str:
+    line = "from minidiff import AutoencoderKL, CLIPTextModel, CLIPTokenizer, DDIMScheduler, UNet2DConditionModel\n"
+    assert code.count(line) == 1
+    theirs = "from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel\n"
+    theirs += "from transformers import CLIPTextModel, CLIPTokenizer\n"
+    return re.sub(r"^from minidiff", "from diffusers", code.replace(line, theirs), flags=re.M)
+
+
+def run(code: str, folder: Path) -> dict:
+    code = code.replace("weights/emoji64", str(embedded_checkpoint())).replace("two-prompts", str(folder))
+    namespace = {"__name__": "own"}
+    exec(compile(code, str(PAGE), "exec"), namespace)
+    return namespace
+
+
+def test_the_class_is_short_and_draws_the_same_picture(tmp_path: Path) -> None:
+    lines = tutorial().splitlines()
+    assert lines.index('pipe = TwoPromptsPipeline.from_pretrained("weights/emoji64", torch_dtype=torch.float32)') <= 46  # imports included
+    runs = [run(tutorial(), tmp_path / "ours"), run(with_the_reference(tutorial()), tmp_path / "theirs")]
+    ours, theirs = (np.asarray(one["image"]).astype(int) for one in runs)
+    assert ours.shape == theirs.shape == (64, 64, 3) and ours.std() > 20  # it shows something
+    assert np.abs(ours - theirs).max() <= 1  # measured: 0
+    for one in runs:
+        assert one["again"].config.switch == 0.5 and one["pipe"].config.switch == 0.3
+    heart = runs[0]["pipe"]("red heart", "red heart", generator=runs[0]["torch"].Generator().manual_seed(1))
+    assert np.abs(np.asarray(heart).astype(int) - ours).max() > 5  # the first prompt counts: measured 13
