@@ -32,7 +32,9 @@ def run(code: str, folder: Path) -> dict:
 
 def test_the_class_is_short_and_draws_the_same_picture(tmp_path: Path) -> None:
     lines = tutorial().splitlines()
-    assert lines.index('pipe = TwoPromptsPipeline.from_pretrained("weights/emoji64", torch_dtype=torch.float32)') <= 46  # imports included
+    assert (
+        lines.index('pipe = TwoPromptsPipeline.from_pretrained("weights/emoji64", torch_dtype=torch.float32)') <= 46
+    )  # imports included
     runs = [run(tutorial(), tmp_path / "ours"), run(with_the_reference(tutorial()), tmp_path / "theirs")]
     ours, theirs = (np.asarray(one["image"]).astype(int) for one in runs)
     assert ours.shape == theirs.shape == (64, 64, 3) and ours.std() > 20  # it shows something

@@ -18,7 +18,7 @@ from torch import nn
 import minidiff
 from minidiff.checkpoints.hub import Repo
 from minidiff.checkpoints.load import as_dtype, paused_collector
-from minidiff.checkpoints.model import REFERENCE_VERSION, Model, refuse_pickles, refuse_unless_harmless
+from minidiff.checkpoints.model import REFERENCE_VERSION, Stored, refuse_pickles, refuse_unless_harmless
 from minidiff.checkpoints.save import save_json
 from minidiff.config import Config, read_json
 from minidiff.errors import CheckpointError, ConfigError
@@ -138,7 +138,7 @@ class DiffusionPipeline(MemorySavers, SingleFilePipeline):
         folder = Path(save_directory)
         index = self.config.to_dict()  # raises if a component cannot be saved, before anything is written
         for name, component in self._parts().items():
-            if isinstance(component, Model):
+            if isinstance(component, Stored):
                 component.save_pretrained(folder / name, variant=variant, max_shard_size=max_shard_size)
             elif component is not None:
                 component.save_pretrained(folder / name)
@@ -379,16 +379,16 @@ def _load_component(kind: type, repo: Repo, name: str, dtype: torch.dtype, varia
         "token": repo.token,
         "force_download": repo.force_download,
     }
-    if issubclass(kind, Model):
+    if issubclass(kind, Stored):
         where |= {"torch_dtype": dtype, "variant": variant}
     return kind.from_pretrained(repo.source, **where)
 
 
 def _subfolder(kind: type, repo: Repo, name: str) -> str | None:
     """Return the folder of a component; in the oldest repositories (google/ddpm-...) all lie beside the index: None."""
-    if not issubclass(kind, (Model, SchedulerMixin)):
+    if not issubclass(kind, (Stored, SchedulerMixin)):
         return name
-    filename = "config.json" if issubclass(kind, Model) else CONFIG_NAME
+    filename = "config.json" if issubclass(kind, Stored) else CONFIG_NAME
     flat = repo.at(name).optional_file(filename) is None and repo.optional_file(filename) is not None
     return None if flat else name
 
@@ -398,7 +398,7 @@ def _library_and_class(name: str, component: Any) -> list[str | None]:
     if component is None:
         return [None, None]
     for kind in type(component).__mro__:  # a class derived from ours elsewhere is saved as ours
-        if minidiff._HOME.get(kind.__name__) == kind.__module__:
+        if minidiff._HOME.get(kind.__name__) == kind.__module__ and not kind.__name__.endswith("Mixin"):
             return ["transformers" if kind.__module__ in TRANSFORMERS else "diffusers", kind.__name__]
     if hasattr(component, "save_pretrained") and hasattr(component, "from_pretrained"):
         return [type(component).__module__, type(component).__name__]

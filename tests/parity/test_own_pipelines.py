@@ -312,10 +312,7 @@ def test_a_pipeline_of_ones_own(folders: dict[str, Path], tmp_path: Path) -> Non
 def test_a_pipeline_of_ones_own_takes_what_it_needs_of_a_checkpoint(folders: dict[str, Path], caplog: Any) -> None:
     pipe = own(minidiff).from_pretrained(folders["sd"])
     assert list(pipe.components) == ["unet", "scheduler", "vae"]
-    assert (
-        "Mine has no place for its text_encoder, tokenizer; not loaded"
-        in caplog.text.replace("\n", " ")
-    )
+    assert "Mine has no place for its text_encoder, tokenizer; not loaded" in caplog.text.replace("\n", " ")
 
 
 def test_a_folder_of_ones_own_pipeline_is_not_for_the_base_class(folders: dict[str, Path], tmp_path: Path) -> None:
@@ -356,6 +353,60 @@ def test_a_component_of_ones_own(folders: dict[str, Path], tmp_path: Path, monke
     monkeypatch.delitem(sys.modules, "my_parts")  # nothing is imported because a file says so
     with pytest.raises(ConfigError, match="scale is my_parts.Scale.*if it is your own, import its module first"):
         Scaled.from_pretrained(tmp_path)
+
+
+def own_parts(library: ModuleType) -> tuple[Any, Any]:
+    mixins = import_module(f"{library.__name__}.configuration_utils")
+
+    class Net(library.ModelMixin, library.ConfigMixin):
+        __module__ = "my_parts"
+
+        @mixins.register_to_config
+        def __init__(self, width: int = 3):
+            super().__init__()
+            self.layer = torch.nn.Linear(width, width)
+
+        def forward(self, x, t):
+            return self.layer(x)
+
+    class Halving(library.SchedulerMixin, library.ConfigMixin):
+        __module__ = "my_parts"
+
+        @mixins.register_to_config
+        def __init__(self, steps: int = 4):
+            pass
+
+        def step(self, out, t, x):
+            return (x + out) / 2
+
+    return Net, Halving
+
+
+@pytest.mark.parametrize("library", [minidiff, diffusers], ids=["minidiff", "diffusers"])
+def test_networks_and_schedulers_of_ones_own(library: ModuleType, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setitem(sys.modules, "my_parts", module := ModuleType("my_parts"))
+    Net, Halving = module.Net, module.Halving = own_parts(library)
+    module.ModelMixin, module.SchedulerMixin = library.ModelMixin, library.SchedulerMixin  # theirs looks for them there
+
+    class Mine(library.DiffusionPipeline):
+        def __init__(self, net, scheduler):
+            super().__init__()
+            self.register_modules(net=net, scheduler=scheduler)
+
+        @torch.no_grad()
+        def __call__(self, x):
+            for t in range(self.scheduler.config.steps):
+                x = self.scheduler.step(self.net(x, t), t, x)
+            return x
+
+    pipe = Mine(Net(5), Halving(steps=3))
+    pipe.save_pretrained(tmp_path)
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    assert index["net"] == ["my_parts", "Net"] and index["scheduler"] == ["my_parts", "Halving"]
+    again = Mine.from_pretrained(tmp_path, torch_dtype=torch.float64)
+    assert again.dtype is torch.float64 and again.scheduler.config.steps == 3
+    x = torch.ones(1, 5)
+    assert torch.allclose(again(x.double()), pipe(x).double(), atol=1e-6)
 
 
 # --- what a pipeline prepares images with ----------------------------------------------------------------------------
