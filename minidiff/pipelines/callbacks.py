@@ -132,8 +132,8 @@ class Callbacks:
             check_choice("a tensor returned by callback_on_step_end", name, self._callback_tensor_inputs)
             setattr(run, name, tensor)
 
-    def _call_back_as_before(self, handling: Handling, run: Run, i: int, order: int) -> None:
+    def _call_back_as_before(self, handling: Handling, run: Run, i: int) -> None:
         """Call ``callback=`` where it is its turn."""
         old, k = handling.old_callback, i - run.plan.start
         if old is not None and k % old.every == 0:
-            old.call(k // order, run.plan.timesteps[i], run.latents)
+            old.call(k // run.core.order, run.plan.timesteps[i], run.latents)

@@ -22,6 +22,7 @@ from minidiff.schedulers.base import Plan, Scheduler
 
 if TYPE_CHECKING:
     from minidiff.fast.memo import Memo
+    from minidiff.pipelines.foreign import ByFace
 
 FACTS = (  # what a program may ask about a call after it
     *("plan", "stop", "guidance_scale", "guidance_rescale", "clip_skip", "cross_attention_kwargs", "interrupt"),
@@ -61,6 +62,7 @@ class Run:
     denoising_start: float | None = None
     denoising_end: float | None = None
     timestep_cond: Tensor | None = None  # the encoded guidance scale, (1, width), for a UNet that is told it (LCM)
+    core: "Scheduler | ByFace | None" = None  # what takes the steps
     step: int = 0  # of the plan, the one being taken
     memo: "Memo | None" = None  # what an optimized UNet remembers from step to step
 
@@ -119,9 +121,9 @@ class Run:
         return x
 
 
-def denoise(network: Network, scheduler: Scheduler, run: Run) -> Iterator[tuple[int, Tensor, Tensor]]:
+def denoise(network: Network, run: Run) -> Iterator[tuple[int, Tensor, Tensor]]:
     """Take every step of the run; yield its index, the x it started from and the guided prediction ``out``."""
-    plan, past = run.plan, ()
+    scheduler, plan, past = run.core, run.plan, ()
     for i in run.indices:
         if run.interrupt:
             return

@@ -25,6 +25,7 @@ from torch import Tensor
 from minidiff.pipelines.by_hand import InpaintByHand
 from minidiff.pipelines.callbacks import Handling
 from minidiff.pipelines.common import Run, initial_latents
+from minidiff.pipelines.foreign import ByFace
 from minidiff.pipelines.latent import LatentPipeline, computed, dealt
 from minidiff.pipelines.request import Generators
 from minidiff.schedulers.base import Plan, Scheduler
@@ -43,7 +44,7 @@ class Kept(NamedTuple):
 
     x0: Tensor  # (B, C, h, w), the encoded image
     noise: Tensor  # (B, C, h, w)
-    levels: list[tuple[float, float]]  # α and σ after each step but the last
+    levels: list[tuple[float, float]] | None  # α and σ after each step but the last; None = ask the scheduler
 
 
 class View(NamedTuple):
@@ -80,15 +81,22 @@ class InpaintRun(Run):
             return x
         known = self.kept.x0
         if i != self.indices[-1]:
-            alpha, sigma = self.kept.levels[i - self.plan.start]
-            known = alpha * known + sigma * self.kept.noise
+            known = self._noised(i + 1, known)
         m = self.mask.chunk(self.passes)[0]
         return (1 - m) * known + m * x
+
+    def _noised(self, i: int, x0: Tensor) -> Tensor:
+        """Return what is kept at the noise level that step ``i`` begins with."""
+        if self.kept.levels is None:
+            return self.core.noised(self.plan._replace(start=i), x0, self.kept.noise)
+        alpha, sigma = self.kept.levels[i - 1 - self.plan.start]
+        return alpha * x0 + sigma * self.kept.noise
 
 
 class InpaintingPipeline(InpaintByHand, LatentPipeline):
     """Adds to a pipeline what inpainting needs."""
 
+    _calls: ClassVar[tuple[str, ...]] = ("encode_prompt", "prepare_extra_step_kwargs")
     unet_inputs: ClassVar[tuple[str, ...]] = ("latents", "mask")
 
     @computed
@@ -154,14 +162,14 @@ class InpaintingPipeline(InpaintByHand, LatentPipeline):
         elif pure or request.latents is not None:
             latents = noise * plan.init_noise_sigma
         else:
-            latents = self.scheduler.noised(plan, x0, noise)
+            latents = self._core.noised(plan, x0, noise)
         if masked is not None:
             masked = self._encode_image(masked, count, generator, like, one_each)
         return {
             "latents": latents,
             "mask": twice(m),
             "masked_image_latents": None if masked is None else twice(masked),
-            "kept": None if self._reads_mask else Kept(x0, noise, levels_after(self.scheduler, plan)),
+            "kept": None if self._reads_mask else Kept(x0, noise, levels_after(self._core, plan)),
             "view": view,
         }
 
@@ -195,12 +203,14 @@ class InpaintingPipeline(InpaintByHand, LatentPipeline):
         return Given(image, mask, masked, view)
 
 
-def levels_after(scheduler: Scheduler, plan: Plan) -> list[tuple[float, float]]:
+def levels_after(scheduler: Scheduler | ByFace, plan: Plan) -> list[tuple[float, float]] | None:
     """Return α and σ of the noise levels after each step of a plan, from ``plan.start``, but the last.
 
     All schedulers add noise as x = α x0 + σ noise. Two numbers per step, known before the run, spare the loop the look
-    into the scheduler's tables, which wait for the device.
+    into the scheduler's tables, which wait for the device. None if ``add_noise`` is somebody else's.
     """
+    if isinstance(scheduler, ByFace):
+        return None
     plan = plan._replace(timesteps=plan.timesteps.cpu())
     x0, noise = torch.eye(2, dtype=torch.float64)
     return [

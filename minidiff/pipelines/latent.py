@@ -16,8 +16,10 @@ from minidiff.outputs import Output
 from minidiff.pipelines.base import DiffusionPipeline
 from minidiff.pipelines.by_hand import ByHand
 from minidiff.pipelines.callbacks import RUNS, Callback, Callbacks, Handling, OldCallback
-from minidiff.pipelines.common import FACTS, Run, Step, denoise
+from minidiff.pipelines.common import FACTS, Run, Step, denoise, initial_latents
+from minidiff.pipelines.foreign import STEPS, ByFace, core_of, first, overridden
 from minidiff.pipelines.request import Generators, Request, check_choice, check_count
+from minidiff.schedulers.base import Plan, Scheduler
 from minidiff.unet import UNet2DConditionModel
 from minidiff.vae import AutoencoderKL, DiagonalGaussian
 
@@ -49,6 +51,7 @@ class LatentPipeline(ByHand, Callbacks, LoraLoader, TextualInversionLoader, Diff
     _optional_components: ClassVar[tuple[str, ...]] = ("image_encoder", "feature_extractor")
     output_class: ClassVar[type[Output]]  # of a call; has images, seeds and dropped, and the names of reference_fields
     unet_inputs: ClassVar[tuple[str, ...]] = ("latents",)  # what its UNets may read: keys of ``UNET_INPUTS``
+    _calls: ClassVar[tuple[str, ...]] = ("encode_prompt", "prepare_extra_step_kwargs", "prepare_latents")
 
     @computed
     def vae_scale_factor(self) -> int:
@@ -67,7 +70,7 @@ class LatentPipeline(ByHand, Callbacks, LoraLoader, TextualInversionLoader, Diff
         if self.vae is None:
             raise ValueError("this pipeline has no vae: take the latents with output_type='latent'")
         vae = self._decoder()
-        x = vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor).sample
+        x = first(vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor), "sample")
         return self.image_processor.postprocess(x, output_type)
 
     def _decoder(self) -> AutoencoderKL:
@@ -118,7 +121,7 @@ class LatentPipeline(ByHand, Callbacks, LoraLoader, TextualInversionLoader, Diff
         if self.vae is None:
             raise ValueError("this pipeline has no vae: pass latents as image")
         vae = self._encoder()
-        posterior = vae.encode(x.to(like).to(vae.dtype)).latent_dist
+        posterior = first(vae.encode(x.to(like).to(vae.dtype)), "latent_dist")
         if isinstance(generator, (list, tuple)) and one_each:
             posterior = DiagonalGaussian(dealt(posterior.parameters, count))
         elif isinstance(generator, (list, tuple)):
@@ -141,9 +144,10 @@ class LatentPipeline(ByHand, Callbacks, LoraLoader, TextualInversionLoader, Diff
             it = "it" if len(absent) == 1 else "them"
             raise ValueError(f"this pipeline has {' and '.join(absent)}: pass {it} when it is made")
         self._say_what_is_scaled(request.lora_scale)
+        self._refuse_what_is_not_called()
         width = self.unet.config.get("time_cond_proj_dim")
         object.__setattr__(request, "tells_guidance", width is not None)
-        facts = {name: getattr(request, name) for name in FACTS if hasattr(request, name)}
+        facts = {name: getattr(request, name) for name in FACTS if hasattr(request, name)} | {"core": core_of(self)}
         RUNS.set(self, SimpleNamespace(**facts, interrupt=False, guided=request.guided))
         with lora_scaled(request.lora_scale):
             run = self._start(request)
@@ -157,6 +161,34 @@ class LatentPipeline(ByHand, Callbacks, LoraLoader, TextualInversionLoader, Diff
     def get_guidance_scale_embedding(w: Tensor, embedding_dim: int = 512, dtype: torch.dtype = torch.float32) -> Tensor:
         """Encode guidance scales, as a UNet is told them (LCM): see ``guidance_embedding``."""
         return guidance_embedding(w, embedding_dim, dtype)
+
+    @property
+    def _core(self) -> "Scheduler | ByFace":
+        """What takes the steps of the call that is under way in this thread."""
+        return RUNS.get(self).core
+
+    def _refuse_what_is_not_called(self) -> None:
+        """Raise if a program overrides a method that the reference's call goes through and ours does not."""
+        for name in STEPS:
+            if name not in self._calls and overridden(self, name):
+                raise TypeError(
+                    f"{type(self).__name__}.{name} is overridden, and a call does not go through it: override "
+                    f"{' or '.join(self._calls)}, or write a __call__ of your own"
+                )
+        if getattr(self, "safety_checker", None) is not None:
+            raise TypeError(
+                "safety_checker is set, and minidiff runs none: set pipe.safety_checker = None, or check images"
+            )
+
+    def _noise(
+        self, shape: tuple[int, ...], request: Request, plan: Plan, generator: Generators, like: Tensor
+    ) -> Tensor:
+        """Return the noise (B, C, h, w) of the plan's first level: given, drawn, or from ``prepare_latents``."""
+        if overridden(self, "prepare_latents"):
+            (B, C, h, w), f = shape, self.vae_scale_factor
+            given = (like.dtype, like.device, generator, request.latents)
+            return self.prepare_latents(B, C, h * f, w * f, *given)
+        return initial_latents(shape, request.latents, generator, like.device, like.dtype) * plan.init_noise_sigma
 
     def _predict(self, x: Tensor, t: Tensor, run: Run) -> Tensor:
         with lora_scaled(run.lora_scale):
@@ -203,18 +235,18 @@ class LatentPipeline(ByHand, Callbacks, LoraLoader, TextualInversionLoader, Diff
         """Take all steps of a run, with progress bar and callback, and decode."""
         counted = self._counted(run)
         with self.progress_bar(total=len(counted)) as bar:
-            for i, _, _ in denoise(self._predict, self.scheduler, run):
+            for i, _, _ in denoise(self._predict, run):
                 self._call_back(handling, run, i)
                 if i in counted:
                     bar.update()
-                    self._call_back_as_before(handling, run, i, self.scheduler.order)
+                    self._call_back_as_before(handling, run, i)
         images = self.decode(run.latents, handling.output_type)
         self.maybe_free_model_hooks()
         return images
 
     def _counted(self, run: Run) -> list[int]:
         """Return the evaluations that end a step for the progress bar: solvers may take several, or some to warm up."""
-        order, plan = self.scheduler.order, run.plan
+        order, plan = run.core.order, run.plan
         warmup = max(len(plan.steps) - plan.num_inference_steps * order, 0)
         indices = run.indices
         return [i for k, i in enumerate(indices, start=1) if k == len(indices) or (k > warmup and k % order == 0)]
@@ -222,8 +254,8 @@ class LatentPipeline(ByHand, Callbacks, LoraLoader, TextualInversionLoader, Diff
     @torch.no_grad()
     def _yield_steps(self, run: Run) -> Iterator[Step]:
         with self._going_on(run):
-            for i, x, out in denoise(self._predict, self.scheduler, run):
-                x0 = self.scheduler.denoised(run.plan, i, x, out)
+            for i, x, out in denoise(self._predict, run):
+                x0 = run.core.denoised(run.plan, i, x, out)
                 yield Step(i - run.plan.start, run.plan.timesteps[i], run.latents, x0)
 
     def _latent_size(self, height: int | None, width: int | None) -> tuple[int, int]:
@@ -248,7 +280,7 @@ class LatentPipeline(ByHand, Callbacks, LoraLoader, TextualInversionLoader, Diff
         return (size[0], size[1]) if isinstance(size, list) else (size, size)
 
     def _check_width(self, name: str, embeds: Tensor | None) -> None:
-        D = self.unet.spec.levels[-1].D_ctx
+        D = self.unet.config.cross_attention_dim
         if embeds is not None and embeds.shape[-1] != D:
             raise ValueError(
                 f"{name} should be (B, L, {D}) for this UNet ({family(D)}), found {tuple(embeds.shape)} "
@@ -276,7 +308,7 @@ def check_channels(
     pipeline: type[LatentPipeline], vae: AutoencoderKL | None, unet: UNet2DConditionModel | None
 ) -> None:
     """Raise ``ConfigError`` if the UNet does not read what the pipeline shows it, naming the pipeline that does."""
-    if unet is None:  # a pipeline that only encodes texts
+    if not hasattr(unet, "spec"):  # absent, or of another make
         return
     Z = unet.config.out_channels if vae is None else vae.config.latent_channels
     channels = {name: kind.latents * Z + kind.further for name, kind in UNET_INPUTS.items()}

@@ -19,7 +19,8 @@ from minidiff.compat.paths import names_at
 from minidiff.errors import ConfigError
 from minidiff.outputs import Output
 from minidiff.pipelines.callbacks import Callback
-from minidiff.pipelines.common import Run, Step, initial_latents, make_generators, make_plan
+from minidiff.pipelines.common import Run, Step, make_generators, make_plan
+from minidiff.pipelines.foreign import encoding, first, overridden
 from minidiff.pipelines.latent import LatentPipeline, check_channels, family
 from minidiff.pipelines.request import Generators, Prompt, Request
 from minidiff.pipelines.texts import Dropped, Embedded, Encoder, Side, Texts, embed
@@ -170,7 +171,7 @@ class SDPipeline(LatentPipeline):
 
     def _states(self, ids: Tensor, clip_skip: int | None) -> tuple[Tensor, None]:
         if clip_skip is None:
-            return self.text_encoder(ids).last_hidden_state, None
+            return first(self.text_encoder(ids), "last_hidden_state"), None
         states = self.text_encoder(ids, output_hidden_states=True).hidden_states
         return self.text_encoder.norm_out(states[-(clip_skip + 1)]), None
 
@@ -179,12 +180,18 @@ class SDPipeline(LatentPipeline):
         self._check_clip_skip(request.clip_skip)
         self._check_width("prompt_embeds", request.prompt_embeds)
         self._check_width("negative_prompt_embeds", request.negative_prompt_embeds)
-        positive, negative, *_, dropped = self._embed(Texts.of(request), device)
+        if overridden(self, "encode_prompt"):
+            asked = encoding(request, device)
+            first_ones = ("prompt", "device", "num_images_per_prompt", "do_classifier_free_guidance", "negative_prompt")
+            positive, negative = self.encode_prompt(*[asked.pop(name) for name in first_ones], **asked)
+            dropped = None
+        else:
+            positive, negative, *_, dropped = self._embed(Texts.of(request), device)
         both = torch.cat([negative, positive]) if request.guided else positive
         return {"prompt_embeds": both, "negative_prompt_embeds": negative, "dropped": dropped}
 
     def _network(self, x: Tensor, t: Tensor, run: Run) -> Tensor:
-        return self.unet(x, t, run.prompt_embeds, **run.told).sample
+        return first(self.unet(x, t, encoder_hidden_states=run.prompt_embeds, **run.told), "sample")
 
     def _trained_size(self) -> tuple[int | None, int | None]:
         # The first published UNet configs said 32 by mistake; the reference reads less than 64 from before 0.9 as 64.
@@ -293,13 +300,12 @@ class StableDiffusionPipeline(SDPipeline):
         H, W = self._latent_size(request.height, request.width)
         generator, seeds = make_generators(request)
         device = self.device
-        plan = make_plan(self.scheduler, request, device)
+        plan = make_plan(self._core, request, device)
         texts = self._encode_texts(request, device)
         shape = (request.count, self.unet.config.in_channels, H, W)
-        noise = initial_latents(shape, request.latents, generator, device, texts["prompt_embeds"].dtype)
         return Run(
             plan=plan,
-            latents=noise * plan.init_noise_sigma,
+            latents=self._noise(shape, request, plan, generator, texts["prompt_embeds"]),
             **texts,
             guidance_scale=request.guidance_scale,
             guidance_rescale=request.guidance_rescale,
@@ -317,7 +323,7 @@ def _check_fit(
     """Raise ``ConfigError`` if two components were not made for each other."""
     if text_encoder is not None:
         D = text_encoder.config.hidden_size
-        D_ctx = D if unet is None else unet.spec.levels[-1].D_ctx
+        D_ctx = unet.spec.levels[-1].D_ctx if hasattr(unet, "spec") else D
         if D_ctx != D:
             raise ConfigError(
                 f"text_encoder and unet do not fit: hidden_size {D} of the text encoder ({family(D)}) against "

@@ -10,7 +10,7 @@ Paper: Meng et al. 2022 (SDEdit, https://arxiv.org/abs/2108.01073). Checked agai
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -31,6 +31,8 @@ class StableDiffusionImg2ImgPipeline(ImageByHand, SDPipeline):
     It is made of the same components as text to image: ``StableDiffusionImg2ImgPipeline(**pipe.components)``. Args and
     errors: as of ``SDPipeline``.
     """
+
+    _calls: ClassVar[tuple[str, ...]] = ("encode_prompt", "prepare_extra_step_kwargs")
 
     @torch.no_grad()
     def __call__(
@@ -101,14 +103,14 @@ class StableDiffusionImg2ImgPipeline(ImageByHand, SDPipeline):
         """Encode texts and images, and noise these to where the run begins."""
         generator, seeds = make_generators(request)
         device = self.device
-        plan = begin(self.scheduler, make_plan(self.scheduler, request, device), request)
+        plan = begin(self._core, make_plan(self._core, request, device), request)
         image = self._read_image(request.image)
         texts = self._encode_texts(request, device)
         x0 = self._encode_image(image, request.count, generator, like=texts["prompt_embeds"])
         noise = randn(x0.shape, generator, x0.device, x0.dtype)
         return Run(
             plan=plan,
-            latents=self.scheduler.noised(plan, x0, noise),
+            latents=self._core.noised(plan, x0, noise),
             **texts,
             guidance_scale=request.guidance_scale,
             guidance_rescale=0.0,

@@ -124,7 +124,7 @@ class StableDiffusionInpaintPipeline(InpaintingPipeline, SDPipeline):
         size = self._latent_size(request.height, request.width)
         generator, seeds = make_generators(request)
         device = self.device
-        plan = begin(self.scheduler, make_plan(self.scheduler, request, device), request, minimum=1)
+        plan = begin(self._core, make_plan(self._core, request, device), request, minimum=1)
         texts = self._encode_texts(request, device)
         return InpaintRun(
             plan=plan,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from minidiff.pipelines.callbacks import Callback
-from minidiff.pipelines.common import Step, initial_latents, make_generators, make_plan
+from minidiff.pipelines.common import Step, make_generators, make_plan
 from minidiff.pipelines.instruct_pix2pix import Editing, EditingPipeline, EditRun, three_fold
 from minidiff.pipelines.request import Generators, Prompt, Request
 from minidiff.pipelines.stable_diffusion import SDPipeline, StableDiffusionPipelineOutput
@@ -107,17 +107,16 @@ class StableDiffusionInstructPix2PixPipeline(EditingPipeline, SDPipeline):
     def _start(self, request: EditRequest) -> EditRun:
         generator, seeds = make_generators(request)
         device = self.device
-        plan = make_plan(self.scheduler, request, device)
+        plan = make_plan(self._core, request, device)
         texts = self._encode_texts(request, device)
         if request.guided:
             texts["prompt_embeds"] = three_fold(texts["prompt_embeds"])
         ctx = texts["prompt_embeds"]
         shown = self._image_latents(request, ctx)
         shape = (request.count, *shown.shape[1:])
-        noise = initial_latents(shape, request.latents, generator, device, ctx.dtype)
         return EditRun(
             plan=plan,
-            latents=noise * plan.init_noise_sigma,
+            latents=self._noise(shape, request, plan, generator, ctx),
             guidance_scale=request.guidance_scale,
             guidance_rescale=request.guidance_rescale,
             generator=generator,

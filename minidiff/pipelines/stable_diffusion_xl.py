@@ -26,7 +26,8 @@ from minidiff.compat.paths import names_at
 from minidiff.errors import ConfigError
 from minidiff.outputs import Output
 from minidiff.pipelines.callbacks import Callback
-from minidiff.pipelines.common import Run, Step, initial_latents, make_generators, make_plan
+from minidiff.pipelines.common import Run, Step, make_generators, make_plan
+from minidiff.pipelines.foreign import encoding, first, overridden
 from minidiff.pipelines.latent import LatentPipeline, check_channels
 from minidiff.pipelines.request import Generators, Prompt
 from minidiff.pipelines.request_xl import Size, XLRequest
@@ -215,14 +216,19 @@ class XLPipeline(LatentPipeline):
         self._check_clip_skip(request.clip_skip)
         for name in ("prompt_embeds", "negative_prompt_embeds"):
             self._check_width(name, getattr(request, name))
-        positive, negative, pooled, negative_pooled, dropped = self._embed(Texts.of(request), device)
+        if overridden(self, "encode_prompt"):
+            positive, negative, pooled, negative_pooled = self.encode_prompt(**encoding(request, device))
+            dropped = None
+        else:
+            positive, negative, pooled, negative_pooled, dropped = self._embed(Texts.of(request), device)
         if request.guided:
             positive, pooled = torch.cat([negative, positive]), torch.cat([negative_pooled, pooled])
         return {"prompt_embeds": positive, "add_text_embeds": pooled, "dropped": dropped}
 
     def _network(self, x: Tensor, t: Tensor, run: XLRun) -> Tensor:
         added = {"text_embeds": run.add_text_embeds, "time_ids": run.add_time_ids}
-        return self.unet(x, t, run.prompt_embeds, added_cond_kwargs=added, **run.told).sample
+        added = {"added_cond_kwargs": added, **run.told}
+        return first(self.unet(x, t, encoder_hidden_states=run.prompt_embeds, **added), "sample")
 
     def _check_clip_skip(self, clip_skip: int | None) -> None:
         encoders = [one for one in (self.text_encoder, self.text_encoder_2) if one is not None]
@@ -421,21 +427,20 @@ class StableDiffusionXLPipeline(XLPipeline):
         H, W = self._latent_size(request.height, request.width)
         generator, seeds = make_generators(request)
         device = self.device
-        plan = make_plan(self.scheduler, request, device)
+        plan = make_plan(self._core, request, device)
         conditions = self._conditions(request, device)
         ctx = conditions["prompt_embeds"]
         shape = (request.count, self.unet.config.in_channels, H, W)
-        noise = initial_latents(shape, request.latents, generator, device, ctx.dtype)
         size = (H * self.vae_scale_factor, W * self.vae_scale_factor)
         return XLRun(
             plan=plan,
-            latents=noise * plan.init_noise_sigma,
+            latents=self._noise(shape, request, plan, generator, ctx),
             negative_prompt_embeds=None,
             guidance_scale=request.guidance_scale,
             guidance_rescale=request.guidance_rescale,
             generator=generator,
             seeds=seeds,
-            stop=steps_until(self.scheduler, plan, request.denoising_end),
+            stop=steps_until(self._core, plan, request.denoising_end),
             add_time_ids=time_ids(*_sizes(request, size), request, ctx),
             **conditions,
         )
@@ -461,7 +466,7 @@ def _sizes(request: XLRequest, size: tuple[int, int]) -> tuple[list[float], list
 
 def _check_fit(components: Mapping[str, Any], time_ids: int) -> None:
     """Raise ``ConfigError`` if two components were not made for each other."""
-    if components["unet"] is not None:  # None: a pipeline that only encodes texts
+    if hasattr(components["unet"], "spec"):  # otherwise it is absent, or of another make
         _check_unet(components, time_ids)
     for suffix in ("", "_2"):
         tokenizer, encoder = components[f"tokenizer{suffix}"], components[f"text_encoder{suffix}"]

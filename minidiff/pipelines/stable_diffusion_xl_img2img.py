@@ -106,10 +106,10 @@ class XLImagePipeline(XLPipeline):
 
     def _plan_part(self, request: XLImageRequest, device: torch.device, minimum: int = 0) -> Plan:
         """Plan the part of a run that is asked for: by its strength, at least ``minimum`` steps, or the rest of one."""
-        plan = make_plan(self.scheduler, request, device)
+        plan = make_plan(self._core, request, device)
         if request.denoising_start is None:
-            return begin(self.scheduler, plan, request, minimum)
-        return take_over(self.scheduler, plan, request.denoising_start)
+            return begin(self._core, plan, request, minimum)
+        return take_over(self._core, plan, request.denoising_start)
 
     def _sizes(self, request: XLImageRequest, size: tuple[int, int]) -> tuple[list[float], list[float]]:
         """Return the numbers that the prompt and the negative prompt are conditioned on."""
@@ -246,7 +246,7 @@ class StableDiffusionXLImg2ImgPipeline(ImageByHand, XLImagePipeline):
             guidance_rescale=request.guidance_rescale,
             generator=generator,
             seeds=seeds,
-            stop=steps_until(self.scheduler, plan, request.denoising_end),
+            stop=steps_until(self._core, plan, request.denoising_end),
             add_time_ids=time_ids(*self._sizes(request, size), request, ctx),
             **conditions,
         )
@@ -261,7 +261,7 @@ class StableDiffusionXLImg2ImgPipeline(ImageByHand, XLImagePipeline):
         x0 = self._encode_image(self._read_image(request.image), count, generator, like)
         if request.denoising_start is not None:
             return x0
-        return self.scheduler.noised(plan, x0, randn(x0.shape, generator, like.device, like.dtype))
+        return self._core.noised(plan, x0, randn(x0.shape, generator, like.device, like.dtype))
 
 
 def take_over(scheduler: Scheduler, plan: Plan, denoising_start: float) -> Plan:

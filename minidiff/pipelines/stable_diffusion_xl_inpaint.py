@@ -170,7 +170,7 @@ class StableDiffusionXLInpaintPipeline(InpaintingPipeline, XLImagePipeline):
             guidance_rescale=request.guidance_rescale,
             generator=generator,
             seeds=seeds,
-            stop=steps_until(self.scheduler, plan, request.denoising_end),
+            stop=steps_until(self._core, plan, request.denoising_end),
             add_time_ids=time_ids(*self._sizes(request, pixels), request, ctx),
             **conditions,
         )

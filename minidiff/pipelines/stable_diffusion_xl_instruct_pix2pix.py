@@ -14,7 +14,7 @@ from torch import Tensor
 from minidiff.clip import CLIPTextModel, CLIPTextModelWithProjection
 from minidiff.errors import ConfigError
 from minidiff.pipelines.callbacks import Callback
-from minidiff.pipelines.common import Step, initial_latents, make_generators, make_plan
+from minidiff.pipelines.common import Step, make_generators, make_plan
 from minidiff.pipelines.instruct_pix2pix import Editing, EditingPipeline, EditRun, three_fold
 from minidiff.pipelines.request import Generators, Prompt
 from minidiff.pipelines.request_xl import Size, XLRequest
@@ -180,24 +180,23 @@ class StableDiffusionXLInstructPix2PixPipeline(EditingPipeline, XLPipeline):
         H, W = self._latent_size(request.height, request.width)
         generator, seeds = make_generators(request)
         device = self.device
-        plan = make_plan(self.scheduler, request, device)
+        plan = make_plan(self._core, request, device)
         conditions = self._conditions(request, device)
         if request.guided:
             conditions |= {name: three_fold(conditions[name]) for name in ("prompt_embeds", "add_text_embeds")}
         ctx = conditions["prompt_embeds"]
         shape = (request.count, self._latent_channels, H, W)
-        noise = initial_latents(shape, request.latents, generator, device, ctx.dtype)
         size = (H * self.vae_scale_factor, W * self.vae_scale_factor)
         sizes = [*(request.original_size or size), *request.crops_coords_top_left, *(request.target_size or size)]
         return XLEditRun(
             plan=plan,
-            latents=noise * plan.init_noise_sigma,
+            latents=self._noise(shape, request, plan, generator, ctx),
             negative_prompt_embeds=None,
             guidance_scale=request.guidance_scale,
             guidance_rescale=request.guidance_rescale,
             generator=generator,
             seeds=seeds,
-            stop=steps_until(self.scheduler, plan, request.denoising_end),
+            stop=steps_until(self._core, plan, request.denoising_end),
             add_time_ids=torch.tensor([sizes] * len(ctx), dtype=ctx.dtype, device=device),
             image_latents=self._sized_latents(request, size, ctx),
             image_guidance_scale=request.image_guidance_scale,
