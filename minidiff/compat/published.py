@@ -19,6 +19,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
+import torch
 from torch import nn
 
 from minidiff.checkpoints.remap import Op, Row
@@ -328,6 +329,9 @@ class Published(nn.Module):
 
     def named_children(self) -> Iterator[tuple[str, nn.Module]]:
         """Yield the modules right below this, with their published names."""
+        if torch.jit._trace._trace_module_map is not None:  # torch.jit.trace looks for what really holds the weights
+            yield from ((name, child) for name, child in self._modules.items() if child is not None)
+            return
         yield from self.published()._modules.items()
 
     def modules(self, remove_duplicate: bool = True) -> Iterator[nn.Module]:
