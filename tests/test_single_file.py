@@ -38,6 +38,7 @@ from minidiff.checkpoints.checkpoint import open_checkpoint
 from minidiff.checkpoints.contents import Contents, why_dropped
 from minidiff.checkpoints.convert import convert
 from minidiff.checkpoints.families import FAMILIES, Published, recognise
+from minidiff.checkpoints.inspect import report
 from minidiff.checkpoints.names import EMA_PREFIX, ema_name
 from minidiff.checkpoints.single_file import find
 from minidiff.cli import main
@@ -517,6 +518,7 @@ def test_marks_of_v_prediction_and_zero_snr_travel(sd1: Twin, tmp_path: Path) ->
     assert ZERO_SNR.items() <= dict(pipe.scheduler.config).items()
     checkpoint = convert(tmp_path / "marks.safetensors", tmp_path / "hub", config=plain)
     assert (checkpoint.prediction, checkpoint.zero_snr) == ("v_prediction", True)
+    assert "prediction  v_prediction, trained with zero terminal SNR\n" in report(checkpoint)
     fields = json.loads((tmp_path / "hub/scheduler/scheduler_config.json").read_text())
     assert ZERO_SNR.items() <= fields.items()
     convert(tmp_path / "marks.safetensors", tmp_path / "again.safetensors", config=plain)

@@ -96,7 +96,7 @@ def _bytes(stored: Iterable[Stored]) -> str:
 
 def _prediction(checkpoint: Checkpoint) -> str:
     if checkpoint.prediction is not None:
-        return checkpoint.prediction
+        return checkpoint.prediction + (", trained with zero terminal SNR" if checkpoint.zero_snr else "")
     if any(type(part.model).__name__ == "UNet2DConditionModel" for part in checkpoint.parts):
         return "not said: epsilon or v_prediction; loading needs prediction_type="
     return "-"
