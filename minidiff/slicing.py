@@ -59,3 +59,8 @@ class SlicedAttention:
 
     def disable_xformers_memory_efficient_attention(self) -> None:
         """Do nothing: torch's fused attention stays in use."""
+
+    def set_use_memory_efficient_attention_xformers(self, valid: bool, attention_op: None = None) -> None:
+        """Do nothing, and say so if ``valid``."""
+        if valid:
+            self.enable_xformers_memory_efficient_attention(attention_op)

@@ -11,6 +11,7 @@ Checked against ``diffusers.UNet2DConditionModel``.
 """
 
 from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -23,7 +24,7 @@ from minidiff.checkpoints.model import Model
 from minidiff.checkpoints.names import canonical_unet_name, unet_rows
 from minidiff.checkpoints.remap import Row
 from minidiff.checkpoints.single_file import SingleFileModel
-from minidiff.compat.attention import Attending
+from minidiff.compat.attention import Attending, processor_arguments
 from minidiff.config import Config, check_types, complete, per_level
 from minidiff.errors import ConfigError
 from minidiff.freeu import FreeU
@@ -299,6 +300,7 @@ class UNet2DConditionModel(AdaptedNetwork, SingleFileModel, UNet):
             added_cond_kwargs: for networks with ``addition_embed_type="text_time"`` (SDXL) alone: "text_embeds", the
                 pooled text embeddings (B, P), and "time_ids", the sizes that the picture is conditioned on (B, n), with
                 P + n * addition_time_embed_dim = projection_class_embeddings_input_dim.
+            cross_attention_kwargs: what the attention processors are called with, if there are any.
             encoder_attention_mask: which tokens of the text may be looked at, (B, L): 1 or True = may; of any dtype.
             return_dict: whether to return a record or a tuple.
 
@@ -314,7 +316,7 @@ class UNet2DConditionModel(AdaptedNetwork, SingleFileModel, UNet):
             class_labels=class_labels,
             timestep_cond=None if self.spec.time_cond is not None else timestep_cond,
             attention_mask=attention_mask,
-            cross_attention_kwargs=cross_attention_kwargs,
+            cross_attention_kwargs=None if cross_attention_kwargs and self.has_processors else cross_attention_kwargs,
             added_cond_kwargs=None if self.add_embed is not None else added_cond_kwargs or None,
             down_block_additional_residuals=down_block_additional_residuals,
             mid_block_additional_residual=mid_block_additional_residual,
@@ -325,7 +327,8 @@ class UNet2DConditionModel(AdaptedNetwork, SingleFileModel, UNet):
         mask = self._check_mask(encoder_attention_mask, encoder_hidden_states)
         told = {} if timestep_cond is None else {"timestep_cond": self._check_cond(sample, timestep_cond)}
         temb = self._time_condition(sample, timestep, {**(added_cond_kwargs or {}), **told})
-        x = self._body(sample, temb, encoder_hidden_states, mask)
+        with processor_arguments(cross_attention_kwargs) if cross_attention_kwargs else nullcontext():
+            x = self._body(sample, temb, encoder_hidden_states, mask)
         return UNet2DConditionOutput(x) if return_dict else (x,)
 
     def _time_condition(self, sample: Tensor, timestep: Tensor | float | int, told: Mapping[str, Tensor]) -> Tensor:

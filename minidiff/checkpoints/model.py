@@ -103,6 +103,7 @@ class Stored(nn.Module):
         self,
         save_directory: str | Path,
         is_main_process: bool = True,
+        *,
         save_function: Callable[..., None] | None = None,
         safe_serialization: bool = True,
         variant: str | None = None,

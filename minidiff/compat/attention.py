@@ -31,9 +31,9 @@ _arguments: ContextVar[Mapping[str, Any]] = ContextVar("cross_attention_kwargs",
 
 
 @contextmanager
-def processor_arguments(arguments: Mapping[str, Any] | None) -> Iterator[None]:
+def processor_arguments(arguments: Mapping[str, Any]) -> Iterator[None]:
     """Hand ``arguments``, a call's ``cross_attention_kwargs``, to every processor that names them."""
-    before = _arguments.set(arguments or {})
+    before = _arguments.set(arguments)
     try:
         yield
     finally:
@@ -190,13 +190,12 @@ def _ours(
 
 def _process(attn: Attention, x: Tensor, ctx: Tensor | None = None, *, mask: Tensor | None = None) -> Tensor:
     """Let the processor of ``attn`` compute it: the ``forward`` of the module while it has one."""
-    if mask is not None:  # ours says where to look; the reference's is added to the scores
-        mask = mask.flatten(0, -3) if mask.ndim > 3 else mask
-        mask = torch.zeros(mask.shape, dtype=x.dtype, device=x.device).masked_fill(~mask, -10_000.0)
     run, arguments = attn.processor, _arguments.get()
     if arguments:
-        named = inspect.signature(run.forward if isinstance(run, nn.Module) else run.__call__).parameters
+        plain = isinstance(run, nn.Module) and type(run).__call__ is nn.Module.__call__
+        named = inspect.signature(run.forward if plain else run.__call__).parameters
         arguments = {name: value for name, value in arguments.items() if name in named}
+    mask = None if mask is None else mask.squeeze(1)  # (B, 1, L_ctx): it is added to the scores
     return run(attn, x, encoder_hidden_states=ctx, attention_mask=mask, **arguments)
 
 
@@ -270,8 +269,8 @@ class BasicTransformerBlock(Part):
         return run(hidden_states, **_text_of(*args, **kwargs))
 
     @staticmethod
-    def _asked(run: Callable, x: Tensor, ctx: Tensor) -> Tensor:
-        return run(x, encoder_hidden_states=ctx)
+    def _asked(run: Callable, x: Tensor, ctx: Tensor, mask: Tensor | None = None) -> Tensor:
+        return run(x, encoder_hidden_states=ctx, encoder_attention_mask=None if mask is None else mask.squeeze(1))
 
 
 class Transformer2DModel(Part):
@@ -282,8 +281,8 @@ class Transformer2DModel(Part):
         return SimpleNamespace(sample=x) if return_dict else (x,)
 
     @staticmethod
-    def _asked(run: Callable, x: Tensor, ctx: Tensor) -> Tensor:
-        return run(x, encoder_hidden_states=ctx, return_dict=False)[0]
+    def _asked(run: Callable, x: Tensor, ctx: Tensor, mask: Tensor | None = None) -> Tensor:
+        return BasicTransformerBlock._asked(partial(run, return_dict=False), x, ctx, mask)[0]
 
 
 def _text_of(
@@ -319,8 +318,8 @@ class Attending:
         if isinstance(processor, Mapping) and processor.keys() != attentions.keys():
             wrong = sorted(processor.keys() ^ attentions.keys())
             raise ValueError(
-                f"set_attn_processor: a dict should name each of the {len(attentions)} attentions, found "
-                f"{len(processor)}; missing or unknown: {', '.join(wrong[:4])}..."
+                f"set_attn_processor: the number of processors, {len(processor)}, or their names do not match the "
+                f"{len(attentions)} attentions of {type(self).__name__}; missing or unknown: {', '.join(wrong[:4])}..."
             )
         for name, attn in attentions.items():
             attn.set_processor(processor[name] if isinstance(processor, Mapping) else processor)
@@ -329,6 +328,11 @@ class Attending:
         """Let minidiff compute every attention."""
         for _, attn in self._attentions():
             attn.set_processor(None)
+
+    @property
+    def has_processors(self) -> bool:
+        """Whether anything but minidiff computes an attention."""
+        return any("processor" in vars(module) or "processor" in module._modules for module in self.modules())
 
     def _attentions(self) -> list[tuple[str, Attention]]:
         return [(name, part) for name, part in self.named_modules() if isinstance(part, Attention)]

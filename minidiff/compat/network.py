@@ -2,7 +2,7 @@
 
 import re
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -35,23 +35,35 @@ class Named(Published):
         """Return the published tree, made anew if modules have been exchanged since."""
         return self._published_tree().root
 
+    def _listed(self) -> Mapping[str, nn.Module | None]:
+        return self.published()._modules
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in _TOP and isinstance(value, nn.Module | None):
+            setattr(self.published(), name, value)
+        else:
+            nn.Module.__setattr__(self, name, value)
+            self._tell(value)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for module in self._modules.values():
+            self._tell(module)
+
+    def _tell(self, module: Any) -> None:
+        """Tell a part that has its published name as its own to whom it belongs."""
+        if isinstance(module, Published):
+            vars(module)["_network"] = self
+
     def _published_tree(self) -> Tree:
         tree = vars(self).get("_tree")
         if tree is None or not tree.current():
             tree = vars(self)["_tree"] = grow(self, self.rows(), self.config, tree.parts if tree else {})
         return tree
 
-    def _published_children(self) -> Iterable[str]:
-        return _TOP
-
     def __getattr__(self, name: str) -> Any:
         own = vars(self)
-        if name in own.get("_modules", ()):
-            found = own["_modules"][name]
-            if isinstance(found, Published):
-                self.published()  # which tells it its names
-            return found
-        if name in own.get("_parameters", ()) or name in own.get("_buffers", ()):
+        if any(name in own.get(kind, ()) for kind in ("_modules", "_parameters", "_buffers")):
             return nn.Module.__getattr__(self, name)
         if not name.startswith("_") and "config" in own:
             parts = self.published()._modules

@@ -292,29 +292,28 @@ class Published(nn.Module):
     ``children`` give the modules that compute.
     """
 
-    def published(self) -> Part:
-        """Return the published tree below this."""
-        return vars(self)["_part"]
+    def _listed(self) -> Mapping[str, nn.Module | None]:
+        """Return the children by their published names; without its network, by ours."""
+        network = vars(self).get("_network")
+        if network is None:
+            return self._modules
+        network.published()  # which has told this part what it stands for
+        return vars(self)["_part"]._modules
 
     def __getattr__(self, name: str) -> Any:
-        if name not in self._own() and "_part" in vars(self) and name in self.published()._modules:
-            return self.published()._modules[name]
+        if "_network" in vars(self) and name not in self._modules and name in self._listed():
+            return self._listed()[name]
         return super().__getattr__(name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if isinstance(value, nn.Module | None) and name not in self._own() and name in self._published_children():
-            setattr(self.published(), name, value)
+        known = "_network" in vars(self) and isinstance(value, nn.Module | None) and name not in self._modules
+        if known and name in self._listed():
+            setattr(vars(self)["_part"], name, value)
         else:
             super().__setattr__(name, value)
 
-    def _own(self) -> Mapping[str, Any]:
-        return vars(self).get("_modules", {})
-
-    def _published_children(self) -> Iterable[str]:
-        return vars(self)["_part"]._modules if "_part" in vars(self) else ()
-
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name not in ("_part", "_tree")}
+        return {name: value for name, value in vars(self).items() if name not in ("_part", "_tree", "_network")}
 
     def named_modules(
         self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
@@ -332,7 +331,7 @@ class Published(nn.Module):
         if torch.jit._trace._trace_module_map is not None:  # torch.jit.trace looks for what really holds the weights
             yield from ((name, child) for name, child in self._modules.items() if child is not None)
             return
-        yield from self.published()._modules.items()
+        yield from self._listed().items()
 
     def modules(self, remove_duplicate: bool = True) -> Iterator[nn.Module]:
         """Yield this and every module below it that computes."""

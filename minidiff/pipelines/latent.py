@@ -88,6 +88,21 @@ class LatentPipeline(ByHand, Callbacks, LoraLoader, TextualInversionLoader, Diff
 
         return VaeImageProcessor(vae_scale_factor=self.vae_scale_factor, vae_latent_channels=self._latent_channels)
 
+    def enable_freeu(self, s1: float, s2: float, b1: float, b2: float) -> None:
+        """Attenuate the UNet's skips by s and amplify the rest by b; see ``minidiff.freeu``."""
+        self.unet.enable_freeu(s1, s2, b1, b2)
+
+    def disable_freeu(self) -> None:
+        """Let the UNet compute as it was trained."""
+        self.unet.disable_freeu()
+
+    def fuse_qkv_projections(self, unet: bool = True, vae: bool = True) -> None:
+        """Do nothing, and say so: ``optimize`` is minidiff's way to be faster."""
+        self.unet.fuse_qkv_projections()
+
+    def unfuse_qkv_projections(self, unet: bool = True, vae: bool = True) -> None:
+        """Do nothing: nothing was fused."""
+
     @property
     def _latent_channels(self) -> int:
         return self.unet.config.out_channels if self.vae is None else self.vae.config.latent_channels
