@@ -319,5 +319,5 @@ class PixelAttention(Recomputed):
     def forward(self, x: Tensor) -> Tensor:
         H, W = x.shape[-2:]
         h = self.self_attn(rearrange(self.norm(x), "B C H W -> B (H W) C"))
-        y = rearrange(h, "B (H W) C -> B C H W", H=H, W=W) + x  # in this order, or later dropout is laid out otherwise
+        y = h.transpose(1, 2).reshape(x.shape) + x  # in memory laid out as in the reference, which decides later bits
         return y if self.scale == 1 else y / self.scale
