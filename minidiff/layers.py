@@ -317,7 +317,6 @@ class PixelAttention(Recomputed):
         self.self_attn = Attention(C, C, heads=heads, qkv_bias=True, width=width)
 
     def forward(self, x: Tensor) -> Tensor:
-        H, W = x.shape[-2:]
         h = self.self_attn(rearrange(self.norm(x), "B C H W -> B (H W) C"))
         y = h.transpose(1, 2).reshape(x.shape) + x  # in memory laid out as in the reference, which decides later bits
         return y if self.scale == 1 else y / self.scale
