@@ -39,9 +39,9 @@ def to_numpy(x: Tensor) -> np.ndarray:
     return as_array(to_unit(x))
 
 
-def as_array(x: Tensor) -> np.ndarray:
+def as_array(images: Tensor) -> np.ndarray:
     """Return pixels (B, C, H, W) as a float32 array (B, H, W, C), in the range that they have."""
-    return x.permute(0, 2, 3, 1).float().cpu().numpy()
+    return images.permute(0, 2, 3, 1).float().cpu().numpy()
 
 
 def to_pil(x: Tensor) -> list[Image.Image]:
@@ -51,9 +51,9 @@ def to_pil(x: Tensor) -> list[Image.Image]:
     return as_pictures(to_numpy(x))
 
 
-def as_pictures(array: np.ndarray) -> list[Image.Image]:
+def as_pictures(images: np.ndarray) -> list[Image.Image]:
     """Turn pixels (B, H, W, C) in [0, 1] into B pictures, C = 1 grey, 3 RGB, 4 RGBA; of (H, W, C) make one."""
-    pixels = ((array if array.ndim == 4 else array[None]) * 255).round().astype(np.uint8)
+    pixels = ((images if images.ndim == 4 else images[None]) * 255).round().astype(np.uint8)
     return [Image.fromarray(picture.squeeze(-1) if picture.shape[-1] == 1 else picture) for picture in pixels]
 
 
