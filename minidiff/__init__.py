@@ -7,7 +7,7 @@ and the Hub client are loaded only by the code that asks for them.
 from importlib import import_module
 from typing import Any
 
-from minidiff.compat.paths import PATHS
+from minidiff.compat.paths import NAMES, PATHS
 
 __version__ = "0.1.0"
 
@@ -33,6 +33,7 @@ _HOME = {  # public name -> module that defines it
     "EulerAncestralDiscreteScheduler": "minidiff.schedulers.euler_ancestral",
     "EulerDiscreteScheduler": "minidiff.schedulers.euler",
     "HeunDiscreteScheduler": "minidiff.schedulers.heun",
+    "ImagePipelineOutput": "minidiff.pipelines.ddpm",
     "KDPM2AncestralDiscreteScheduler": "minidiff.schedulers.k_dpm_2",
     "KDPM2DiscreteScheduler": "minidiff.schedulers.k_dpm_2",
     "LCMScheduler": "minidiff.schedulers.lcm",
@@ -65,6 +66,9 @@ def __getattr__(name: str) -> Any:
         value = getattr(import_module(_HOME[name]), name)
     elif name in PATHS:
         value = import_module(f"minidiff.{name}")
+    elif name in NAMES:
+        home, ours = NAMES[name]
+        value = getattr(import_module(f"minidiff.{home}"), ours)
     else:
         raise AttributeError(f"minidiff has no {name!r}; it has {', '.join(__all__)}")
     globals()[name] = value  # the next access does not come here

@@ -38,9 +38,10 @@ _TASKS = ("", "_img2img", "_inpaint", "_instruct_pix2pix")
 # Published path -> where its names are, both below minidiff. A folder stands for the public names that lie in it.
 PATHS: dict[str, Sequence[str]] = {
     "callbacks": ["callbacks"],
-    "configuration_utils": ["configured"],
+    "configuration_utils": ["configured", "compat.utils"],
     "image_processor": ["pipelines.image_inputs", "compat.utils"],
     "loaders": ["adapters", "compat.utils"],
+    "logging": ["compat.logging"],  # there an attribute of the package
     "models": ["unet", "unet_unconditional", "vae", "checkpoints", "compat.utils"],
     "models.attention_processor": ["compat.attention"],
     "models.auto_model": ["checkpoints.auto"],
@@ -56,7 +57,7 @@ PATHS: dict[str, Sequence[str]] = {
     "pipelines": ["pipelines", "pipelines.ddpm"],
     "pipelines.auto_pipeline": ["pipelines.auto"],
     "pipelines.pipeline_utils": ["pipelines.base", "pipelines.ddpm"],
-    "pipelines.stable_diffusion": ["pipelines"],
+    "pipelines.stable_diffusion": ["pipelines", "compat.utils"],
     "pipelines.stable_diffusion.pipeline_output": ["pipelines.stable_diffusion"],
     "pipelines.stable_diffusion.safety_checker": ["compat.utils"],
     "pipelines.stable_diffusion_xl": ["pipelines"],
