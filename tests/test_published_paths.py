@@ -13,7 +13,6 @@ from theirs import diffusers
 import minidiff
 from minidiff.compat.paths import NAMES, PATHS
 
-
 MODULES = [path for path in PATHS if path != "logging"]  # which is an attribute of the package there
 
 

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from minidiff.layers import guidance_embedding
 from minidiff.pipelines.common import initial_latents, rescaled
 from minidiff.pipelines.request import Generators, Request, check_count, check_number
 from minidiff.random import randn
@@ -141,11 +142,8 @@ class ByHand:
     def get_guidance_scale_embedding(
         self, w: Tensor, embedding_dim: int = 512, dtype: torch.dtype = torch.float32
     ) -> Tensor:
-        """Return the embeddings (B, embedding_dim) of guidance scales (B,), for UNets that were distilled with them."""
-        half = embedding_dim // 2  # as ``timestep_embedding``, but rounded in the reference's order
-        step = torch.log(torch.tensor(10_000.0)) / (half - 1)
-        angle = (1000.0 * w).to(dtype)[:, None] * torch.exp(torch.arange(half, dtype=dtype) * -step)
-        return F.pad(torch.cat([angle.sin(), angle.cos()], dim=1), (0, embedding_dim % 2))
+        """Encode guidance scales (B,), as a UNet is told them (LCM): see ``guidance_embedding``."""
+        return guidance_embedding(w, embedding_dim, dtype)
 
     @property
     def default_sample_size(self) -> int | list[int]:
@@ -230,6 +228,10 @@ class InpaintByHand(ImageByHand):
         else:
             first = self.scheduler.add_noise(x0, noise, timestep)
         return (first, *[noise] * return_noise, *[x0] * return_image_latents)
+
+    def _encode_vae_image(self, image: Tensor, generator: Generators) -> Tensor:
+        """Return the scaled latents of pixels (B, C, H, W)."""
+        return self._encode_image(image, len(image), generator, image, one_each=False)
 
     def prepare_mask_latents(
         self,

@@ -11,7 +11,6 @@ from minidiff.adapters.lora import lora_scaled
 from minidiff.adapters.lora_loader import LoraLoader
 from minidiff.adapters.textual_inversion import TextualInversionLoader
 from minidiff.errors import ConfigError
-from minidiff.layers import guidance_embedding
 from minidiff.outputs import Output
 from minidiff.pipelines.base import DiffusionPipeline
 from minidiff.pipelines.by_hand import ByHand
@@ -171,11 +170,6 @@ class LatentPipeline(ByHand, Callbacks, LoraLoader, TextualInversionLoader, Diff
             w = torch.tensor([request.guidance_scale - 1])
             run.timestep_cond = self.get_guidance_scale_embedding(w, width).to(run.latents)
         return run
-
-    @staticmethod
-    def get_guidance_scale_embedding(w: Tensor, embedding_dim: int = 512, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Encode guidance scales, as a UNet is told them (LCM): see ``guidance_embedding``."""
-        return guidance_embedding(w, embedding_dim, dtype)
 
     @property
     def _core(self) -> "Scheduler | ByFace":

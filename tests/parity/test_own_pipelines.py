@@ -154,6 +154,7 @@ def from_image(library: ModuleType) -> Any:
             size = (2, 32, 32, dtype, device, generator, True)
             mask, masked = self.prepare_mask_latents(mask, image * (mask < 0.5), *size)
             self.check_inputs("p", PICTURE, MASK, 32, 32, strength, 1, "np", None, None, None, None, None, ["mask"])
+            x0 = torch.cat([x0, self._encode_vae_image(image, seeded(5)), self._encode_vae_image(image, [seeded(6)])])
             return latents, noise, x0, mask, masked, timesteps.double(), torch.tensor([float(steps), 0.0])
 
     return Mine
@@ -215,7 +216,7 @@ def test_what_other_loops_by_hand_call(folders: dict[str, Path]) -> None:
 
 BY_HAND = (
     "prepare_latents prepare_extra_step_kwargs decode_latents get_timesteps get_guidance_scale_embedding upcast_vae "
-    "_get_add_time_ids run_safety_checker prepare_mask_latents prepare_image_latents _encode_prompt"
+    "_get_add_time_ids run_safety_checker prepare_mask_latents prepare_image_latents _encode_prompt _encode_vae_image"
 ).split()
 
 
