@@ -65,4 +65,4 @@ def test_pictures(name: str, optimized: bool, folders: dict[bool, Path]) -> None
 def test_the_encoded_scale() -> None:
     ours, theirs = minidiff.StableDiffusionPipeline, diffusers.StableDiffusionPipeline
     w = torch.tensor([7.5, 0.0])
-    assert torch.equal(ours.get_guidance_scale_embedding(w, 64), theirs.get_guidance_scale_embedding(None, w, 64))
+    assert torch.equal(ours.get_guidance_scale_embedding(None, w, 64), theirs.get_guidance_scale_embedding(None, w, 64))
