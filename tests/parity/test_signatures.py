@@ -121,7 +121,8 @@ DIFFERENT = {  # method: arguments whose default or place differs, with the reas
     "fuse_lora": {"components"},  # None is "those that have adapters", there a list
     "unfuse_lora": {"components"},
     "from_pretrained": {"pretrained_model_or_path", "revision"},  # another name of the path; None is "main"
-    "save_pretrained": {"max_shard_size"},  # "10GB" said, None or "50GB" there
+    # "10GB" said, None or "50GB" there; of CLIP: transformers has two arguments of its own among those of diffusers
+    "save_pretrained": {"max_shard_size", "state_dict", "push_to_hub"},
     "from_config": {"config"},  # of networks: called ``fields``
     "load_config": {"return_commit_hash"},  # what follows is by keyword alone
 }
