@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 import minidiff
+from minidiff.checkpoints.arguments import device_of
 from minidiff.checkpoints.hub import Repo
 from minidiff.checkpoints.load import as_dtype, paused_collector
 from minidiff.checkpoints.model import REFERENCE_VERSION, Stored, refuse_pickles, refuse_unless_harmless
@@ -51,6 +52,8 @@ class DiffusionPipeline(MemorySavers, SingleFilePipeline):
     """
 
     _optional_components: ClassVar[Sequence[str]] = ()  # those that a checkpoint may have and the pipeline do without
+    hf_device_map: dict[str, torch.device] | None = None  # where ``device_map`` has put the networks
+    _source: tuple[str, Path] | None = None  # what it was loaded from: the name and the folder
     model_cpu_offload_seq: ClassVar[str | None] = None  # of the reference; minidiff sees the order as networks run
 
     def __init__(self) -> None:
@@ -75,8 +78,8 @@ class DiffusionPipeline(MemorySavers, SingleFilePipeline):
         cls,
         pretrained_model_name_or_path: str | Path,
         *,
-        torch_dtype: torch.dtype | str | None = None,
-        dtype: torch.dtype | str | None = None,
+        torch_dtype: torch.dtype | str | Mapping[str, torch.dtype | str] | None = None,
+        dtype: torch.dtype | str | Mapping[str, torch.dtype | str] | None = None,
         variant: str | None = None,
         revision: str | None = None,
         cache_dir: str | Path | None = None,
@@ -84,6 +87,7 @@ class DiffusionPipeline(MemorySavers, SingleFilePipeline):
         token: str | bool | None = None,
         force_download: bool = False,
         use_safetensors: bool | None = None,
+        device_map: Any = None,
         **overrides: Any,
     ) -> "DiffusionPipeline":
         """Load a pipeline from a folder in Hub layout or from the Hub; only the files that it uses are downloaded.
@@ -93,9 +97,11 @@ class DiffusionPipeline(MemorySavers, SingleFilePipeline):
 
         Args:
             pretrained_model_name_or_path: a folder, or a Hub id.
-            torch_dtype: dtype of all networks, float32 by default; ``dtype`` is another name of it.
+            torch_dtype: dtype of all networks, float32 by default, or ``{"unet": ..., "default": ...}``; ``dtype`` is
+                another name of it.
             variant: which of several weight files to load, such as ``"fp16"``. It names files, not a dtype.
             revision: branch, tag or commit on the Hub. All files come from the one commit that it means at the start.
+            device_map: the device that all networks are loaded to; "balanced" is the GPU where there is one.
             overrides: components to use instead of the checkpoint's, which are then not loaded (``scheduler=...``,
                 ``text_encoder=None``), and settings of the pipeline's constructor.
 
@@ -106,7 +112,7 @@ class DiffusionPipeline(MemorySavers, SingleFilePipeline):
             TypeError: if an argument is unknown.
         """
         refuse_pickles(use_safetensors)
-        wanted = as_dtype(torch_dtype, dtype)
+        device = device_of(device_map)
         source = pretrained_model_name_or_path
         repo = Repo(source, None, revision, cache_dir, bool(local_files_only), token, force_download)
         path = repo.file(INDEX)
@@ -115,19 +121,41 @@ class DiffusionPipeline(MemorySavers, SingleFilePipeline):
         given = pipeline_class._check_overrides(refuse_unless_harmless(overrides))
         repo = repo.pinned(path)
         parts = pipeline_class._from_index(index, path, given)
+        dtypes = _dtypes(torch_dtype, dtype, parts)
         with paused_collector():
             for name, value in parts.items():
                 if name not in given and isinstance(value, type):
-                    parts[name] = _load_component(value, repo, name, wanted, variant)
-        return pipeline_class(**parts)
+                    parts[name] = _load_component(value, repo, name, dtypes[name], variant)
+        pipe = pipeline_class(**parts)
+        pipe._source = (str(source), path.parent)
+        if device is not None:
+            pipe.to(device)
+            pipe.hf_device_map = {name: device for name, part in pipe._parts().items() if isinstance(part, nn.Module)}
+        return pipe
+
+    @classmethod
+    def download(cls, pretrained_model_name_or_path: str | Path, **arguments: Any) -> str:
+        """Fetch the files that ``from_pretrained`` would use into the cache; return the folder that they are in."""
+        return str(cls.from_pretrained(pretrained_model_name_or_path, **arguments)._source[1])
+
+    @property
+    def name_or_path(self) -> str | None:
+        """The folder or Hub id that the pipeline was loaded from, None if it was made otherwise."""
+        return None if self._source is None else self._source[0]
+
+    def reset_device_map(self) -> None:
+        """Forget a ``device_map``: all networks go back to the CPU."""
+        self.remove_all_hooks()
+        self.to("cpu")
+        self.hf_device_map = None
 
     def save_pretrained(
         self,
         save_directory: str | Path,
-        *,
-        variant: str | None = None,
-        max_shard_size: int | str = "10GB",
         safe_serialization: bool = True,
+        variant: str | None = None,
+        max_shard_size: int | str | None = None,
+        **harmless: Any,
     ) -> None:
         """Write all components and ``model_index.json``, so that diffusers loads the folder too.
 
@@ -135,11 +163,14 @@ class DiffusionPipeline(MemorySavers, SingleFilePipeline):
         """
         if not safe_serialization:
             raise CheckpointError("safe_serialization=False asks for pickles; minidiff writes only safetensors")
+        if unknown := refuse_unless_harmless(harmless):
+            raise TypeError(f"save_pretrained has no argument {', '.join(unknown)}")
         folder = Path(save_directory)
         index = self.config.to_dict()  # raises if a component cannot be saved, before anything is written
         for name, component in self._parts().items():
+            component = _compiled_from(component)
             if isinstance(component, Stored):
-                component.save_pretrained(folder / name, variant=variant, max_shard_size=max_shard_size)
+                component.save_pretrained(folder / name, variant=variant, max_shard_size=max_shard_size or "10GB")
             elif component is not None:
                 component.save_pretrained(folder / name)
         save_json(index, folder / INDEX)
@@ -253,7 +284,7 @@ class DiffusionPipeline(MemorySavers, SingleFilePipeline):
     @property
     def config(self) -> Config:
         """The content of ``model_index.json``: the class, each component's library and class, and the settings."""
-        parts = {name: _library_and_class(name, component) for name, component in self._parts().items()}
+        parts = {name: _library_and_class(name, _compiled_from(component)) for name, component in self._parts().items()}
         head = {"_class_name": type(self).__name__, "_diffusers_version": REFERENCE_VERSION}
         return Config({**head, **parts, **self._settings})
 
@@ -270,14 +301,17 @@ class DiffusionPipeline(MemorySavers, SingleFilePipeline):
         *args: torch.device | str | int | torch.dtype | None,
         device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
+        torch_device: torch.device | str | int | None = None,
+        torch_dtype: torch.dtype | None = None,
         silence_dtype_warnings: bool = False,
     ) -> "DiffusionPipeline":
         """Move all networks to a device, a dtype or both, and return the pipeline itself.
 
         Call it as ``to(device)``, ``to(dtype)``, ``to(device, dtype)`` or with keywords. ``silence_dtype_warnings`` is
         part of the reference's signature; there are no such warnings here. Offloaded networks take a dtype only: they
-        go to their device by themselves.
+        go to their device by themselves. ``torch_device`` and ``torch_dtype`` are other names of the two.
         """
+        device, dtype = (torch_device if device is None else device), (torch_dtype if dtype is None else dtype)
         if len(args) > 2:
             raise ValueError(f"to() takes a device and a dtype, found {len(args)} arguments")
         if len(args) == 2 and isinstance(args[0], torch.dtype):
@@ -368,6 +402,23 @@ def _component_class(name: str, entry: Any, optional: bool, path: Path) -> type 
         f"{path}: {name} is {library}.{class_name}, which minidiff does not implement; pass {name}=... with one that "
         "it does; or, if it is your own, import its module first"
     )
+
+
+def _dtypes(torch_dtype: Any, dtype: Any, parts: Mapping[str, Any]) -> dict[str, torch.dtype]:
+    """Return the dtype of each component, from one for all or from those by name, and a "default" for the rest."""
+    asked = dtype if torch_dtype is None else torch_dtype
+    if not isinstance(asked, Mapping):
+        return dict.fromkeys(parts, as_dtype(torch_dtype, dtype))
+    if torch_dtype is not None and dtype is not None and torch_dtype != dtype:
+        raise ValueError("dtype and torch_dtype are two names of one argument; give one of them")
+    if unknown := [name for name in asked if name not in (*parts, "default")]:
+        raise ValueError(f"torch_dtype names {', '.join(unknown)}; the components are {', '.join(parts)}")
+    return {name: as_dtype(asked.get(name, asked.get("default"))) for name in parts}
+
+
+def _compiled_from(component: Any) -> Any:
+    """Return the network that ``torch.compile`` has wrapped; anything else as it is."""
+    return getattr(component, "_orig_mod", component)
 
 
 def _load_component(kind: type, repo: Repo, name: str, dtype: torch.dtype, variant: str | None) -> Any:

@@ -58,7 +58,8 @@ class SDPipeline(LatentPipeline):
     Args:
         vae, text_encoder, tokenizer, unet, scheduler: the components; ``text_encoder`` and ``tokenizer`` may be None
             if embeddings are passed in, ``vae`` may be None if latents are taken out.
-        safety_checker, feature_extractor, image_encoder: not implemented, must be None.
+        safety_checker, image_encoder: not implemented, must be None.
+        feature_extractor: kept, shared and saved; nothing here asks it.
         requires_safety_checker: of the reference's signature; kept in ``config``.
 
     Raises:
@@ -77,7 +78,7 @@ class SDPipeline(LatentPipeline):
         unet: UNet2DConditionModel | None,
         scheduler: Scheduler | None,
         safety_checker: None = None,
-        feature_extractor: None = None,
+        feature_extractor: Any = None,
         image_encoder: None = None,
         requires_safety_checker: bool = True,
     ) -> None:
@@ -87,7 +88,7 @@ class SDPipeline(LatentPipeline):
             "image_encoder": image_encoder,
         }
         for name, component in absent.items():
-            if component is not None:
+            if component is not None and name != "feature_extractor":
                 raise ConfigError(f"{name} is not implemented: pass {name}=None, found {type(component).__name__}")
         _check_fit(text_encoder, tokenizer, unet)
         check_channels(type(self), vae, unet)

@@ -78,7 +78,7 @@ class XLPipeline(LatentPipeline):
         if settings.get("add_watermarker"):
             raise ConfigError("add_watermarker=True is not implemented: pictures get no invisible watermark")
         for name in self._optional_components:
-            if components[name] is not None:
+            if components[name] is not None and name != "feature_extractor":
                 found = type(components[name]).__name__
                 raise ConfigError(f"{name} is not implemented: pass {name}=None, found {found}")
         _check_fit(components, time_ids)
@@ -282,7 +282,8 @@ class StableDiffusionXLPipeline(XLPipeline):
     Args:
         vae, text_encoder, text_encoder_2, tokenizer, tokenizer_2, unet, scheduler: the components; text encoders and
             tokenizers may be None if embeddings are passed in, ``vae`` may be None if latents are taken out.
-        image_encoder, feature_extractor: not implemented, must be None.
+        image_encoder: not implemented, must be None.
+        feature_extractor: kept, shared and saved; nothing here asks it.
         force_zeros_for_empty_prompt: whether the embeddings of an absent negative prompt are zeros.
         add_watermarker: not implemented, must be None or False.
 
@@ -300,7 +301,7 @@ class StableDiffusionXLPipeline(XLPipeline):
         unet: UNet2DConditionModel,
         scheduler: Scheduler,
         image_encoder: None = None,
-        feature_extractor: None = None,
+        feature_extractor: Any = None,
         force_zeros_for_empty_prompt: bool = True,
         add_watermarker: bool | None = None,
     ) -> None:

@@ -60,7 +60,7 @@ class XLImagePipeline(XLPipeline):
         unet: UNet2DConditionModel,
         scheduler: Scheduler,
         image_encoder: None = None,
-        feature_extractor: None = None,
+        feature_extractor: Any = None,
         requires_aesthetics_score: bool = False,
         force_zeros_for_empty_prompt: bool = True,
         add_watermarker: bool | None = None,
