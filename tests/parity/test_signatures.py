@@ -114,8 +114,6 @@ CLASSES = [name for name in CLASSES if not name.startswith("CLIPTextConfig")]  #
 SCHEDULERS = [name for name in CLASSES if name.endswith("Scheduler")]
 DIFFERENT = {  # method: arguments whose default or place differs, with the reason
     "add_adapter": {"adapter_name"},  # of CLIP: transformers says None and means "default"
-    "numpy_to_pil": {"images"},  # the same by position; called array and x here
-    "pt_to_numpy": {"images"},
     "forward": {"output_hidden_states", "return_dict"},  # of CLIP: read from **kwargs there
     "decode": {"clean_up_tokenization_spaces"},  # of the tokenizer: read from **kwargs there
     "fuse_lora": {"components"},  # None is "those that have adapters", there a list
@@ -155,7 +153,10 @@ def classes(name: str) -> tuple[type, type]:
 
 
 def methods(cls: type) -> list[str]:
-    return ["__init__", *(name for name in dir(cls) if name[0] != "_" and callable(getattr(cls, name)))]
+    """The constructor and the public methods that are written in Python: those of dict have no signature."""
+    public = {name: getattr(cls, name) for name in dir(cls) if name[0] != "_"}
+    written = [name for name, method in public.items() if inspect.isfunction(method) or inspect.ismethod(method)]
+    return ["__init__", *written]
 
 
 def arguments(function: Any) -> dict[str, inspect.Parameter]:
