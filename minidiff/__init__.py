@@ -33,7 +33,6 @@ _HOME = {  # public name -> module that defines it
     "EulerAncestralDiscreteScheduler": "minidiff.schedulers.euler_ancestral",
     "EulerDiscreteScheduler": "minidiff.schedulers.euler",
     "HeunDiscreteScheduler": "minidiff.schedulers.heun",
-    "ImagePipelineOutput": "minidiff.pipelines.ddpm",
     "KDPM2AncestralDiscreteScheduler": "minidiff.schedulers.k_dpm_2",
     "KDPM2DiscreteScheduler": "minidiff.schedulers.k_dpm_2",
     "LCMScheduler": "minidiff.schedulers.lcm",

@@ -86,6 +86,7 @@ NAMES: dict[str, tuple[str, str]] = {  # published name -> the module below mini
     "BaseOutput": ("outputs", "Output"),
     "FromSingleFileMixin": ("pipelines.single_file", "SingleFilePipeline"),
     "FrozenDict": ("config", "Config"),
+    "ImagePipelineOutput": ("pipelines.ddpm", "ImagePipelineOutput"),
     "LoraLoaderMixin": ("adapters.lora_loader", "LoraLoader"),
     "StableDiffusionLoraLoaderMixin": ("adapters.lora_loader", "LoraLoader"),
     "PIL_INTERPOLATION": ("pipelines.image_inputs", "RESAMPLING"),
