@@ -291,6 +291,109 @@ def base_and_refiner(library: ModuleType, folder: Path) -> list[Tensor]:
     return [latents, draw(refiner, image=latents, denoising_start=0.6, num_inference_steps=5)]
 
 
+def merged_tokens(library: ModuleType, folder: Path) -> list[Tensor]:
+    """Transformer blocks found by the name of their class and given another class, and back. (ToMe for SD)"""
+    pipe = load(library, folder)
+    plain = draw(pipe)
+    blocks = [m for _, m in pipe.unet.named_modules() if type(m).__name__ == "BasicTransformerBlock"]
+    for block in blocks:
+
+        class Merged(type(block)):
+            _parent = type(block)
+
+            def forward(self, hidden_states: Tensor, attention_mask: None = None, **text: Any) -> Tensor:
+                pairs = self.norm1(hidden_states).unflatten(1, (-1, 2)).mean(2)
+                x = hidden_states + self.attn1(pairs, encoder_hidden_states=None).repeat_interleave(2, 1)
+                x = x + self.attn2(self.norm2(x), encoder_hidden_states=text["encoder_hidden_states"])
+                return x + self.ff(self.norm3(x))
+
+        block.__class__ = Merged
+    merged = draw(pipe)
+    assert relative_error(merged, plain) > 1e-3
+    for block in blocks:
+        block.__class__ = block._parent
+    return [torch.tensor(len(blocks) + 0.0), merged, draw(pipe)]
+
+
+def stored_attention(library: ModuleType, folder: Path) -> list[Tensor]:
+    """A processor that keeps the maps of each attention, set by name. (prompt-to-prompt, Attend-and-Excite)"""
+    pipe = load(library, folder)
+    maps: dict[str, Tensor] = {}
+
+    class Store:
+        def __init__(self, place: str) -> None:
+            self.place = place
+
+        def __call__(self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Any = None, **_: Any) -> Tensor:
+            batch, length, _ = hidden_states.shape
+            mask = attn.prepare_attention_mask(None, length, batch)
+            text = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+            q, k, v = (
+                attn.head_to_batch_dim(f(x))
+                for f, x in ((attn.to_q, hidden_states), (attn.to_k, text), (attn.to_v, text))
+            )
+            probabilities = attn.get_attention_scores(q, k, mask)
+            maps[self.place] = maps.get(self.place, 0) + probabilities
+            return attn.to_out[1](attn.to_out[0](attn.batch_to_head_dim(torch.bmm(probabilities, v))))
+
+    pipe.unet.set_attn_processor({name: Store(name) for name in pipe.unet.attn_processors})
+    picture = draw(pipe, num_inference_steps=2)
+    chosen = [name for name in sorted(maps) if "attn2" in name and not name.startswith("mid")]
+    return [picture, *(maps[name] for name in chosen)]
+
+
+def backbone_and_skips(library: ModuleType, folder: Path) -> list[Tensor]:
+    """The forward of the blocks on the way up replaced, which scales what they get. (FreeU, DeepCache)"""
+    pipe = load(library, folder)
+    plain = draw(pipe)
+    originals = []
+    for i, block in enumerate(pipe.unet.up_blocks):
+        for j, layer in enumerate(block.resnets):
+
+            def forward(x: Tensor, temb: Tensor, *rest: Any, original: Any = layer.forward, k: int = i + j) -> Tensor:
+                half = x.shape[1] // 2
+                return original(torch.cat([x[:, :half] * (1 + 0.1 * k), x[:, half:]], dim=1), temb, *rest)
+
+            originals.append((layer, layer.forward))
+            layer.forward = forward
+    changed = draw(pipe)
+    for layer, original in originals:
+        layer.forward = original
+    assert relative_error(changed, plain) > 1e-3
+    assert pipe.unet.get_submodule("mid_block.attentions.0.transformer_blocks.0.attn2.to_q").in_features == 16
+    return [changed, draw(pipe)]
+
+
+def community_pipeline(library: ModuleType, folder: Path) -> list[Tensor]:
+    """A pipeline of one's own with parts of a published checkpoint. (diffusers/examples/community)"""
+
+    class Walk(library.DiffusionPipeline):
+        def __init__(self, vae: Any, text_encoder: Any, tokenizer: Any, unet: Any, scheduler: Any) -> None:
+            super().__init__()
+            parts = {"vae": vae, "text_encoder": text_encoder, "tokenizer": tokenizer}
+            self.register_modules(**parts, unet=unet, scheduler=scheduler)
+            self.vae_scale_factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
+
+        @torch.no_grad()
+        def __call__(self, prompts: list[str], steps: int) -> Tensor:
+            inputs = self.tokenizer(prompts, padding="max_length", max_length=77, return_tensors="pt")
+            a, b = self.text_encoder(inputs.input_ids.to(self.device))[0]
+            text = torch.stack([torch.lerp(a, b, w) for w in (0.0, 0.3, 1.0)])
+            shape = (1, self.unet.config.in_channels, 32, 32)
+            x = torch.randn(shape, generator=seeded(), dtype=self.unet.dtype).repeat(3, 1, 1, 1)
+            self.scheduler.set_timesteps(steps, device=self.device)
+            x = x * self.scheduler.init_noise_sigma
+            for t in self.progress_bar(self.scheduler.timesteps):
+                eps = self.unet(self.scheduler.scale_model_input(x, t), t, encoder_hidden_states=text).sample
+                x = self.scheduler.step(eps, t, x).prev_sample
+            return self.vae.decode(x / self.vae.config.scaling_factor).sample
+
+    scheduler = library.EulerDiscreteScheduler.from_pretrained(folder, subfolder="scheduler")
+    pipe = Walk.from_pretrained(folder, scheduler=scheduler)
+    pipe.set_progress_bar_config(disable=True)
+    return [pipe(["a red heart", "two cats"], STEPS)]
+
+
 @pytest.mark.parametrize(
     "program",
     [
@@ -301,11 +404,39 @@ def base_and_refiner(library: ModuleType, folder: Path) -> list[Tensor]:
         weighted_words,
         wrapped_network,
         previews,
+        merged_tokens,
+        stored_attention,
+        backbone_and_skips,
+        community_pipeline,
     ],
     ids=lambda program: program.__name__,
 )
 def test_programs(program: Program, sd: Path) -> None:
     same(program, sd)
+
+
+def masked_text(library: ModuleType, folder: Path) -> list[Tensor]:
+    """A block whose forward is replaced by one that hands on whatever it got, in a run with a mask over the text."""
+    unet = library.UNet2DConditionModel.from_pretrained(folder, subfolder="unet")
+    mask, x, text = torch.arange(77)[None] < 9, noise(1, 4, 32, 32), noise(1, 77, 24, seed=1)
+    block = unet.get_submodule("mid_block.attentions.0.transformer_blocks.0")
+    plain, seen = block.forward, []
+
+    def forward(*args: Any, **kwargs: Any) -> Tensor:
+        seen.append(kwargs["encoder_attention_mask"] is not None)
+        return plain(*args, **kwargs)
+
+    block.forward = forward
+    with torch.no_grad():
+        masked = unet(x, 500, text, encoder_attention_mask=mask).sample
+        changed = unet(x, 500, torch.where(mask[..., None], text, 7.0), encoder_attention_mask=mask).sample
+    assert seen == [True, True]
+    assert torch.equal(masked, changed)
+    return [masked]
+
+
+def test_masks_reach_what_takes_the_place_of_a_block(sd: Path) -> None:
+    same(masked_text, sd)
 
 
 def test_training(sd: Path) -> None:

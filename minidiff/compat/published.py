@@ -81,6 +81,11 @@ class Part(nn.Module):
             self._modules[name] = value
         elif name in self._modules:
             raise TypeError(f"{self.name}.{name} cannot be exchanged as a whole; exchange the layers in it")
+        elif name == "__class__":  # a class derived from the part's own, whose forward then computes
+            super().__setattr__(name, value)
+            vars(self.real).pop("forward", None)
+            if value.forward is not Part.forward:
+                self.forward = self.forward
         elif name == "forward":
             self.real.forward = partial(self._asked, value)  # a partial, which the fast ways respect
         elif self.real is not None:
@@ -183,7 +188,7 @@ def grow(network: nn.Module, rows: list[Row], config: Mapping[str, Any], old: di
             order[layers[name]] = name
             return modules[layers[name]]
         kind = _kind(children[name], modules.get(stands_for.get(name)))
-        part = old[name] if name in old and type(old[name]) is kind else kind()
+        part = old[name] if name in old and isinstance(old[name], kind) else kind()
         part._stand_for(modules.get(stands_for.get(name)), name, config)
         parts[name] = part
         dot = name and f"{name}."
