@@ -286,13 +286,18 @@ class Transformer2DModel(Part):
 
 
 def _text_of(
-    attention_mask: None = None, encoder_hidden_states: Tensor | None = None, **others: Any
-) -> dict[str, Tensor]:
-    """Return the text among the arguments of a block, by our name; the others must ask for nothing."""
+    attention_mask: None = None,
+    encoder_hidden_states: Tensor | None = None,
+    *,
+    encoder_attention_mask: Tensor | None = None,
+    **others: Any,
+) -> dict[str, Tensor | None]:
+    """Return the text and its mask among the arguments of a block, by our names; the others must ask for nothing."""
     if attention_mask is not None or any(value is not None for value in others.values()):
         found = [name for name, value in others.items() if value is not None]
         raise TypeError(f"a block called by its published name takes the text alone, found {', '.join(found)} too")
-    return {"ctx": encoder_hidden_states}
+    mask = encoder_attention_mask
+    return {"ctx": encoder_hidden_states, "mask": None if mask is None else mask.unsqueeze(1)}
 
 
 KINDS: dict[str, type[Part]] = {  # our class -> the part that stands for it
