@@ -134,9 +134,9 @@ class DiffusionPipeline(MemorySavers, SingleFilePipeline):
         return pipe
 
     @classmethod
-    def download(cls, pretrained_model_name_or_path: str | Path, **arguments: Any) -> str:
+    def download(cls, pretrained_model_name: str | Path, **arguments: Any) -> str:
         """Fetch the files that ``from_pretrained`` would use into the cache; return the folder that they are in."""
-        return str(cls.from_pretrained(pretrained_model_name_or_path, **arguments)._source[1])
+        return str(cls.from_pretrained(pretrained_model_name, **arguments)._source[1])
 
     @property
     def name_or_path(self) -> str | None:

@@ -318,8 +318,8 @@ def test_pipeline_arguments(tmp_path: Path) -> None:
     (tmp_path / "model_index.json").write_text(json.dumps(INDEX))
     with pytest.raises(TypeError, match="unknown arguments surprise; .* components vae, text_encoder"):
         minidiff.StableDiffusionPipeline.from_pretrained(tmp_path, surprise=1)
-    with pytest.raises(TypeError, match="device_map='balanced' is not implemented"):
-        minidiff.StableDiffusionPipeline.from_pretrained(tmp_path, device_map="balanced")
+    with pytest.raises(ValueError, match="device_map='everywhere' is not a device"):
+        minidiff.StableDiffusionPipeline.from_pretrained(tmp_path, device_map="everywhere")
     with pytest.raises(CheckpointNotFoundError, match="has no folder"):
         minidiff.StableDiffusionPipeline.from_pretrained(tmp_path)
 
