@@ -63,7 +63,7 @@ class ConfigMixin:
     @property
     def config(self) -> Config:
         """The frozen configuration: ``scheduler.config.num_train_timesteps``, ``scheduler.config["beta_start"]``."""
-        return self._internal_dict
+        return self.__dict__.get("_internal_dict", Config({}))  # of a constructor that records nothing
 
     def register_to_config(self, **fields: Any) -> None:
         """Add fields to the configuration, or change them."""

@@ -37,6 +37,8 @@ class AutoModel:
         Raises:
             ConfigError: if it names no network that minidiff has.
         """
+        if config is None:
+            raise ValueError("AutoModel.from_config needs a configuration, found None")
         if not isinstance(config, Mapping):
             where = {name: arguments.pop(name) for name in ("subfolder", *_WHERE) if name in arguments}
             config = cls.load_config(config, **where)

@@ -122,6 +122,8 @@ def test_auto_model(folder: Path, tmp_path: Path) -> None:
     for config in ({"_class_name": "FluxTransformer2DModel"}, {}, {"_class_name": "DDIMScheduler"}):
         with pytest.raises(ConfigError, match="minidiff has AutoencoderKL, CLIPTextModel"):
             minidiff.AutoModel.from_config(config)
+    with pytest.raises(ValueError, match="found None"):
+        minidiff.AutoModel.from_config(None)
     with pytest.raises(OSError, match="from_pretrained or from_config"):
         minidiff.AutoModel()
 
@@ -162,5 +164,11 @@ def test_own_models_are_saved_and_loaded_as_in_the_reference(tmp_path: Path) -> 
     assert list(ours.state_dict())[:2] == ["layer.weight", "layer.bias"]
     with pytest.warns(FutureWarning, match=r"config\.width"):
         assert ours.width == 6
+
+    class Silent(ModelMixin, ConfigMixin):  # whose constructor is not recorded
+        pass
+
+    Silent().save_config(tmp_path / "silent")
+    assert Silent().config == {}
     with pytest.raises(AttributeError, match="nothing"):
         ours.nothing  # noqa: B018
