@@ -8,6 +8,7 @@ imported itself: no code is ever taken from a checkpoint.
 import inspect
 import logging
 import sys
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -70,6 +71,15 @@ class DiffusionPipeline(MemorySavers, SingleFilePipeline):
     def register_to_config(self, **settings: Any) -> None:
         """Make these the pipeline's settings: what ``config`` holds, and model_index.json, beside the components."""
         self._settings = {**self._settings, **settings}
+
+    def __getattr__(self, name: str) -> Any:
+        """Answer for a setting, with the reference's warning that it is asked for in ``config``."""
+        settings = self.__dict__.get("_settings", {})
+        if name not in settings:
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        message = f"{type(self).__name__}.{name} is deprecated: write {type(self).__name__}.config.{name}"
+        warnings.warn(message, FutureWarning, stacklevel=2)
+        return settings[name]
 
     # --- loading and saving ------------------------------------------------------------------------------------------
 

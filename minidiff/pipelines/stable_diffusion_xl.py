@@ -78,7 +78,8 @@ class XLPipeline(LatentPipeline):
         if settings.get("add_watermarker"):
             raise ConfigError("add_watermarker=True is not implemented: pictures get no invisible watermark")
         for name in self._optional_components:
-            if components[name] is not None and name != "feature_extractor":
+            # a subclass may name others
+            if components.get(name) is not None and name != "feature_extractor":
                 found = type(components[name]).__name__
                 raise ConfigError(f"{name} is not implemented: pass {name}=None, found {found}")
         _check_fit(components, time_ids)

@@ -9,7 +9,7 @@ import sys
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -443,13 +443,23 @@ def test_a_pipeline_may_say_its_components_otherwise(tmp_path: Path) -> None:
         def __init__(self, scheduler: Any, unet: Any) -> None:
             super().__init__()
             self.register_modules(scheduler=scheduler, unet=unet)
+            self.register_to_config(requires_safety_checker=False)
 
         @property
         def components(self) -> dict[str, Any]:
             return {name: getattr(self, name) for name in self.config if not name.startswith("_")}
 
     pipe = Mega(minidiff.DDPMScheduler(), minidiff.UNet2DModel(block_out_channels=[32, 32, 32, 32]))
-    assert pipe.components == {"scheduler": pipe.scheduler, "unet": pipe.unet}
+    with pytest.warns(FutureWarning, match=r"write Mega\.config\.requires_safety_checker"):
+        assert pipe.components == {"scheduler": pipe.scheduler, "unet": pipe.unet, "requires_safety_checker": False}
     assert pipe.to(torch.float64).dtype == torch.float64
     pipe.save_pretrained(tmp_path)
     assert (tmp_path / "unet/config.json").exists()
+
+
+def test_a_pipeline_derived_from_sdxl_may_name_other_optional_components(folders: dict[str, Path]) -> None:
+    class Edited(minidiff.StableDiffusionXLPipeline):
+        _optional_components: ClassVar[list[str]] = ["safety_checker", "feature_extractor"]
+
+    base = minidiff.StableDiffusionXLPipeline.from_pretrained(folders["xl"])
+    assert Edited(**base.components).unet is base.unet
