@@ -13,9 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from minidiff.compat.published import own_modules
 from minidiff.fast.packed import version
 from minidiff.fast.unchanged import Fast, bystander, calls_are_plain, unwatched
-from minidiff.layers import Attention, ResBlock, TimeMLP, TransformerBlock
+from minidiff.layers import Attention, ResBlock, TimeMLP
 from minidiff.unet import UNet2DConditionModel
 
 _current: "ContextVar[Memo | None]" = ContextVar("memo", default=None)
@@ -130,8 +131,7 @@ class FastBody(Fast):
 
 def before_the_text(unet: UNet2DConditionModel) -> Iterator[nn.Module]:
     """Yield what computes before the first look at the text, and a little more."""
-    for module in unet.modules():
-        yield module
-        if isinstance(module, TransformerBlock):
-            yield from (part for name, part in module.named_modules() if name and not name.startswith("cross_attn"))
+    for name, module in own_modules(unet):
+        if name.endswith(".cross_attn"):
             return
+        yield module

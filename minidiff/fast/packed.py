@@ -19,7 +19,6 @@ from torch.autograd import forward_ad
 from minidiff.fast.unchanged import Fast
 
 SAMPLE = 64  # values of a weight that are looked at to see whether it was written to
-_DTYPES = (torch.float32, torch.bfloat16)  # those that oneDNN multiplies on any processor
 _PLAIN = (Tensor, nn.Parameter)
 
 
@@ -29,14 +28,14 @@ def can_pack(x: Tensor, *weights: Tensor | None) -> bool:
     On the CPU, in inference, where torch has oneDNN; and where nothing but the numbers is wanted: no autocast, tracing
     or transform, and no tensors that are more than tensors, such as quantized weights.
     """
-    if torch.is_grad_enabled() or x.dtype not in _DTYPES or x.numel() == 0:
+    if torch.is_grad_enabled() or x.dtype not in _dtypes() or x.numel() == 0:
         return False
     for tensor in (x, *weights):  # a loop, for speed
         if tensor is not None and not (type(tensor) in _PLAIN and tensor.is_cpu and tensor.dtype == x.dtype):
             return False
     transformed = torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack()
     recorded = torch.jit.is_tracing() or forward_ad._current_level >= 0
-    return not (transformed or recorded or torch.is_autocast_enabled("cpu")) and _available()
+    return not (transformed or recorded or torch.is_autocast_enabled("cpu"))
 
 
 def pack_matrix(W: Tensor, rows: int) -> Tensor:
@@ -137,5 +136,8 @@ class FastLinear(Fast):
 
 
 @functools.cache
-def _available() -> bool:
-    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+def _dtypes() -> tuple[torch.dtype, ...]:
+    """Return what oneDNN multiplies on this processor: bfloat16 needs AVX-512 or newer."""
+    if not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")):
+        return ()
+    return (torch.float32, torch.bfloat16) if torch.ops.mkldnn._is_mkldnn_bf16_supported() else (torch.float32,)

@@ -149,7 +149,10 @@ def test_which_attention_is_taken(monkeypatch):
         for L, L_ctx in ((1030, 77), (1030, 1030), (77, 77)):
             network[0](torch.randn(1, L, 8, dtype=dtype), torch.randn(1, L_ctx, 8, dtype=dtype))
             taken.append(None)
-    assert taken == [None, "head_by_head", None, None, "all_heads", None, "head_by_head", None, "all_heads", None]
+    in_bfloat16 = ["all_heads", None, "head_by_head", None, "all_heads", None]
+    if not torch.ops.mkldnn._is_mkldnn_bf16_supported():  # by processors older than AVX-512
+        in_bfloat16 = [None] * 3
+    assert taken == [None, "head_by_head", None, None, *in_bfloat16]
     taken.clear()
     network[0](torch.randn(1, 1030, 8, dtype=dtype), causal=True)
     assert not taken
@@ -210,8 +213,9 @@ def test_what_winograd_costs_in_precision():
     for module, fast in ((conv, FastConv(conv, False)), (upsample, FastUpsample(upsample, False))):
         x = x[:, :, : 32 if module is conv else 16]
         precise = copy.deepcopy(module).double()(x.double())
-        usual, found = error(module(x).double(), precise), error(fast(x).double(), precise)
-        assert usual <= 5e-7 and found <= 3e-6  # measured over four seeds: at most 3.3e-7, and 1.5e-6 here
+        # Measured over 20 seeds, the usual way in brackets: 1.4e-6 (3.8e-7) with kernels for AVX-512, 1.4e-6 (4.6e-6)
+        # with those for AVX2 and 8e-7 (4.6e-6) with those for SSE 4.1.
+        assert error(fast(x).double(), precise) <= 3e-6
 
 
 @torch.no_grad()

@@ -443,13 +443,13 @@ def test_what_was_there_before_stays(small_blocks):
 
 
 def seen(network, ask):
-    """Call a network with a hook on each module: return names, shapes of the inputs, and outputs."""
+    """Call a network with a hook on each module: return their numbers, shapes of the inputs, and outputs."""
     calls = []
 
-    def note(name):
-        return lambda _, args, out: calls.append((name, [a.shape for a in args if isinstance(a, torch.Tensor)], out))
+    def note(number):
+        return lambda _, args, out: calls.append((number, [a.shape for a in args if isinstance(a, torch.Tensor)], out))
 
-    handles = [m.register_forward_hook(note(name)) for name, m in network.named_modules()]
+    handles = [m.register_forward_hook(note(number)) for number, m in enumerate(network.modules())]
     ask()
     [handle.remove() for handle in handles]
     return calls
