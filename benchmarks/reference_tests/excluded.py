@@ -38,7 +38,7 @@ EXCLUDED: list[tuple[str, str, str]] = [  # (pattern of the file, pattern of Cla
         "dynamic_module|register_for_auto_class|auto_map_in_saved",
         "code from repositories is not run",
     ),
-    ("models/test_models_auto", "dict_diffusers_class|string_path", "counts calls of the reference's private functions"),
+    ("models/test_models_auto", "dict_diffusers_class|string_path", "counts calls of private functions"),
     ("unet_2d.py", "TestNCSNpp", "NCSN++: skip blocks with FIR filters, and networks without group norm"),
     ("models/", "test_gradient_checkpointing_is_applied", "the names of the reference's inner classes"),
 ]

@@ -92,7 +92,8 @@ def test_gradients(name: str) -> None:
 
     (theirs.enable_gradient_checkpointing if name != "CLIPTextModel" else theirs.gradient_checkpointing_enable)()
     reference = {ours.canonical_hub_name(key): grad for key, grad in gradients(theirs.train(), inputs).items()}
-    found = {ours.canonical_hub_name(key): grad.reshape(reference[ours.canonical_hub_name(key)].shape) for key, grad in again.items()}
+    again = {ours.canonical_hub_name(key): grad for key, grad in again.items()}
+    found = {key: grad.reshape(reference[key].shape) for key, grad in again.items()}
     assert error(found, reference) <= 1e-12  # measured: at most 2e-15
 
     ours.disable_gradient_checkpointing()
