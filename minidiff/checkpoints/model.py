@@ -123,10 +123,10 @@ class Stored(nn.Module):
             raise CheckpointError("safe_serialization=False asks for a pickle; minidiff writes only safetensors")
         if unknown := refuse_unless_harmless(harmless):
             raise TypeError(f"save_pretrained has no argument {', '.join(unknown)}")
-        folder = Path(save_directory)
+        folder, tensors = Path(save_directory), self._weights()  # refused, if they are, before anything is written
         self.save_config(folder)
         if is_main_process:
-            save_weights(self._weights(), folder, self.weights_stem, variant, max_shard_size)
+            save_weights(tensors, folder, self.weights_stem, variant, max_shard_size)
 
     def _weights(self) -> dict[str, Tensor]:
         """Return the weights under the names that they have in files."""

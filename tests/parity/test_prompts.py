@@ -78,7 +78,7 @@ def test_what_is_cut_off_is_returned(sd: Pair, xl: Pair, caplog: pytest.LogCaptu
     assert pipe(SHORT, negative_prompt=LONG, guidance_scale=1.0, **options).dropped is None  # it is not read
 
     assert pipe(SHORT, **options).dropped is None
-    assert out.keys() == ("images", "dropped") and out[0] is out.images  # the reference's fields come first
+    assert list(out) == ["images", "dropped"] and out[0] is out.images  # the reference's fields come first
     assert len(pipe(LONG, return_dict=False, **options)) == 2
 
     pipe, _ = xl

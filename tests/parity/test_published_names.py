@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -296,7 +297,7 @@ def test_a_layer_is_exchanged_by_its_published_name() -> None:
         ours.mid_block = nn.Identity()
 
 
-def test_what_is_added_is_trained_and_saved_by_name() -> None:
+def test_what_is_added_is_trained_and_saved_by_name(tmp_path: Path) -> None:
     """As peft does: a layer gives way to one that holds it; and a processor that has weights."""
 
     class Adapted(nn.Module):
@@ -333,7 +334,8 @@ def test_what_is_added_is_trained_and_saved_by_name() -> None:
     ours.load_state_dict(state)
     assert torch.equal(run(ours), before)
     with pytest.raises(minidiff.errors.CheckpointError, match="weights are not those of its configuration"):
-        ours.save_pretrained("/nowhere/at/all")
+        ours.save_pretrained(tmp_path / "new")
+    assert not (tmp_path / "new").exists()
 
 
 def test_forward_is_exchanged_as_prompt_to_prompt_does() -> None:
