@@ -1,8 +1,8 @@
 """``DiffusionPipeline``: components that belong together, loaded from and saved to a folder with a model_index.json.
 
 The file names the pipeline's class and, for each component, a library and a class; each component lies in a subfolder
-of its own name. Library and class only choose among minidiff's own classes and those of modules that the program has
-imported itself: no code is ever taken from a checkpoint.
+of its own name. Library and class only choose among minidiff's own classes and those that the program has derived from
+them, in modules that it has imported itself: no code is ever taken from a checkpoint.
 """
 
 import inspect
@@ -23,6 +23,7 @@ from minidiff.checkpoints.load import as_dtype, paused_collector
 from minidiff.checkpoints.model import REFERENCE_VERSION, Stored, refuse_pickles, refuse_unless_harmless
 from minidiff.checkpoints.save import save_json
 from minidiff.config import Config, read_json
+from minidiff.configured import ConfigMixin
 from minidiff.errors import CheckpointError, ConfigError
 from minidiff.pipelines.memory import MemorySavers
 from minidiff.pipelines.single_file import SingleFilePipeline
@@ -403,14 +404,14 @@ def _component_class(name: str, entry: Any, optional: bool, path: Path) -> type 
     library, class_name = entry
     ours = library in ("diffusers", "transformers")
     found = _public(class_name) if ours else getattr(sys.modules.get(library), class_name, None)
-    if isinstance(found, type) and hasattr(found, "from_pretrained"):
+    if isinstance(found, type) and (ours or issubclass(found, (Stored, ConfigMixin))):
         return found
     if optional:
         _say_once(f"{name} ({class_name}) of the checkpoint is not loaded: minidiff does not implement it")
         return None
     raise ConfigError(
         f"{path}: {name} is {library}.{class_name}, which minidiff does not implement; pass {name}=... with one that "
-        "it does; or, if it is your own, import its module first"
+        "it does; or, if it is a class of your own that is derived from minidiff's, import its module first"
     )
 
 

@@ -322,7 +322,7 @@ def test_a_folder_of_ones_own_pipeline_is_not_for_the_base_class(folders: dict[s
         minidiff.DiffusionPipeline.from_pretrained(tmp_path)
 
 
-class Scale:
+class Scale(minidiff.ConfigMixin):
     """A component of one's own, in a module of one's own."""
 
     def __init__(self, factor):
@@ -351,8 +351,12 @@ def test_a_component_of_ones_own(folders: dict[str, Path], tmp_path: Path, monke
     assert json.loads((tmp_path / "model_index.json").read_text())["scale"] == ["my_parts", "Scale"]
     again = Scaled.from_pretrained(tmp_path)
     assert again.scale.factor == 3 and again.other.factor == 4  # other has a default: its entry says what it is
+    refused = "scale is my_parts.Scale.*a class of your own that is derived from minidiff's, import its module first"
+    module.Scale = type("Scale", (), dict(vars(Scale)))  # a file cannot choose among whatever has been imported
+    with pytest.raises(ConfigError, match=refused):
+        Scaled.from_pretrained(tmp_path)
     monkeypatch.delitem(sys.modules, "my_parts")  # nothing is imported because a file says so
-    with pytest.raises(ConfigError, match="scale is my_parts.Scale.*if it is your own, import its module first"):
+    with pytest.raises(ConfigError, match=refused):
         Scaled.from_pretrained(tmp_path)
 
 
