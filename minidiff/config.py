@@ -5,6 +5,7 @@ Hub's own field names. The ``*Spec`` records are what the networks are built fro
 (``block_out_channels``, ``down_block_types``, ``attention_head_dim``...) turned once into one record per level.
 """
 
+import inspect
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -50,6 +51,14 @@ def _frozen(kind: type[Config], fields: dict[str, Any]) -> Config:
     made = dict.__new__(kind)
     dict.update(made, fields)
     return made
+
+
+def show_fields(init: Any, defaults: Config) -> None:
+    """Let ``inspect.signature`` of a constructor that takes ``**fields`` list them with their defaults."""
+    values = {name: tuple(value) if isinstance(value, list) else value for name, value in defaults.items()}
+    kind = inspect.Parameter
+    fields = [kind(name, kind.KEYWORD_ONLY, default=value) for name, value in values.items()]
+    init.__signature__ = inspect.Signature([kind("self", kind.POSITIONAL_ONLY), *fields])
 
 
 def read_json(path: str | Path) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from minidiff.checkpoints.names import canonical_unet_name, unet_rows
 from minidiff.checkpoints.remap import Row
 from minidiff.checkpoints.single_file import SingleFileModel
 from minidiff.compat.attention import Attending, processor_arguments
-from minidiff.config import Config, check_types, complete, per_level
+from minidiff.config import Config, check_types, complete, per_level, show_fields
 from minidiff.errors import ConfigError
 from minidiff.freeu import FreeU
 from minidiff.layers import (
@@ -574,3 +574,6 @@ def _has_attention(field: str, types: list[str], known: Mapping[str, bool], coun
             f"block_out_channels; found {types}"
         )
     return [known[block] for block in types]
+
+
+show_fields(UNet2DConditionModel.__init__, unet_config({}))

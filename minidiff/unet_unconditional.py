@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from minidiff.checkpoints.names import canonical_unconditional_unet_name, unconditional_unet_rows
 from minidiff.checkpoints.remap import Row
-from minidiff.config import Config, check_types, complete, per_level
+from minidiff.config import Config, check_types, complete, per_level, show_fields
 from minidiff.errors import ConfigError
 from minidiff.layers import FourierFeatures, TimeMLP
 from minidiff.outputs import Output
@@ -291,3 +291,6 @@ def _block_kinds(
             f"{types}"
         )
     return [known[name] for name in names]
+
+
+show_fields(UNet2DModel.__init__, unconditional_unet_config({}))

@@ -23,7 +23,7 @@ from minidiff.checkpoints.remap import Row
 from minidiff.checkpoints.single_file import SingleFileModel
 from minidiff.compat.attention import Attending
 from minidiff.compat.published import Published
-from minidiff.config import Config, check_types, complete
+from minidiff.config import Config, check_types, complete, show_fields
 from minidiff.errors import ConfigError
 from minidiff.layers import Downsample, PixelAttention, ResBlock, Upsample, silu
 from minidiff.outputs import Output
@@ -368,3 +368,6 @@ def vae_spec(config: Config) -> VAESpec:
         groups=config.norm_num_groups,
         mid_attention=config.mid_block_add_attention,
     )
+
+
+show_fields(AutoencoderKL.__init__, vae_config({}))

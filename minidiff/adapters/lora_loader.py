@@ -156,8 +156,12 @@ class LoraLoader:
     def delete_adapters(self, adapter_names: str | Sequence[str]) -> None:
         """Remove some adapters. Where no active one is left, the oldest becomes active, as in the reference."""
         self._refuse_fused("delete adapters")
-        for name in self._known(adapter_names):
-            for adapters in self._all_adapters().values():
+        names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
+        there = {name for adapters in self._all_adapters().values() for name in adapters.names}
+        if unknown := sorted(set(names) - there):
+            logger.warning("no adapter %s to delete; there are %s", unknown, sorted(there))
+        for adapters in self._all_adapters().values():
+            for name in names:
                 adapters.delete(name)
         for network in self._lora_networks().values():
             if adapters_of(network) is not None and not adapters_of(network).names:
@@ -244,14 +248,10 @@ class LoraLoader:
             adapters.fuse(lora_scale, safe_fusing)
 
     def unfuse_lora(self, components: Sequence[str] | None = None) -> None:
-        """Put the original weights back: the very tensors, not W + s B A - s B A as in the reference.
-
-        Raises:
-            ValueError: if nothing is fused.
-        """
+        """Put the original weights back: the very tensors, not W + s B A - s B A as in the reference."""
         chosen = [adapters for adapters in self._chosen(components).values() if adapters.fused]
         if not chosen:
-            raise ValueError("no adapter is fused; after unload_lora_weights() the original weights are gone")
+            logger.warning("no adapter is fused; after unload_lora_weights() the original weights are gone")
         for adapters in chosen:
             adapters.unfuse()
 

@@ -16,12 +16,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from minidiff.adapters.lora import adapters_of
+from minidiff.adapters.lora import Patch, adapters_of
 from minidiff.adapters.lora_config import KEY
 from minidiff.adapters.lora_loader import FILE_NAME, LoadedLora, LoraLoader
 from minidiff.adapters.source import AdapterFile, read_adapter
 from minidiff.checkpoints.model import refuse_pickles, refuse_unless_harmless
 from minidiff.checkpoints.save import save_tensors
+from minidiff.config import Config
 from minidiff.errors import CheckpointError
 
 _WHERE = ("weight_name", "subfolder", "revision", "cache_dir", "local_files_only", "token", "force_download")
@@ -103,21 +104,32 @@ class AdaptedNetwork:
             raise CheckpointError("safe_serialization=False asks for a pickle; minidiff writes only safetensors")
         (name,) = self._lora_loader._known(adapter_name)
         tensors: dict[str, Tensor] = {}
-        ranks: dict[str, int] = {}
-        alphas: dict[str, float] = {}
-        for patch in adapters_of(self).patches.values():
-            if name in patch.scales:
-                down, up = patch.matrices(name)
-                tensors |= {f"{patch.hub}.lora_A.weight": down, f"{patch.hub}.lora_B.weight": up}
-                ranks[f"^{patch.hub}"], alphas[f"^{patch.hub}"] = len(down), patch.scales[name] * len(down)
+        for patch in self._patches(name):
+            down, up = patch.matrices(name)
+            tensors |= {f"{patch.hub}.lora_A.weight": down, f"{patch.hub}.lora_B.weight": up}
         if upcast_before_saving:
             tensors = {key: tensor.float() for key, tensor in tensors.items()}
+        path = Path(save_directory, weight_name or FILE_NAME)
+        save_tensors(tensors, path, {"format": "pt", KEY: json.dumps(self._lora_config(name), sort_keys=True)})
+
+    @property
+    def peft_config(self) -> dict[str, Config]:
+        """What peft's configuration of each adapter says of ranks, alphas and layers; absent without adapters."""
+        if (adapters := adapters_of(self)) is None:
+            raise AttributeError("no adapter is loaded")
+        return {name: Config(self._lora_config(name)) for name in adapters.names}
+
+    def _patches(self, name: str) -> list[Patch]:
+        return [patch for patch in adapters_of(self).patches.values() if name in patch.scales]
+
+    def _lora_config(self, name: str) -> dict[str, Any]:
+        ranks = {f"^{patch.hub}": len(patch.matrices(name)[0]) for patch in self._patches(name)}
+        alphas = {f"^{patch.hub}": patch.scales[name] * ranks[f"^{patch.hub}"] for patch in self._patches(name)}
         r, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
         fields: dict[str, Any] = {"r": r, "lora_alpha": alpha, "target_modules": [key[1:] for key in ranks]}
         fields["rank_pattern"] = {key: value for key, value in ranks.items() if value != r}
         fields["alpha_pattern"] = {key: value for key, value in alphas.items() if value != alpha}
-        path = Path(save_directory, weight_name or FILE_NAME)
-        save_tensors(tensors, path, {"format": "pt", KEY: json.dumps(fields, sort_keys=True)})
+        return fields
 
     def set_adapters(self, adapter_names: str | Sequence[str], weights: Any = None) -> None:
         """Make these adapters the active ones; ``weights`` as in ``LoraLoader.set_adapters``, or dicts of blocks."""

@@ -31,6 +31,7 @@ class Stored(nn.Module):
     """A network that is loaded and saved in Hub layout: ``config.json`` beside safetensors."""
 
     weights_stem: ClassVar[str] = "diffusion_pytorch_model"  # of the weight files: "model" for text encoders
+    config_name: ClassVar[str] = "config.json"
     _keep_in_fp32_modules: ClassVar[None] = None  # read by programs that choose a dtype: no part is kept in another
     _repeated_blocks: ClassVar[tuple[str, ...]] = ()  # classes of which a network has many, worth compiling alone
     config: Config
@@ -248,7 +249,7 @@ class Model(Named, Stored):
         if folder.is_file():
             raise CheckpointError(f"{folder} is a file; save_pretrained needs a folder")
         folder.mkdir(parents=True, exist_ok=True)
-        save_json(self.config_to_save(), folder / "config.json")
+        save_json(self.config_to_save(), folder / self.config_name)
 
     def config_to_save(self) -> dict[str, Any]:
         """Return the fields of ``config.json``, in the manner of diffusers; text encoders have that of transformers."""

@@ -23,7 +23,7 @@ from minidiff.configured import ConfigMixin
 class ModelMixin(ConfigMixin, Stored):
     """Base of networks of one's own: an ``nn.Module`` with ``from_pretrained`` and ``save_pretrained``."""
 
-    config_name: ClassVar[str] = "config.json"
+    config_name: ClassVar[str] = Stored.config_name
 
     def __getattr__(self, name: str) -> Any:
         try:

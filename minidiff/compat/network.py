@@ -57,6 +57,8 @@ class Named(Published):
 
     def _published_tree(self) -> Tree:
         tree = vars(self).get("_tree")
+        if tree is not None and tree.seen[0][0] is not self._modules:
+            tree = None  # a foreign copy brought along what belongs to another
         if tree is None or not tree.current():
             tree = vars(self)["_tree"] = grow(self, self.rows(), self.config, tree.parts if tree else {})
         return tree
@@ -69,6 +71,8 @@ class Named(Published):
             parts = self.published()._modules
             if name in parts:
                 return parts[name]
+            if name in ("mid_block", "class_embedding") and "down_blocks" in parts:
+                return None  # of a UNet that has none
             if name in self.config:
                 warnings.warn(
                     f"{type(self).__name__}.{name} is deprecated: write {type(self).__name__}.config.{name}",

@@ -41,6 +41,7 @@ PATHS: dict[str, Sequence[str]] = {
     "configuration_utils": ["configured", "compat.utils"],
     "image_processor": ["pipelines.image_inputs", "compat.utils"],
     "loaders": ["adapters", "compat.utils"],
+    "loaders.peft": ["adapters.network"],
     "logging": ["compat.logging"],  # there an attribute of the package
     "models": ["unet", "unet_unconditional", "vae", "checkpoints", "compat.utils"],
     "models.attention_processor": ["compat.attention"],
@@ -89,6 +90,7 @@ NAMES: dict[str, tuple[str, str]] = {  # published name -> the module below mini
     "ImagePipelineOutput": ("pipelines.ddpm", "ImagePipelineOutput"),
     "LoraLoaderMixin": ("adapters.lora_loader", "LoraLoader"),
     "StableDiffusionLoraLoaderMixin": ("adapters.lora_loader", "LoraLoader"),
+    "PeftAdapterMixin": ("adapters.network", "AdaptedNetwork"),
     "PIL_INTERPOLATION": ("pipelines.image_inputs", "RESAMPLING"),
     "StableDiffusionMixin": ("pipelines.memory", "MemorySavers"),
     "StableDiffusionXLLoraLoaderMixin": ("adapters.lora_loader", "LoraLoader"),

@@ -26,6 +26,7 @@ from minidiff.checkpoints.remap import Op, Row
 
 # Children that the reference sets to None where a part does not have them, and what it has beyond the table.
 _NONE = frozenset("downsamplers upsamplers conv_shortcut time_emb_proj group_norm spatial_norm".split())
+_REBUILT = "this {} lacks {}; copy it with copy.deepcopy, compile its blocks with compile_repeated_blocks()"
 _SHARED = ("_parameters", "_buffers", "_non_persistent_buffers_set")  # and all hooks
 
 
@@ -75,6 +76,8 @@ class Part(nn.Module):
         own = vars(self)
         if "places" not in own or isinstance(getattr(type(self), name, None), property):
             super().__setattr__(name, value)
+        elif name == "_modules":
+            raise RuntimeError(_REBUILT.format(self.name, "its network"))
         elif name in own["places"]:
             module, key = own["places"][name]
             setattr(module, key, value)
@@ -169,6 +172,8 @@ def grow(network: nn.Module, rows: list[Row], config: Mapping[str, Any], old: di
     """Make the published tree of a network; parts of an older one keep their identity."""
     pairs = {o.rpartition(".")[0]: h.rpartition(".")[0] for row in rows for o, h in zip(row.ours, row.hub, strict=True)}
     modules = {Names.plain(name): module for name, module in own_modules(network)}
+    if lost := pairs.keys() - modules.keys():
+        raise RuntimeError(_REBUILT.format(type(network).__name__, min(lost)))
     compiled = {Names.plain(name): name for name, _ in own_modules(network) if "._orig_mod" in name}
     rank = {name: i for i, name in enumerate(modules)}  # in this order the reference, too, makes its modules
     pairs = dict(sorted(pairs.items(), key=lambda pair: rank[pair[0]]))
@@ -303,6 +308,8 @@ class Published(nn.Module):
         if network is None:
             return self._modules
         network.published()  # which has told this part what it stands for
+        if vars(self)["_part"].real is not self:
+            raise RuntimeError(_REBUILT.format(type(self).__name__, "its place"))
         return vars(self)["_part"]._modules
 
     def __getattr__(self, name: str) -> Any:

@@ -97,7 +97,10 @@ def test_a_unet_loads_weighs_switches_and_deletes(sd: Pipes) -> None:
         pipe.unet.set_adapters("a1")
     assert_same_unets(sd)
     assert all(relative_error(a, b) > 1e-3 for k, a in enumerate(seen) for b in seen[:k])
-    sd[0].unet.unload_lora()
+    for pipe in sd:
+        assert list(pipe.unet.peft_config) == ["a1"] and pipe.unet.peft_config["a1"].r == 2
+        pipe.unet.unload_lora()
+        assert not hasattr(pipe.unet, "peft_config")
     assert torch.equal(unet_output(sd[0]), plain) and sd[0].get_list_adapters() == {}
 
 

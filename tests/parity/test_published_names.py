@@ -442,6 +442,36 @@ def test_compiled_parts_keep_their_names(tmp_path: Any) -> None:
     assert torch.equal(run(again), run(ours)) and again.name_or_path == str(tmp_path)
 
 
+def test_a_network_without_a_middle_says_none() -> None:
+    fields = {**PIXELS, "mid_block_type": None}
+    ours, theirs = minidiff.UNet2DModel(**fields), diffusers.UNet2DModel(**fields)
+    assert ours.mid_block is theirs.mid_block is None and ours.class_embedding is theirs.class_embedding is None
+    assert not hasattr(minidiff.AutoencoderKL(**VAE), "mid_block")
+
+
+@pytest.mark.parametrize("asked_before", [False, True])
+@pytest.mark.parametrize("name", ["unet", "vae", "clip", "unconditional"])
+def test_rebuilding_a_network_from_its_listing_is_refused(name: str, asked_before: bool) -> None:
+    """accelerate copies a module without its children, and adds what ``named_children`` gave, compiled."""
+    from accelerate.utils import compile_regions
+
+    ours, _ = make(name)
+    before, listed = run(ours), asked_before and list(ours.named_modules())
+    with pytest.raises(RuntimeError, match=r"lacks .*; copy it with copy\.deepcopy, .*compile_repeated_blocks"):
+        compile_regions(ours, backend="eager")
+    assert torch.equal(run(ours), before) and (not listed or list(ours.named_modules()) == listed)
+
+
+def test_a_copied_part_is_not_its_module() -> None:
+    ours, _ = make("unet")
+    part = ours.mid_block.resnets[0]
+    copied = type(part).__new__(type(part))
+    vars(copied).update(vars(part))
+    with pytest.raises(RuntimeError, match="lacks its network"):
+        copied._modules = {}
+    assert ours.mid.res[0]._modules and part._modules
+
+
 def test_freeu() -> None:
     values = {"s1": 0.9, "s2": 0.2, "b1": 1.5, "b2": 1.6}
     fields = {

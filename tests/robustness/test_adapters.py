@@ -380,8 +380,6 @@ WRONG: dict[str, tuple[str, tuple[Any, ...], type[Exception], str]] = {
         ValueError,
         "3 weights for 2",
     ),
-    "deleted unknown": ("delete_adapters", ("x",), ValueError, r"found \['x'\]"),
-    "unfused": ("unfuse_lora", (), ValueError, "no adapter is fused"),
     "fused elsewhere": ("fuse_lora", (["vae"],), ValueError, r"some of unet, text_encoder; found \['vae'\]"),
     "fused nowhere": ("fuse_lora", ([],), ValueError, "components should be a list"),
     "fused by a text": ("fuse_lora", (None, "x"), ValueError, "lora_scale should be a finite number, found 'x'"),
@@ -397,6 +395,21 @@ def test_wrong_arguments(pipe: StableDiffusionPipeline, name: str) -> None:
     with pytest.raises(kind, match=message):
         getattr(pipe, method)(*arguments)
     assert pipe.get_active_adapters() == ["one"] and not pipe.fused_loras
+
+
+@pytest.mark.parametrize(
+    ("method", "arguments", "message"),
+    [("delete_adapters", ("x",), r"no adapter \['x'\] to delete"), ("unfuse_lora", (), "no adapter is fused")],
+)
+def test_what_is_done_already_is_said(
+    pipe: StableDiffusionPipeline, caplog: Any, method: str, arguments: tuple[str, ...], message: str
+) -> None:
+    """The reference does nothing, and says nothing."""
+    pipe.load_lora_weights(lora(), "one")
+    for owner in (pipe, pipe.unet):
+        caplog.clear()
+        getattr(owner, method)(*arguments)
+        assert re.search(message, caplog.text) and pipe.get_active_adapters() == ["one"]
 
 
 def test_what_fused_adapters_refuse(pipe: StableDiffusionPipeline) -> None:
