@@ -53,10 +53,7 @@ class Attention(Part):
         """Whether the normalisation before and the sum with the input after are part of it: attention over pixels."""
         return hasattr(self.real, "self_attn")
 
-    @property
-    def upcast_softmax(self) -> bool:
-        """Whether the reference keeps the softmax in float32: where attention is over pixels."""
-        return self.residual_connection
+    upcast_softmax = residual_connection  # whether the reference keeps the softmax in float32
 
     @property
     def rescale_output_factor(self) -> float:
@@ -67,11 +64,6 @@ class Attention(Part):
     def heads(self) -> int:
         """The number of heads."""
         return self.real.self_attn.heads if self.residual_connection else self.real.heads
-
-    @property
-    def sliceable_head_dim(self) -> int:
-        """The number of heads."""
-        return self.heads
 
     @property
     def scale(self) -> float:
@@ -317,7 +309,7 @@ class Attending:
         """Every processor, by its published name, such as ``mid_block.attentions.0...attn1.processor``."""
         return {f"{name}.processor": attn.processor for name, attn in self._attentions()}
 
-    def set_attn_processor(self, processor: Processor | dict[str, Processor]) -> None:
+    def set_attn_processor(self, processor: Processor | dict[str, Processor] | None) -> None:
         """Let ``processor`` compute every attention, or each its own: a dict with the keys of ``attn_processors``."""
         attentions = {f"{name}.processor": attn for name, attn in self._attentions()}
         if isinstance(processor, Mapping) and processor.keys() != attentions.keys():
@@ -331,8 +323,7 @@ class Attending:
 
     def set_default_attn_processor(self) -> None:
         """Let minidiff compute every attention."""
-        for _, attn in self._attentions():
-            attn.set_processor(None)
+        self.set_attn_processor(None)
 
     @property
     def has_processors(self) -> bool:

@@ -262,7 +262,7 @@ def test_attention_answers_what_programs_read() -> None:
         assert found.keys() == expected.keys()
         fields = (
             "heads scale inner_dim query_dim cross_attention_dim residual_connection rescale_output_factor norm_q "
-            "norm_k upcast_attention upcast_softmax sliceable_head_dim is_cross_attention norm_cross "
+            "norm_k upcast_attention upcast_softmax is_cross_attention norm_cross "
             "spatial_norm scale_qk added_kv_proj_dim only_cross_attention fused_projections"
         ).split()
         for key, attn in found.items():
@@ -273,8 +273,9 @@ def test_attention_answers_what_programs_read() -> None:
         for out_dim in (3, 4):
             x = torch.randn(2, 5, attn.inner_dim)
             assert torch.equal(attn.head_to_batch_dim(x, out_dim), expected[key].head_to_batch_dim(x, out_dim))
-            both = (a.prepare_attention_mask(mask, 5, 2, out_dim) for a in (attn, expected[key]))
-            assert torch.equal(*both)
+            for length in (5, 3):  # one that is not as long is padded, there too
+                both = (a.prepare_attention_mask(mask, length, 2, out_dim) for a in (attn, expected[key]))
+                assert torch.equal(*both)
 
 
 def test_a_layer_is_exchanged_by_its_published_name() -> None:
@@ -367,6 +368,7 @@ def test_forward_is_exchanged_as_prompt_to_prompt_does() -> None:
 def test_parts_are_called_as_the_reference_calls_them() -> None:
     g = torch.Generator().manual_seed(1)
     x, temb, ctx = (torch.randn(s, generator=g).double() for s in ((2, 16, 4, 4), (2, 64), (2, 5, 24)))
+    mask = torch.randn(2, 1, 5, generator=g).double()
     (ours, theirs), (vae, their_vae), (clip, their_clip) = make("unet"), make("vae"), make("clip")
     with torch.no_grad():
         for call in (
@@ -380,6 +382,7 @@ def test_parts_are_called_as_the_reference_calls_them() -> None:
             ),
             lambda net: net.down_blocks[0].attentions[0].transformer_blocks[0].attn1(x.flatten(2).mT),
             lambda net: net.down_blocks[0].attentions[0].transformer_blocks[0].attn2(x.flatten(2).mT, ctx),
+            lambda net: net.down_blocks[0].attentions[0].transformer_blocks[0].attn2(x.flatten(2).mT, ctx, mask),
             lambda net: net.down_blocks[0].attentions[0].transformer_blocks[0].ff(x.flatten(2).mT),
             lambda net: net.down_blocks[0].downsamplers[0](x),
             lambda net: net.time_embedding(torch.ones(2, 16).double()),
@@ -390,6 +393,7 @@ def test_parts_are_called_as_the_reference_calls_them() -> None:
             lambda net: net.encoder(picture),
             lambda net: net.decoder(torch.ones(1, 4, 4, 4).double()),
             lambda net: net.encoder.mid_block.attentions[0](torch.ones(1, 16, 4, 4).double()),
+            lambda net: net.encoder.mid_block(torch.ones(1, 16, 4, 4).double()),
         ):
             assert relative_error(call(vae), call(their_vae)) < BOUND
         assert (
@@ -440,6 +444,41 @@ def test_compiled_parts_keep_their_names(tmp_path: Any) -> None:
     ours.save_pretrained(tmp_path, is_main_process=True, save_function=torch.save, push_to_hub=False)
     again = minidiff.AutoencoderKL.from_pretrained(tmp_path, torch_dtype=torch.float64)
     assert torch.equal(run(again), run(ours)) and again.name_or_path == str(tmp_path)
+
+
+def test_masks_reach_a_processor_that_keeps_its_scores() -> None:
+    ours, theirs = make("unet")
+    theirs.set_attn_processor(diffusers.models.attention_processor.AttnProcessor())
+    for _, attn in ours.named_modules():
+        if isinstance(attn, Attention):
+            attn.processor = plain = AttnProcessor()
+            assert attn.get_processor() is plain
+    x, ctx = torch.ones(2, 4, 8, 8).double(), torch.linspace(-1, 1, 240).double().reshape(2, 5, 24)
+    mask = torch.tensor([[1, 1, 0, 1, 0], [1, 1, 1, 1, 1]])
+    with torch.no_grad():
+        results = [net(x, 7, ctx, encoder_attention_mask=mask).sample for net in (ours, theirs)]
+        assert relative_error(ours(x, 7, ctx).sample, results[1]) > 1e-6
+    assert relative_error(*results) < BOUND
+
+
+def test_a_transformer_is_exchanged_by_its_forward_and_a_norm_of_the_vae_by_name() -> None:
+    def passed_by(
+        x: Tensor, encoder_hidden_states: Tensor, *, return_dict: bool = True, **others: Any
+    ) -> tuple[Tensor]:
+        return (x + encoder_hidden_states.mean(),)
+
+    plain, results = run(make("unet")[0]), []
+    for network in (networks := make("unet")):
+        network.mid_block.attentions[0].forward = passed_by
+        results.append(run(network))
+    assert relative_error(*results) < BOUND < 1e-6 < relative_error(results[0], plain)
+    del networks[0].mid_block.attentions[0].forward
+    assert torch.equal(run(networks[0]), plain)
+    both = make("vae")
+    before = run(both[0])
+    for network in both:
+        network.decoder.conv_norm_out = randomize(nn.GroupNorm(2, network.decoder.conv_norm_out.num_channels).double())
+    assert relative_error(*map(run, both)) < BOUND < 1e-6 < relative_error(run(both[0]), before)
 
 
 def test_a_network_without_a_middle_says_none() -> None:
