@@ -131,9 +131,20 @@ class ByHand:
         """Turn latents into pixels (B, H, W, 3) in [0, 1]."""
         return self.decode(latents, "np")
 
-    def run_safety_checker(self, image: Any, device: Any, dtype: Any) -> tuple[Any, None]:
-        """Return the pictures and None: no safety checker is loaded."""
-        return image, None
+    def run_safety_checker(self, image: Any, device: Any, dtype: Any) -> tuple[Any, list[bool] | None]:
+        """Return pictures and flags as a ``safety_checker`` that the program has set does, the flags None without one.
+
+        It is called with images=pixels (B, 3, H, W) in [-1, 1] and clip_input=what a ``feature_extractor`` makes of
+        them, None without one.
+        """
+        if self.safety_checker is None:
+            return image, None
+        features = None
+        if self.feature_extractor is not None:
+            tensor = isinstance(image, Tensor)
+            pictures = self.image_processor.postprocess(image) if tensor else self.numpy_to_pil(image)
+            features = self.feature_extractor(pictures, return_tensors="pt").to(device).pixel_values.to(dtype)
+        return self.safety_checker(images=image, clip_input=features)
 
     def upcast_vae(self) -> None:
         """Make the autoencoder float32."""

@@ -63,6 +63,7 @@ class Run:
     denoising_end: float | None = None
     timestep_cond: Tensor | None = None  # the encoded guidance scale, (1, width), for a UNet that is told it (LCM)
     core: "Scheduler | ByFace | None" = None  # what takes the steps
+    flagged: list[bool] | None = None  # the pictures that a safety checker objects to; None = nobody looked
     step: int = 0  # of the plan, the one being taken
     memo: "Memo | None" = None  # what an optimized UNet remembers from step to step
 

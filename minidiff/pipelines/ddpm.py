@@ -17,6 +17,7 @@ from torch import Tensor
 from minidiff.outputs import Output
 from minidiff.pipelines.base import DiffusionPipeline
 from minidiff.pipelines.common import Step, make_generators
+from minidiff.pipelines.foreign import ByFace, core_of, first
 from minidiff.pipelines.request import Generators, as_python, check_choice, check_count, check_number
 from minidiff.random import randn
 from minidiff.schedulers.base import Plan, Scheduler
@@ -69,6 +70,7 @@ class Request:
 class Run:
     """The state of one call: nothing of it is kept on the pipeline, so any number of threads may share that."""
 
+    core: Scheduler | ByFace  # what takes the steps
     plan: Plan
     x: Tensor  # (B, C, H, W)
     generator: Generators
@@ -96,11 +98,11 @@ class UnconditionalPipeline(DiffusionPipeline):
     @torch.no_grad()
     def _yield_steps(self, run: Run) -> Iterator[Step]:
         for i, x, out in self._denoise(run):
-            yield Step(i, run.plan.timesteps[i], run.x, self.scheduler.denoised(run.plan, i, x, out))
+            yield Step(i, run.plan.timesteps[i], run.x, run.core.denoised(run.plan, i, x, out))
 
     def _start(self, request: Request) -> Run:
         """Plan the steps and draw the noise."""
-        unet, scheduler, device = self.unet, self.scheduler, self.device
+        unet, scheduler, device = self.unet, core_of(self), self.device
         options: dict[str, Any] = {"eta": request.eta} if "eta" in scheduler.run_options else {}
         if request.use_clipped_model_output is not None:
             options["use_clipped_model_output"] = request.use_clipped_model_output
@@ -108,20 +110,20 @@ class UnconditionalPipeline(DiffusionPipeline):
         scheduler.show(plan)
         if unet.config.time_embedding_type == "fourier" and min(plan.times) <= 0:
             raise ValueError(
-                f"{type(scheduler).__name__} visits timestep {min(plan.times):g}, but this UNet takes the logarithm of "
-                "the time (time_embedding_type 'fourier'), so that the pictures would be NaN"
+                f"{type(self.scheduler).__name__} visits timestep {min(plan.times):g}, but this UNet takes the logarithm "
+                "of the time (time_embedding_type 'fourier'), so that the pictures would be NaN"
             )
         generator, seeds = make_generators(request)
         shape = (request.count, unet.config.in_channels, *_trained_size(unet))
         noise = randn(shape, generator, device=device, dtype=unet.dtype)
-        return Run(plan, noise * plan.init_noise_sigma, generator, seeds)
+        return Run(scheduler, plan, noise * plan.init_noise_sigma, generator, seeds)
 
     def _denoise(self, run: Run) -> Iterator[tuple[int, Tensor, Tensor]]:
         """Take every step of the run; yield its index, the x it started from and the prediction ``out``."""
-        scheduler, plan, past = self.scheduler, run.plan, ()
+        scheduler, plan, past = run.core, run.plan, ()
         for i in range(plan.start, len(plan.steps)):
             x = run.x
-            out = self.unet(scheduler.scale_input(plan, i, x), plan.timesteps[i]).sample
+            out = first(self.unet(scheduler.scale_input(plan, i, x), plan.timesteps[i]), "sample")
             noise = scheduler.draw_noise(plan, i, x, run.generator)
             run.x, past = scheduler.advance(plan, i, x, out, past, noise)
             scheduler.show(plan, i + 1)

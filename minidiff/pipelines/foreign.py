@@ -26,7 +26,7 @@ from minidiff.schedulers.base import Plan, Scheduler
 FACE = ("set_timesteps", "timesteps", "init_noise_sigma", "scale_model_input", "step", "add_noise")
 STEPS = (  # the methods that a call of the reference's pipelines goes through
     *("check_inputs", "encode_prompt", "prepare_latents", "prepare_extra_step_kwargs", "get_timesteps"),
-    *("prepare_image_latents", "prepare_mask_latents", "run_safety_checker", "get_guidance_scale_embedding"),
+    *("prepare_image_latents", "prepare_mask_latents", "upcast_vae"),
     *("_get_add_time_ids", "_encode_vae_image", "_encode_prompt"),
 )
 
@@ -121,14 +121,14 @@ class ByFace:
     def draw_noise(self, plan: Plan, i: int, x: Tensor, generator: Generators = None) -> dict[str, Any]:
         """Return, in place of noise, what ``step`` is to be given: it draws by itself."""
         if self._extra is None:
-            self._extra = self._step_arguments(generator, plan.options["eta"])
+            self._extra = self._step_arguments(generator, plan.options)
         return self._extra
 
-    def _step_arguments(self, generator: Generators, eta: float) -> dict[str, Any]:
+    def _step_arguments(self, generator: Generators, options: Mapping[str, Any]) -> dict[str, Any]:
         if overridden(self.pipe, "prepare_extra_step_kwargs"):
-            return self.pipe.prepare_extra_step_kwargs(generator, eta)
+            return self.pipe.prepare_extra_step_kwargs(generator, options["eta"])
         takes = inspect.signature(self.scheduler.step).parameters
-        return {name: value for name, value in (("eta", eta), ("generator", generator)) if name in takes}
+        return {name: value for name, value in {**options, "generator": generator}.items() if name in takes}
 
     def advance(
         self, plan: Plan, i: int, x: Tensor, out: Tensor, past: tuple[Any, ...], noise: dict[str, Any]

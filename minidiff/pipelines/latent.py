@@ -66,11 +66,13 @@ class LatentPipeline(ByHand, Callbacks, LoraLoader, TextualInversionLoader, Diff
         """
         if output_type == "latent":
             return latents
+        return self.image_processor.postprocess(self._decoded(latents), output_type)
+
+    def _decoded(self, latents: Tensor) -> Tensor:
         if self.vae is None:
             raise ValueError("this pipeline has no vae: take the latents with output_type='latent'")
         vae = self._decoder()
-        x = first(vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor), "sample")
-        return self.image_processor.postprocess(x, output_type)
+        return first(vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor), "sample")
 
     def _decoder(self) -> AutoencoderKL:
         """Return the autoencoder in the dtype that it is to decode in."""
@@ -184,10 +186,6 @@ class LatentPipeline(ByHand, Callbacks, LoraLoader, TextualInversionLoader, Diff
                     f"{type(self).__name__}.{name} is overridden, and a call does not go through it: override "
                     f"{' or '.join(self._calls)}, or write a __call__ of your own"
                 )
-        if getattr(self, "safety_checker", None) is not None:
-            raise TypeError(
-                "safety_checker is set, and minidiff runs none: set pipe.safety_checker = None, or check images"
-            )
 
     def _noise(
         self, shape: tuple[int, ...], request: Request, plan: Plan, generator: Generators, like: Tensor
@@ -238,6 +236,8 @@ class LatentPipeline(ByHand, Callbacks, LoraLoader, TextualInversionLoader, Diff
         with self._going_on(run):
             images = self._finish(run, handling)
             out = self.output_class(images=images, seeds=run.seeds, dropped=run.dropped)
+            if run.flagged is not None:
+                out.nsfw_content_detected = run.flagged
         return out if return_dict else tuple(getattr(out, name) for name in self.output_class.reference_fields)
 
     def _finish(self, run: Run, handling: Handling) -> "Images":
@@ -249,9 +249,19 @@ class LatentPipeline(ByHand, Callbacks, LoraLoader, TextualInversionLoader, Diff
                 if i in counted:
                     bar.update()
                     self._call_back_as_before(handling, run, i)
-        images = self.decode(run.latents, handling.output_type)
+        images = self._pictures(run, handling.output_type)
         self.maybe_free_model_hooks()
         return images
+
+    def _pictures(self, run: Run, output_type: str) -> "Images":
+        """Decode, and let ``run_safety_checker`` look at pixels in [-1, 1], where a program has set one."""
+        checked = getattr(self, "safety_checker", None) is not None or overridden(self, "run_safety_checker")
+        if output_type == "latent" or not checked:
+            return self.decode(run.latents, output_type)
+        image = self._decoded(run.latents)
+        image, run.flagged = self.run_safety_checker(image, image.device, run.prompt_embeds.dtype)
+        signed = None if run.flagged is None else [not flag for flag in run.flagged]
+        return self.image_processor.postprocess(image, output_type, signed)
 
     def _counted(self, run: Run) -> list[int]:
         """Return the evaluations that end a step for the progress bar: solvers may take several, or some to warm up."""

@@ -47,7 +47,7 @@ class StableDiffusionPipelineOutput(Output):
     reference_fields: ClassVar[tuple[str, ...]] = ("images", "nsfw_content_detected")  # the tuple of return_dict=False
 
     images: "list[Image.Image] | np.ndarray | Tensor"
-    nsfw_content_detected: None = None  # as in the reference without a safety checker
+    nsfw_content_detected: list[bool] | None = None  # None without a safety checker
     seeds: list[int] | None = None
     dropped: Dropped | None = None
 
@@ -58,8 +58,9 @@ class SDPipeline(LatentPipeline):
     Args:
         vae, text_encoder, tokenizer, unet, scheduler: the components; ``text_encoder`` and ``tokenizer`` may be None
             if embeddings are passed in, ``vae`` may be None if latents are taken out.
-        safety_checker, image_encoder: not implemented, must be None.
-        feature_extractor: kept, shared and saved; nothing here asks it.
+        safety_checker: a function or network of your own, see ``run_safety_checker``; a checkpoint's is not loaded.
+        image_encoder: not implemented, must be None.
+        feature_extractor: kept, shared and saved; only a safety checker asks it.
         requires_safety_checker: of the reference's signature; kept in ``config``.
 
     Raises:
@@ -77,7 +78,7 @@ class SDPipeline(LatentPipeline):
         tokenizer: CLIPTokenizer | None,
         unet: UNet2DConditionModel | None,
         scheduler: Scheduler | None,
-        safety_checker: None = None,
+        safety_checker: Any = None,
         feature_extractor: Any = None,
         image_encoder: None = None,
         requires_safety_checker: bool = True,
@@ -88,7 +89,8 @@ class SDPipeline(LatentPipeline):
             "image_encoder": image_encoder,
         }
         for name, component in absent.items():
-            if component is not None and name != "feature_extractor":
+            usable = name == "feature_extractor" or (name == "safety_checker" and callable(component))
+            if component is not None and not usable:
                 raise ConfigError(f"{name} is not implemented: pass {name}=None, found {type(component).__name__}")
         _check_fit(text_encoder, tokenizer, unet)
         check_channels(type(self), vae, unet)

@@ -12,7 +12,7 @@ seed.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -49,6 +49,8 @@ class XLImagePipeline(XLPipeline):
     Raises:
         ConfigError: if two components do not fit together, naming both.
     """
+
+    _calls: ClassVar[tuple[str, ...]] = ("encode_prompt", "prepare_extra_step_kwargs")
 
     def __init__(
         self,

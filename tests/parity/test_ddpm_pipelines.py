@@ -1,5 +1,6 @@
 """Whole pictures, seed for seed: ``DDPMPipeline`` and ``DDIMPipeline`` against the reference's, in float64."""
 
+import functools
 import inspect
 import json
 import shutil
@@ -359,3 +360,41 @@ def test_more_that_is_refused(folder: Path, ddim: tuple[Any, Any], tmp_path: Pat
     (tmp_path / "model_index.json").write_text(json.dumps(index | {"vqvae": ["diffusers", "VQModel"]}))
     with pytest.raises(ConfigError, match="DDPMPipeline has no place for its vqvae"):
         DiffusionPipeline.from_pretrained(tmp_path)
+
+
+class Backwards:
+    """A scheduler that is no relative of anybody's."""
+
+    def __init__(self, config: Any) -> None:
+        self.config, self.init_noise_sigma = config, 1.0
+
+    def set_timesteps(self, steps: int, device: Any = None) -> None:
+        self.timesteps = torch.linspace(999, 0, steps, device=device).long()
+
+    def step(self, out: torch.Tensor, t: Any, x: torch.Tensor, generator: Any = None, **options: Any) -> Any:
+        return type("Out", (tuple,), {"prev_sample": property(lambda self: self[0])})((0.9 * x - 0.1 * out,))
+
+
+@pytest.mark.parametrize("name", ["DDPMPipeline", "DDIMPipeline"])
+@pytest.mark.parametrize("kind", ["patched", "duck"])
+def test_a_scheduler_of_ones_own_takes_the_steps(folder: Path, name: str, kind: str) -> None:
+    pipes = load(folder, name)
+    more = {"eta": 0.5, "use_clipped_model_output": True} if name == "DDIMPipeline" else {}
+
+    def call() -> dict[str, Any]:
+        return {"num_inference_steps": 3, "generator": seeded(), **more}
+
+    plain = pipes[0](output_type="pt", **call()).images
+    for pipe in pipes:
+        if kind == "duck":
+            pipe.scheduler = Backwards(pipe.scheduler.config)
+            continue
+        original = pipe.scheduler.step
+
+        @functools.wraps(original)
+        def step(out: Any, *args: Any, original: Any = original, **kwargs: Any) -> Any:
+            return original(0.5 * out, *args, **kwargs)
+
+        pipe.scheduler.step = step
+    assert_same_call(pipes, call)
+    assert not torch.equal(pipes[0](output_type="pt", **call()).images, plain)

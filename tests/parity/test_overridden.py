@@ -17,6 +17,8 @@ import minidiff
 
 CALL = {"prompt": "red heart", "num_inference_steps": 4, "output_type": "latent", "height": 32, "width": 32}
 PICTURE = Image.linear_gradient("L").resize((32, 32)).convert("RGB")
+NOT_STEPS = {"unet", "progress_bar", "maybe_free_model_hooks", "prepare_ip_adapter_image_embeds"}
+NOT_STEPS |= {"get_guidance_scale_embedding"}  # of UNets that are told it, see test_lcm_pipelines
 MASK = Image.linear_gradient("L").resize((32, 32))
 TASKS = {
     "text": ("StableDiffusionPipeline", CALL),
@@ -217,16 +219,111 @@ def test_encode_prompt_of_sdxl(tmp_path: Path) -> None:
     check(made, height=32, width=32)
 
 
-@pytest.mark.parametrize("name", ["check_inputs", "run_safety_checker"])
+@pytest.mark.parametrize("name", ["check_inputs", "upcast_vae"])
 def test_what_no_call_would_reach_is_refused(folder: Path, name: str) -> None:
     pipe = pair(folder)[0]
     setattr(pipe, name, lambda *args, **kwargs: None)
     with pytest.raises(TypeError, match=f"StableDiffusionPipeline.{name} is overridden"):
         pipe(**CALL)
-    pipe = pair(folder)[0]
-    pipe.safety_checker = lambda images, clip_input: (images, [False])
-    with pytest.raises(TypeError, match="safety_checker"):
-        pipe(**CALL)
+
+
+@pytest.fixture(scope="module")
+def eight(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Return all pipelines over latents, and what each of them is called with besides ``CALL``."""
+    from tiny_xl import save_base
+
+    made, made_of = {}, {}
+    image, mask = {"image": PICTURE}, {"image": PICTURE, "mask_image": MASK}
+    for channels in (4, 8):
+        made_of["", channels] = save_tiny(tmp_path_factory.mktemp("sd"), unet={"in_channels": channels})
+        made_of["XL", channels] = save_base(tmp_path_factory.mktemp("xl"), unet={"in_channels": channels})
+    for task, more in (("", {}), ("Img2Img", image), ("Inpaint", mask), ("InstructPix2Pix", image)):
+        for kind in ("", "XL"):
+            name = f"StableDiffusion{kind}{task}Pipeline"
+            pipe = getattr(minidiff, name).from_pretrained(made_of[kind, 8 if task == "InstructPix2Pix" else 4])
+            pipe.set_progress_bar_config(disable=True)
+            made[name] = pipe, {**CALL, **more, "strength": 0.9}
+            sized = "strength" in inspect.signature(type(pipe).__call__).parameters
+            for absent in ("height", "width") if task == "Img2Img" else [] if sized else ["strength"]:
+                del made[name][1][absent]
+            if name == "StableDiffusionInstructPix2PixPipeline":
+                del made[name][1]["height"], made[name][1]["width"]
+    return made
+
+
+@pytest.mark.parametrize("task", ["", "Img2Img", "Inpaint", "InstructPix2Pix"])
+@pytest.mark.parametrize("kind", ["", "XL"])
+def test_every_method_of_the_references_call_is_called_or_refused(
+    eight: dict[str, Any], kind: str, task: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = f"StableDiffusion{kind}{task}Pipeline"
+    pipe, call = eight[name]
+    theirs = getattr(diffusers, name)
+    methods = set(re.findall(r"self\.([a-z_]+)\(", inspect.getsource(theirs.__call__)))
+    methods = {method for method in methods if hasattr(theirs, method)} - NOT_STEPS
+    assert len(methods) >= 5
+    for method in methods:
+        called = []
+        with monkeypatch.context() as patches:
+            original = getattr(pipe, method)
+            patches.setattr(
+                pipe, method, lambda *a, _=(original, called), **k: (_[1].append(1), _[0](*a, **k))[1], raising=False
+            )
+            try:
+                pipe(**{**call, "output_type": "np"})
+            except TypeError as error:
+                assert f"{name}.{method} is overridden" in str(error)
+                called.append(error)
+        assert called, f"{name}.{method} is overridden, and nothing happens"
+
+
+CHECKERS = {
+    "nothing is wrong": lambda images, **kwargs: (images, [False] * len(images)),
+    "the second": lambda images, clip_input=None: (torch.stack([images[0], images[1] * 0]), [False, True]),
+}
+
+
+class Extractor:
+    """Makes features of pictures as a processor of CLIP's does."""
+
+    def __call__(self, pictures: list[Image.Image], return_tensors: str) -> Any:
+        assert [picture.size for picture in pictures] == [(32, 32)] * 2
+        return self
+
+    def to(self, device: Any) -> "Extractor":
+        return self
+
+    pixel_values = torch.ones(2, 3)
+
+
+@pytest.mark.parametrize("checker", CHECKERS)
+@pytest.mark.parametrize("output_type", ["np", "latent"])
+@pytest.mark.parametrize("task", TASKS)
+def test_a_safety_checker_of_ones_own(folder: Path, checker: str, output_type: str, task: str) -> None:
+    outs, seen = [], []
+
+    def look(images: Tensor, clip_input: Tensor) -> Any:
+        seen.append((images.shape, clip_input.dtype))
+        return CHECKERS[checker](images, clip_input=clip_input)
+
+    for pipe in pair(folder, task):
+        pipe.safety_checker, pipe.feature_extractor = look, Extractor()
+        call = {**TASKS[task][1], "output_type": output_type, "num_images_per_prompt": 2}
+        outs.append(pipe(**call, generator=torch.Generator().manual_seed(0)))
+    ours, theirs = outs
+    torch.testing.assert_close(torch.as_tensor(ours.images), torch.as_tensor(theirs.images), rtol=0, atol=5e-5)
+    assert ours.nsfw_content_detected == theirs.nsfw_content_detected
+    assert seen == [((2, 3, 32, 32), torch.float32)] * 2 * (output_type == "np")
+
+
+def test_a_safety_checker_without_features(folder: Path) -> None:
+    """The line that most programs write; the reference asks for a feature extractor too."""
+    pipe = minidiff.StableDiffusionPipeline.from_pretrained(folder, safety_checker=lambda images, **_: (images, [True]))
+    pipe.set_progress_bar_config(disable=True)
+    images, flags = pipe(**{**CALL, "output_type": "pil"}, return_dict=False)
+    assert len(images) == 1 and flags == [True]
+    pipe.run_safety_checker = lambda image, device, dtype: (image, [False])
+    assert pipe(**{**CALL, "output_type": "pil"}).nsfw_content_detected == [False]
 
 
 # --- networks of one's own -------------------------------------------------------------------------------------------
@@ -315,5 +412,5 @@ def test_the_methods_that_are_refused_are_those_the_reference_calls() -> None:
     ):
         called += inspect.getsource(getattr(diffusers, name).__call__)
     methods = set(re.findall(r"self\.([a-z_]+)\(", called))
-    known = {"unet", "progress_bar", "maybe_free_model_hooks", "prepare_ip_adapter_image_embeds"}
-    assert methods - known <= {*STEPS, "upcast_vae", "watermark", "denoising_value_valid"}
+    known = {"unet", "watermark", "denoising_value_valid", "run_safety_checker", "get_guidance_scale_embedding"}
+    assert methods - known - NOT_STEPS <= {*STEPS}
