@@ -189,7 +189,7 @@ def test_components_given_are_not_loaded(folder: Path, tmp_path: Path) -> None:
     scheduler = minidiff.UniPCMultistepScheduler.from_pretrained(folder, subfolder="scheduler")
     pipe.scheduler = scheduler
     assert pipe.components["scheduler"] is scheduler
-    assert pipe.config.scheduler == ["diffusers", "UniPCMultistepScheduler"]
+    assert pipe.config.scheduler == ("diffusers", "UniPCMultistepScheduler")
 
 
 def test_to_moves_and_converts_every_network(folder: Path) -> None:

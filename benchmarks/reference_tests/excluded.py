@@ -45,6 +45,37 @@ EXCLUDED: list[tuple[str, str, str]] = [  # (pattern of the file, pattern of Cla
     ),
     ("models/test_models_auto", "dict_diffusers_class|string_path", "counts calls of private functions"),
     ("unet_2d.py", "TestNCSNpp", "NCSN++: skip blocks with FIR filters, and networks without group norm"),
+    ("pipelines/", "IPAdapter::|ip_adapter", "image prompts (IP-Adapter) are not implemented"),
+    (
+        "pipelines/stable_diffusion_xl",
+        "test_pipeline_signature",
+        "asks for the arguments of IP-Adapter in the signature",
+    ),
+    (
+        "pipelines/",
+        "test_encode_prompt_works_in_isolation",
+        "reads the names of variables in the source of encode_prompt",
+    ),
+    ("pipelines/", "test_freeu", "looks for FreeU's factors in the inner blocks; the pictures are compared in tests"),
+    ("pipelines/", "layerwise_casting", "layerwise casting to float8 is not implemented"),
+    (
+        "pipelines/stable_diffusion/",
+        "long_prompt",
+        "a warning in the log names what is cut off; here the result's field dropped does",
+    ),
+    ("pipelines/ddim", "StableDiffusionMixin_component", "StableDiffusionMixin is a base of all pipelines here"),
+    ("pipelines/ddim", "attention_slicing", "slices of two heads where there is one: refused here, ignored there"),
+    ("pipelines/test_pipelines.py", "same_device_id_offload", "asks for a GPU number 5 and a private attribute"),
+    ("pipelines/test_pipelines.py", "dtype_is_deprecated|torch_dtype_and_dtype", "the wording of warnings and errors"),
+    ("pipelines/test_pipelines.py", "no_internet", "skips itself where the Hub cannot be reached"),
+    ("pipelines/test_pipelines_auto", "_pag|test_from_pretrained_inpaint", "perturbed attention guidance (enable_pag)"),
+    ("pipelines/test_pipelines_auto", "from_pipe_optional", "an image_encoder, which only IP-Adapter asks"),
+    (
+        "pipelines/test_pipelines_auto",
+        "consistent_sdxl",
+        "requires_aesthetics_score=True with a base UNet: refused when the pipeline is made, there when it is called",
+    ),
+    ("pipelines/test_pipeline_utils", "_video", "video pipelines"),
     ("models/", "test_gradient_checkpointing_is_applied", "the names of the reference's inner classes"),
 ]
 

@@ -2,11 +2,13 @@
 
 Only import statements change, as in a migrated program: ``from diffusers.a.b import C`` means ``minidiff.a.b.C`` if
 there is such a name, else ``minidiff.C`` if that is public, else the reference's own ``C``. The reference's modules
-import each other as before. Loaded with ``-p benchmarks.reference_tests.stand_in`` it migrates the modules of the
-package ``tests``; ``migrate`` adds others, for benchmarks that run other code.
+import each other as before. Pipelines that a test writes as pickles (safe_serialization=False) are written as
+safetensors, so that the rest of the test counts. Loaded with ``-p benchmarks.reference_tests.stand_in`` it migrates the
+modules of the package ``tests``; ``migrate`` adds others, for benchmarks that run other code.
 """
 
 import builtins
+import functools
 import importlib
 from types import ModuleType
 from typing import Any
@@ -81,4 +83,17 @@ def migrate(name: str) -> None:
     _migrated.add(name)
 
 
+@functools.wraps(minidiff.DiffusionPipeline.save_pretrained)
+def save(
+    pipe: Any,
+    folder: Any,
+    safe_serialization: bool = True,
+    _original: Any = minidiff.DiffusionPipeline.save_pretrained,
+    **how: Any,
+) -> None:
+    """Save a pipeline without pickles."""
+    _original(pipe, folder, **how)
+
+
+minidiff.DiffusionPipeline.save_pretrained = save
 builtins.__import__ = migrated_import

@@ -177,12 +177,13 @@ class DiffusionPipeline(MemorySavers, SingleFilePipeline):
         if unknown := refuse_unless_harmless(harmless):
             raise TypeError(f"save_pretrained has no argument {', '.join(unknown)}")
         folder = Path(save_directory)
-        index = self.config.to_dict()  # raises if a component cannot be saved, before anything is written
+        head = {"_class_name": type(self).__name__, "_diffusers_version": REFERENCE_VERSION}
+        index = {**head, **self.config}  # raises if a component cannot be saved, before anything is written
         for name, component in self._parts().items():
             component = _compiled_from(component)
             if isinstance(component, Stored):
                 component.save_pretrained(folder / name, variant=variant, max_shard_size=max_shard_size or "10GB")
-            elif component is not None:
+            elif index[name] != (None, None):
                 component.save_pretrained(folder / name)
         save_json(index, folder / INDEX)
 
@@ -294,10 +295,15 @@ class DiffusionPipeline(MemorySavers, SingleFilePipeline):
 
     @property
     def config(self) -> Config:
-        """The content of ``model_index.json``: the class, each component's library and class, and the settings."""
-        parts = {name: _library_and_class(name, _compiled_from(component)) for name, component in self._parts().items()}
-        head = {"_class_name": type(self).__name__, "_diffusers_version": REFERENCE_VERSION}
-        return Config({**head, **parts, **self._settings})
+        """The content of ``model_index.json`` after the class: each component's library and class, and the settings.
+
+        An optional component that cannot be saved, such as a function, stands there as an absent one.
+        """
+        parts = {
+            name: _library_and_class(name, _compiled_from(component), name in self._optional_components)
+            for name, component in self._parts().items()
+        }
+        return Config({**parts, **self._settings})
 
     def _networks(self) -> list[nn.Module]:
         return [part for _, part in sorted(self._parts().items()) if isinstance(part, nn.Module)]
@@ -455,15 +461,17 @@ def _subfolder(kind: type, repo: Repo, name: str) -> str | None:
     return None if flat else name
 
 
-def _library_and_class(name: str, component: Any) -> list[str | None]:
+def _library_and_class(name: str, component: Any, optional: bool) -> tuple[str | None, str | None]:
     """Return the entry of ``model_index.json``: where the reference has the class that is ours of the same name."""
     if component is None:
-        return [None, None]
+        return None, None
     for kind in type(component).__mro__:  # a class derived from ours elsewhere is saved as ours
         if minidiff._HOME.get(kind.__name__) == kind.__module__ and not kind.__name__.endswith("Mixin"):
-            return ["transformers" if kind.__module__ in TRANSFORMERS else "diffusers", kind.__name__]
+            return "transformers" if kind.__module__ in TRANSFORMERS else "diffusers", kind.__name__
     if hasattr(component, "save_pretrained") and hasattr(component, "from_pretrained"):
-        return [type(component).__module__, type(component).__name__]
+        return type(component).__module__, type(component).__name__
+    if optional:
+        return None, None
     raise TypeError(
         f"{name} is a {type(component).__name__}, which is not one of minidiff's classes and has no save_pretrained"
     )

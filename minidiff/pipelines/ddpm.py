@@ -110,8 +110,8 @@ class UnconditionalPipeline(DiffusionPipeline):
         scheduler.show(plan)
         if unet.config.time_embedding_type == "fourier" and min(plan.times) <= 0:
             raise ValueError(
-                f"{type(self.scheduler).__name__} visits timestep {min(plan.times):g}, but this UNet takes the logarithm "
-                "of the time (time_embedding_type 'fourier'), so that the pictures would be NaN"
+                f"{type(self.scheduler).__name__} visits timestep {min(plan.times):g}, but this UNet takes the "
+                "logarithm of the time (time_embedding_type 'fourier'), so that the pictures would be NaN"
             )
         generator, seeds = make_generators(request)
         shape = (request.count, unet.config.in_channels, *_trained_size(unet))

@@ -46,3 +46,13 @@ def test_what_it_cannot_do(folder: Path) -> None:
         minidiff.AutoPipelineForInpainting._of("FluxPipeline")
     with pytest.raises(TypeError, match="got unknown arguments surprise"):
         minidiff.AutoPipelineForInpainting.from_pretrained(folder, surprise=1)
+
+
+def test_the_config_of_a_pipeline_is_the_references_and_says_nothing_of_its_class(tmp_path: Path) -> None:
+    folder, found = save_tiny(tmp_path), []
+    for library in (minidiff, diffusers):
+        pipe = library.AutoPipelineForText2Image.from_pretrained(folder)
+        other = library.AutoPipelineForImage2Image.from_pipe(pipe)
+        assert dict(other.config) == dict(pipe.config)
+        found.append({name: value for name, value in pipe.config.items() if not name.startswith("_")})
+    assert found[0] == found[1]

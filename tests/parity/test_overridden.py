@@ -316,12 +316,14 @@ def test_a_safety_checker_of_ones_own(folder: Path, checker: str, output_type: s
     assert seen == [((2, 3, 32, 32), torch.float32)] * 2 * (output_type == "np")
 
 
-def test_a_safety_checker_without_features(folder: Path) -> None:
+def test_a_safety_checker_without_features(folder: Path, tmp_path: Path) -> None:
     """The line that most programs write; the reference asks for a feature extractor too."""
     pipe = minidiff.StableDiffusionPipeline.from_pretrained(folder, safety_checker=lambda images, **_: (images, [True]))
     pipe.set_progress_bar_config(disable=True)
     images, flags = pipe(**{**CALL, "output_type": "pil"}, return_dict=False)
     assert len(images) == 1 and flags == [True]
+    pipe.save_pretrained(tmp_path)  # without what cannot be saved, as the reference
+    assert minidiff.DiffusionPipeline.from_pretrained(tmp_path).safety_checker is None
     pipe.run_safety_checker = lambda image, device, dtype: (image, [False])
     assert pipe(**{**CALL, "output_type": "pil"}).nsfw_content_detected == [False]
 
