@@ -59,8 +59,8 @@ class SDPipeline(LatentPipeline):
         vae, text_encoder, tokenizer, unet, scheduler: the components; ``text_encoder`` and ``tokenizer`` may be None
             if embeddings are passed in, ``vae`` may be None if latents are taken out.
         safety_checker: a function or network of your own, see ``run_safety_checker``; a checkpoint's is not loaded.
-        image_encoder: not implemented, must be None.
         feature_extractor: kept, shared and saved; only a safety checker asks it.
+        image_encoder: kept, shared and saved; nothing here asks it.
         requires_safety_checker: of the reference's signature; kept in ``config``.
 
     Raises:
@@ -80,18 +80,11 @@ class SDPipeline(LatentPipeline):
         scheduler: Scheduler | None,
         safety_checker: Any = None,
         feature_extractor: Any = None,
-        image_encoder: None = None,
+        image_encoder: Any = None,
         requires_safety_checker: bool = True,
     ) -> None:
-        absent = {
-            "safety_checker": safety_checker,
-            "feature_extractor": feature_extractor,
-            "image_encoder": image_encoder,
-        }
-        for name, component in absent.items():
-            usable = name == "feature_extractor" or (name == "safety_checker" and callable(component))
-            if component is not None and not usable:
-                raise ConfigError(f"{name} is not implemented: pass {name}=None, found {type(component).__name__}")
+        if safety_checker is not None and not callable(safety_checker):
+            raise ConfigError(f"safety_checker should be None or called, found {type(safety_checker).__name__}")
         _check_fit(text_encoder, tokenizer, unet)
         check_channels(type(self), vae, unet)
         super().__init__()
@@ -101,7 +94,9 @@ class SDPipeline(LatentPipeline):
             tokenizer=tokenizer,
             unet=unet,
             scheduler=_corrected(scheduler, self.scheduler_corrections),
-            **absent,
+            safety_checker=safety_checker,
+            feature_extractor=feature_extractor,
+            image_encoder=image_encoder,
         )
         self.register_to_config(requires_safety_checker=requires_safety_checker)
 

@@ -77,11 +77,6 @@ class XLPipeline(LatentPipeline):
     def __init__(self, components: Mapping[str, Any], settings: Mapping[str, Any], time_ids: int) -> None:
         if settings.get("add_watermarker"):
             raise ConfigError("add_watermarker=True is not implemented: pictures get no invisible watermark")
-        for name in self._optional_components:
-            # a subclass may name others
-            if components.get(name) is not None and name != "feature_extractor":
-                found = type(components[name]).__name__
-                raise ConfigError(f"{name} is not implemented: pass {name}=None, found {found}")
         _check_fit(components, time_ids)
         check_channels(type(self), components["vae"], components["unet"])
         super().__init__()
@@ -283,8 +278,7 @@ class StableDiffusionXLPipeline(XLPipeline):
     Args:
         vae, text_encoder, text_encoder_2, tokenizer, tokenizer_2, unet, scheduler: the components; text encoders and
             tokenizers may be None if embeddings are passed in, ``vae`` may be None if latents are taken out.
-        image_encoder: not implemented, must be None.
-        feature_extractor: kept, shared and saved; nothing here asks it.
+        image_encoder, feature_extractor: kept, shared and saved; nothing here asks them.
         force_zeros_for_empty_prompt: whether the embeddings of an absent negative prompt are zeros.
         add_watermarker: not implemented, must be None or False.
 
@@ -301,7 +295,7 @@ class StableDiffusionXLPipeline(XLPipeline):
         tokenizer_2: CLIPTokenizer | None,
         unet: UNet2DConditionModel,
         scheduler: Scheduler,
-        image_encoder: None = None,
+        image_encoder: Any = None,
         feature_extractor: Any = None,
         force_zeros_for_empty_prompt: bool = True,
         add_watermarker: bool | None = None,

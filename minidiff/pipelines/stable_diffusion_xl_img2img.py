@@ -61,7 +61,7 @@ class XLImagePipeline(XLPipeline):
         tokenizer_2: CLIPTokenizer | None,
         unet: UNet2DConditionModel,
         scheduler: Scheduler,
-        image_encoder: None = None,
+        image_encoder: Any = None,
         feature_extractor: Any = None,
         requires_aesthetics_score: bool = False,
         force_zeros_for_empty_prompt: bool = True,

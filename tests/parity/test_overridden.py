@@ -328,6 +328,19 @@ def test_a_safety_checker_without_features(folder: Path, tmp_path: Path) -> None
     assert pipe(**{**CALL, "output_type": "pil"}).nsfw_content_detected == [False]
 
 
+@pytest.mark.parametrize("kind", ["", "XL"])
+def test_an_image_encoder_is_kept_and_not_asked(eight: dict[str, Any], kind: str) -> None:
+    pipe, call = eight[f"StableDiffusion{kind}Pipeline"]
+    call = {name: value for name, value in call.items() if name != "strength"} | {"seed": 0}
+    encoder = pipe.text_encoder  # any network
+    made = type(pipe)(**{**pipe.components, "image_encoder": encoder})
+    made.set_progress_bar_config(disable=True)
+    assert made.to(torch.float32).components["image_encoder"] is encoder
+    assert torch.equal(made(**call).images, pipe(**call).images)
+    with pytest.raises(TypeError, match="does not implement the argument.*ip_adapter_image"):
+        made(**call, ip_adapter_image=PICTURE)
+
+
 # --- networks of one's own -------------------------------------------------------------------------------------------
 
 
