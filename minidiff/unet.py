@@ -242,7 +242,7 @@ class UNet(SlicedAttention, GradientCheckpointing, Attending, Model):
 
     def _check_sample(self, sample: Tensor) -> None:
         """Raise if the input does not fit the network."""
-        C = self.spec.in_channels
+        C = self.conv_in.weight.shape[1]  # of the layer, which a program may have exchanged
         if sample.ndim != 4 or sample.shape[1] != C:
             raise ValueError(f"sample should be (B, {C}, H, W), found {tuple(sample.shape)}")
 

@@ -394,6 +394,35 @@ def community_pipeline(library: ModuleType, folder: Path) -> list[Tensor]:
     return [pipe(["a red heart", "two cats"], STEPS)]
 
 
+def streamed_consistency(library: ModuleType, folder: Path) -> list[Tensor]:
+    """Steps of consistency sampling in one batch, by their formula. (StreamDiffusion)"""
+    pipe = load(library, folder)
+    other = library.StableDiffusionImg2ImgPipeline(**pipe.components, **pipe.parameters)
+    scheduler = library.LCMScheduler.from_config(other.scheduler.config)
+    scheduler.set_timesteps(50)
+    x, times = noise(3, 4, 32, 32), scheduler.timesteps[[30, 40, 49]]
+    scalings = [scheduler.get_scalings_for_boundary_condition_discrete(t) for t in times]
+    c_skip, c_out = (torch.stack(column).view(-1, 1, 1, 1) for column in zip(*scalings, strict=True))
+    alpha_bar = scheduler.alphas_cumprod[times].view(-1, 1, 1, 1)
+    text = pipe.encode_prompt(PROMPT, "cpu", 1, False)[0].repeat(3, 1, 1)
+    with torch.no_grad():
+        out = other.unet(x, times, encoder_hidden_states=text, return_dict=False)[0]
+    return [c_out * (x - (1 - alpha_bar).sqrt() * out) / alpha_bar.sqrt() + c_skip * x]
+
+
+def widened_input(library: ModuleType, folder: Path) -> list[Tensor]:
+    """A UNet that is to read an image too: its first layer exchanged. (train_instruct_pix2pix.py)"""
+    unet = library.UNet2DConditionModel.from_pretrained(folder, subfolder="unet")
+    wide = nn.Conv2d(8, unet.conv_in.out_channels, unet.conv_in.kernel_size, unet.conv_in.stride, unet.conv_in.padding)
+    unet.register_to_config(in_channels=8)
+    with torch.no_grad():
+        wide.weight.zero_()
+        wide.weight[:, :4, :, :].copy_(unet.conv_in.weight)
+        wide.bias.copy_(unet.conv_in.bias)
+        unet.conv_in = wide
+        return [unet(noise(1, 8, 32, 32), 500, noise(1, 77, 24, seed=1)).sample]
+
+
 @pytest.mark.parametrize(
     "program",
     [
@@ -408,6 +437,8 @@ def community_pipeline(library: ModuleType, folder: Path) -> list[Tensor]:
         stored_attention,
         backbone_and_skips,
         community_pipeline,
+        streamed_consistency,
+        widened_input,
     ],
     ids=lambda program: program.__name__,
 )

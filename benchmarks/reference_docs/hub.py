@@ -77,6 +77,7 @@ def make(cache: Path) -> None:
     for family, ids in IDS.items():
         for repo in ids.split():
             place(cache, repo, folders[family])
+    place(cache, "hf-internal-testing/tiny-random-clip", folders["sd"] / "tokenizer")
     for repo, (family, file, spelling) in LORAS.items():
         _write_lora(made / repo, folders[family], file, spelling)
         place(cache, repo, made / repo)

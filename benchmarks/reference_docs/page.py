@@ -25,7 +25,7 @@ CHANGES = (  # what a small checkpoint on a machine without a GPU asks for, the 
     (re.compile(r"\b(height|width|resolution)(\s*=\s*)\d+"), r"\1\g<2>64"),
     (re.compile(r"[\w.]+\.enable_(?:model|sequential)_cpu_offload\(.*\)"), "pass"),
     (re.compile(r"[\w.]+\.enable_xformers_memory_efficient_attention\(.*\)"), "pass"),
-    (re.compile(r"resize\(\(\s*\d+\s*,\s*\d+\s*\)"), "resize((64, 64)"),
+    (re.compile(r"resize\(\(\s*\d+\s*,\s*\d+\s*\)"), "resize((32, 32)"),
 )
 
 

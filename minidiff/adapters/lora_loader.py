@@ -154,14 +154,13 @@ class LoraLoader:
                 remove_adapters(network)
 
     def delete_adapters(self, adapter_names: str | Sequence[str]) -> None:
-        """Remove some adapters. Where no active one is left, the oldest becomes active, as in the reference."""
+        """Remove some adapters; one that is not there costs a warning. Where no active one is left, the oldest becomes
+        active, as in the reference."""
         self._refuse_fused("delete adapters")
-        names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
-        there = {name for adapters in self._all_adapters().values() for name in adapters.names}
-        if unknown := sorted(set(names) - there):
-            logger.warning("no adapter %s to delete; there are %s", unknown, sorted(there))
-        for adapters in self._all_adapters().values():
-            for name in names:
+        for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
+            if not any(name in adapters.names for adapters in self._all_adapters().values()):
+                logger.warning("there is no adapter %r to delete", name)
+            for adapters in self._all_adapters().values():
                 adapters.delete(name)
         for network in self._lora_networks().values():
             if adapters_of(network) is not None and not adapters_of(network).names:
@@ -248,7 +247,10 @@ class LoraLoader:
             adapters.fuse(lora_scale, safe_fusing)
 
     def unfuse_lora(self, components: Sequence[str] | None = None) -> None:
-        """Put the original weights back: the very tensors, not W + s B A - s B A as in the reference."""
+        """Put the original weights back: the very tensors, not W + s B A - s B A as in the reference.
+
+        If nothing is fused, a warning says so: what fused and then unloaded has no originals any more.
+        """
         chosen = [adapters for adapters in self._chosen(components).values() if adapters.fused]
         if not chosen:
             logger.warning("no adapter is fused; after unload_lora_weights() the original weights are gone")

@@ -285,6 +285,12 @@ class DiffusionPipeline(MemorySavers, SingleFilePipeline):
         """The components by name, None for one that is absent: ``Other(**pipe.components)`` shares them."""
         return self._parts()
 
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """The settings that the constructor takes: ``Other(**pipe.components, **pipe.parameters)``."""
+        taken = inspect.signature(type(self)).parameters
+        return {name: value for name, value in self._settings.items() if name in taken}
+
     def _parts(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in self._component_names}  # a pipeline may override `components`
 

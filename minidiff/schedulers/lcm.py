@@ -69,16 +69,19 @@ class LCMScheduler(Stochastic, ConsistencyScheduler):
     ) -> None:
         super().__init__()
 
+    def get_scalings_for_boundary_condition_discrete(self, timestep: Scalar) -> tuple[Scalar, Scalar]:
+        """Return c_skip and c_out at timesteps; loops by hand call it so."""
+        scaled = timestep * self.config.timestep_scaling
+        return SIGMA_DATA**2 / (scaled**2 + SIGMA_DATA**2), scaled / (scaled**2 + SIGMA_DATA**2) ** 0.5
+
     def _steps(self, plan: Plan) -> tuple[Step, ...]:
         alpha_bar_t = self._alpha_bar(plan.times)
         alpha_bar_s = self._alpha_bar([*plan.times[1:], plan.times[-1]])
         self._require_signal(alpha_bar_t, self._clip)
-        scaled = torch.tensor(plan.times) * self.config.timestep_scaling
         columns = (
             alpha_bar_t.sqrt(),
             (1 - alpha_bar_t).sqrt(),
-            SIGMA_DATA**2 / (scaled**2 + SIGMA_DATA**2),
-            scaled / (scaled**2 + SIGMA_DATA**2) ** 0.5,
+            *self.get_scalings_for_boundary_condition_discrete(torch.tensor(plan.times)),
             alpha_bar_s.sqrt(),
             (1 - alpha_bar_s).sqrt(),
         )

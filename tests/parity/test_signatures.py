@@ -137,7 +137,6 @@ LACKING = {  # what schedulers of the reference have and ours do not: the reason
     "get_config_dict": "deprecated there in favour of load_config",
     "get_lms_coefficient": "a part of its step; minidiff.schedulers.lms.lms_weights",
     "get_order_list": "a part of its set_timesteps",
-    "get_scalings_for_boundary_condition_discrete": "a part of its step; plan.steps[i].skip and .out",
     "push_to_hub": "uploading is huggingface_hub's",
     "register_for_auto_class": "for code that is loaded from the Hub",
     "state_in_first_order": "where its step is; plan.steps[i].corrects and .finishes",
