@@ -22,8 +22,20 @@ def make(cache: Path) -> None:
         place(cache, f"hf-internal-testing/{repo}", tiny)
     for repo in PIPELINES_XL:
         place(cache, f"hf-internal-testing/{repo}", base)
+    place(cache, "peft-internal-testing/tiny-clip-text-2", _text_encoder(tiny / "tokenizer", cache / "made/text"))
     # its tokenizer alone: networks are made by the tests
     place(cache, "hf-internal-testing/tiny-random-clip", tiny / "tokenizer")
+
+
+def _text_encoder(tokenizer: Path, folder: Path) -> Path:
+    """Save a text encoder with a tokenizer beside it, of the width that the tests of LoRA expect."""
+    import transformers
+
+    sizes = {"hidden_size": 32, "intermediate_size": 37, "num_attention_heads": 4, "num_hidden_layers": 5}
+    vocabulary = len(transformers.CLIPTokenizer.from_pretrained(tokenizer))
+    config = transformers.CLIPTextConfig(vocab_size=vocabulary, projection_dim=32, **sizes)
+    transformers.CLIPTextModelWithProjection(config).save_pretrained(folder)
+    return Path(shutil.copytree(tokenizer, folder, dirs_exist_ok=True))
 
 
 def place(cache: Path, repo: str, source: Path) -> None:
