@@ -84,6 +84,12 @@ EXCLUDED: list[tuple[str, str, str]] = [  # (pattern of the file, pattern of Cla
     ),
     ("pipelines/test_pipeline_utils", "_video", "video pipelines"),
     ("models/", "test_gradient_checkpointing_is_applied", "the names of the reference's inner classes"),
+    ("lora/", "test_logs_info_when_no_lora_keys_found", "a file without a LoRA, which is an error here"),
+    (
+        "lora/",
+        "test_(?!simple_inference$|group_offloading)",
+        "makes adapters by add_adapter(LoraConfig) and looks for peft's layers; see tests/parity/test_lora.py instead",
+    ),
 ]
 
 
