@@ -61,7 +61,7 @@ EXCLUDED: list[tuple[str, str, str]] = [  # (pattern of the file, pattern of Cla
     ("pipelines/", "test_save_load_local", "the wording of the log while components load; pictures agree in tests"),
     ("pipelines/", "layerwise_casting", "layerwise casting to float8 is not implemented"),
     (
-        "pipelines/stable_diffusion/",
+        "pipelines/stable_diffusion",
         "long_prompt",
         "a warning in the log names what is cut off; here the result's field dropped does",
     ),
@@ -69,6 +69,7 @@ EXCLUDED: list[tuple[str, str, str]] = [  # (pattern of the file, pattern of Cla
     ("pipelines/ddim", "attention_slicing", "slices of two heads where there is one: refused here, ignored there"),
     ("pipelines/test_pipelines.py", "same_device_id_offload", "asks for a GPU number 5 and a private attribute"),
     ("pipelines/test_pipelines.py", "dtype_is_deprecated|torch_dtype_and_dtype", "the wording of warnings and errors"),
+    ("pipelines/test_pipelines.py", "CustomPipelineTests", "code from repositories is not run"),
     ("pipelines/test_pipelines.py", "no_internet", "skips itself where the Hub cannot be reached"),
     ("pipelines/test_pipelines_auto", "_pag|test_from_pretrained_inpaint", "perturbed attention guidance (enable_pag)"),
     (

@@ -54,6 +54,7 @@ class DiffusionPipeline(MemorySavers, SingleFilePipeline):
     """
 
     _optional_components: ClassVar[Sequence[str]] = ()  # those that a checkpoint may have and the pipeline do without
+    config_name: ClassVar[str] = INDEX
     hf_device_map: dict[str, torch.device] | None = None  # where ``device_map`` has put the networks
     _source: tuple[str, Path] | None = None  # what it was loaded from: the name and the folder
     model_cpu_offload_seq: ClassVar[str | None] = None  # of the reference; minidiff sees the order as networks run
@@ -148,6 +149,11 @@ class DiffusionPipeline(MemorySavers, SingleFilePipeline):
     def download(cls, pretrained_model_name: str | Path, **arguments: Any) -> str:
         """Fetch the files that ``from_pretrained`` would use into the cache; return the folder that they are in."""
         return str(cls.from_pretrained(pretrained_model_name, **arguments)._source[1])
+
+    @classmethod
+    def load_config(cls, pretrained_model_name_or_path: str | Path, **where: Any) -> dict[str, Any]:
+        """Return the content of ``model_index.json``; ``where`` are fields of ``Repo``, such as ``revision``."""
+        return read_json(Repo(pretrained_model_name_or_path, **where).file(INDEX))
 
     @property
     def name_or_path(self) -> str | None:

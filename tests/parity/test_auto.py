@@ -49,10 +49,12 @@ def test_what_it_cannot_do(folder: Path) -> None:
 
 
 def test_the_config_of_a_pipeline_is_the_references_and_says_nothing_of_its_class(tmp_path: Path) -> None:
-    folder, found = save_tiny(tmp_path), []
+    folder, found, files = save_tiny(tmp_path), [], []
     for library in (minidiff, diffusers):
+        kind = library.StableDiffusionPipeline
+        files.append((kind.config_name, kind.load_config(folder, local_files_only=True)))
         pipe = library.AutoPipelineForText2Image.from_pretrained(folder)
         other = library.AutoPipelineForImage2Image.from_pipe(pipe)
         assert dict(other.config) == dict(pipe.config)
         found.append({name: value for name, value in pipe.config.items() if not name.startswith("_")})
-    assert found[0] == found[1]
+    assert found[0] == found[1] and files[0] == files[1]
