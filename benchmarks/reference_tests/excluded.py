@@ -5,7 +5,7 @@ import re
 EXCLUDED: list[tuple[str, str, str]] = [  # (pattern of the file, pattern of Class::test, the reason)
     ("ddpm", "test_variance$", "the private _get_variance of DDPM, a part of its step"),
     ("ddpm", "test_variance_type", "variance_type='other', which means fixed_small there and is refused here"),
-    ("lcm", "test_betas", "betas of 0.1 to 2, which leave no signal: refused here, infinite numbers there"),
+    ("lcm|tcd", "test_betas", "betas of 0.1 to 2, which leave no signal: refused here, infinite numbers there"),
     (
         "deis|dpm_single|unipc",
         "test_inference_steps",
