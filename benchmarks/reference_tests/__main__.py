@@ -12,6 +12,7 @@ is not counted; what tests a feature outside minidiff's scope is listed in ``exc
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -54,6 +55,7 @@ def run(checkout: Path, file: str, cache: Path, *, migrated: bool, select: str |
     """Run one file; return the outcome of each test: "passed", "skipped", or the last line of its error."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
+        cache = shutil.copytree(cache, Path(folder) / "hub")  # some tests move what they find there
         command = [
             sys.executable,
             "-m",

@@ -70,6 +70,11 @@ EXCLUDED: list[tuple[str, str, str]] = [  # (pattern of the file, pattern of Cla
     ("pipelines/test_pipelines.py", "same_device_id_offload", "asks for a GPU number 5 and a private attribute"),
     ("pipelines/test_pipelines.py", "dtype_is_deprecated|torch_dtype_and_dtype", "the wording of warnings and errors"),
     ("pipelines/test_pipelines.py", "CustomPipelineTests", "code from repositories is not run"),
+    (
+        "pipelines/test_pipelines.py",
+        "optional_components",
+        "asks config for the class of a feature_extractor that cannot be saved: here config says what is saved",
+    ),
     ("pipelines/test_pipelines.py", "no_internet", "skips itself where the Hub cannot be reached"),
     ("pipelines/test_pipelines_auto", "_pag|test_from_pretrained_inpaint", "perturbed attention guidance (enable_pag)"),
     (
