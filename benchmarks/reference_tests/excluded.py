@@ -78,6 +78,16 @@ EXCLUDED: list[tuple[str, str, str]] = [  # (pattern of the file, pattern of Cla
     ("pipelines/test_pipelines.py", "no_internet", "skips itself where the Hub cannot be reached"),
     ("pipelines/test_pipelines_auto", "_pag|test_from_pretrained_inpaint", "perturbed attention guidance (enable_pag)"),
     (
+        "xl_img2img",
+        "test_components_function",
+        "a refiner's UNet without requires_aesthetics_score: refused when the pipeline is made, there when it is called",
+    ),
+    (
+        "xl_img2img",
+        "with_variants",
+        "the variant of an image_encoder, which only IP-Adapter uses: kept here, not loaded",
+    ),
+    (
         "pipelines/test_pipelines_auto",
         "consistent_sdxl",
         "requires_aesthetics_score=True with a base UNet: refused when the pipeline is made, there when it is called",
