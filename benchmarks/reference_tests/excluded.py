@@ -80,12 +80,12 @@ EXCLUDED: list[tuple[str, str, str]] = [  # (pattern of the file, pattern of Cla
     (
         "xl_img2img",
         "test_components_function",
-        "a refiner's UNet without requires_aesthetics_score: refused when the pipeline is made, there when it is called",
+        "a refiner without requires_aesthetics_score: refused when it is made, there when it is called",
     ),
     (
         "xl_img2img",
         "with_variants",
-        "the variant of an image_encoder, which only IP-Adapter uses: kept here, not loaded",
+        "the variant of an image_encoder (IP-Adapter): kept here, not loaded",
     ),
     (
         "pipelines/test_pipelines_auto",
