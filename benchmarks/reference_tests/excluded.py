@@ -78,7 +78,7 @@ EXCLUDED: list[tuple[str, str, str]] = [  # (pattern of the file, pattern of Cla
     ("pipelines/test_pipelines.py", "no_internet", "skips itself where the Hub cannot be reached"),
     ("pipelines/test_pipelines_auto", "_pag|test_from_pretrained_inpaint", "perturbed attention guidance (enable_pag)"),
     (
-        "xl_img2img",
+        "xl_img2img|xl_inpaint",
         "test_components_function",
         "a refiner without requires_aesthetics_score: refused when it is made, there when it is called",
     ),
