@@ -83,7 +83,7 @@ EXCLUDED: list[tuple[str, str, str]] = [  # (pattern of the file, pattern of Cla
         "a refiner without requires_aesthetics_score: refused when it is made, there when it is called",
     ),
     (
-        "xl_img2img",
+        "xl_img2img|xl_inpaint",
         "with_variants",
         "the variant of an image_encoder (IP-Adapter): kept here, not loaded",
     ),
