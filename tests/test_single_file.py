@@ -712,3 +712,11 @@ def test_every_pipeline_has_it(sd1: Twin, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"no names for unet \(UNet2DModel\)"):
         ddpm.save_single_file(tmp_path / "ddpm.safetensors")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_function_among_the_components_is_left_out(sd1: Twin, tmp_path: Path) -> None:
+    """As ``save_pretrained`` leaves it out: a program may have set a safety checker of its own."""
+    pipe = type(sd1.ours)(**sd1.ours.components)
+    pipe.safety_checker = lambda images, clip_input: (images, None)
+    pipe.save_single_file(tmp_path / "a.safetensors")
+    assert type(pipe).from_single_file(tmp_path / "a.safetensors").safety_checker is None

@@ -183,8 +183,7 @@ class DiffusionPipeline(MemorySavers, SingleFilePipeline):
         if unknown := refuse_unless_harmless(harmless):
             raise TypeError(f"save_pretrained has no argument {', '.join(unknown)}")
         folder = Path(save_directory)
-        head = {"_class_name": type(self).__name__, "_diffusers_version": REFERENCE_VERSION}
-        index = {**head, **self.config}  # raises if a component cannot be saved, before anything is written
+        index = self._index()  # raises if a component cannot be saved, before anything is written
         for name, component in self._parts().items():
             component = _compiled_from(component)
             if isinstance(component, Stored):
@@ -307,7 +306,7 @@ class DiffusionPipeline(MemorySavers, SingleFilePipeline):
 
     @property
     def config(self) -> Config:
-        """The content of ``model_index.json`` after the class: each component's library and class, and the settings.
+        """What ``model_index.json`` says besides the class: each component's library and class, and the settings.
 
         An optional component that cannot be saved, such as a function, stands there as an absent one.
         """
@@ -316,6 +315,10 @@ class DiffusionPipeline(MemorySavers, SingleFilePipeline):
             for name, component in self._parts().items()
         }
         return Config({**parts, **self._settings})
+
+    def _index(self) -> dict[str, Any]:
+        """Return the content of ``model_index.json``."""
+        return {"_class_name": type(self).__name__, "_diffusers_version": REFERENCE_VERSION, **self.config}
 
     def _networks(self) -> list[nn.Module]:
         return [part for _, part in sorted(self._parts().items()) if isinstance(part, nn.Module)]

@@ -124,10 +124,10 @@ class SingleFilePipeline:
         from minidiff.checkpoints.header import said_by
 
         with TemporaryDirectory() as name:
-            folder = Path(name)
-            save_json(self.config.to_dict(), folder / "model_index.json")
+            folder, index = Path(name), self._index()
+            save_json(index, folder / "model_index.json")
             for name, part in self.components.items():
-                if part is not None:
+                if index[name] != (None, None):
                     (part.save_config if isinstance(part, Model) else part.save_pretrained)(folder / name)
             return said_by(folder)
 
