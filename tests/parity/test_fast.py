@@ -215,7 +215,9 @@ def test_what_winograd_costs_in_precision():
         precise = copy.deepcopy(module).double()(x.double())
         # Measured over 20 seeds, the usual way in brackets: 1.4e-6 (3.8e-7) with kernels for AVX-512, 1.4e-6 (4.6e-6)
         # with those for AVX2 and 8e-7 (4.6e-6) with those for SSE 4.1.
-        assert error(fast(x).double(), precise) <= 3e-6
+        usual, found = error(module(x).double(), precise), error(fast(x).double(), precise)
+        assert found <= 3e-6
+        assert usual <= 5e-7 or not torch.ops.mkldnn._is_mkldnn_bf16_supported()  # the kernels are not for AVX-512
 
 
 @torch.no_grad()
