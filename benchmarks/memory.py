@@ -108,7 +108,7 @@ def attention(side: str, switch: str, setting: str, pixels: int) -> Callable[[],
     """Return the self-attention to measure: 320 wide, 8 heads, the widest map of SD 1.5, under guidance."""
     heads = {"off": None, "auto": 4, "max": 1}[setting]
     if side == "ours":
-        from minidiff.layers import Attention
+        from minidiff.networks.layers import Attention
 
         layer: nn.Module = Attention(320, 320, heads=8)
         layer.slice_size = heads

@@ -9,11 +9,11 @@ import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from minidiff.checkpoints.checkpoint import model_class
-from minidiff.checkpoints.families import Published
 from minidiff.checkpoints.load import OnMeta
 from minidiff.checkpoints.names import SDXL_OPENCLIP_PREFIX, UNET_PREFIX, VAE_PREFIX
+from minidiff.checkpoints.original.families import Published
 from minidiff.checkpoints.remap import SAME, Row
+from minidiff.checkpoints.tools.checkpoint import model_class
 
 WIDTH, LINE, TITLE, COLUMNS = 900, 19, 34, (20, 335, 650)  # pixels; where the columns begin
 LETTER = 7.3  # width of a letter

@@ -20,6 +20,7 @@ from typing import Any, ClassVar, TypeVar
 
 from minidiff.config import Config, read_json
 from minidiff.errors import ConfigError
+from minidiff.registry import public
 
 FORMAT = "0.42.1"  # the version of the reference whose spelling of the file we write
 UNSAVED = ("_use_default_values", "_ignore_files")
@@ -122,9 +123,7 @@ class ConfigMixin:
     @classmethod
     def _is_elsewhere(cls, name: str, config: Mapping[str, Any]) -> bool:
         """Say whether a field belongs to the class that the configuration is of, or to one compatible with ours."""
-        import minidiff
-
-        source = getattr(minidiff, str(config.get("_class_name")), None)
+        source = public(config.get("_class_name"))
         kinds = [source] if isinstance(source, type) else []
         kinds += cls._get_compatibles() if cls.has_compatibles else []
         return any(name in _parameters(kind.__init__) for kind in kinds)

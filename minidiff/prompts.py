@@ -10,7 +10,7 @@ for text, as the reference does::
 
     pipe(**prompts.encode(pipe, "a (red:1.3) apple, [shadow]", "blurry"), num_inference_steps=25)
 
-The text is encoded without its brackets, in windows of 77 tokens (``minidiff.pipelines.texts``), and in each window
+The text is encoded without its brackets, in windows of 77 tokens (``minidiff.text.windows``), and in each window
 
     z'_l = w_l z_l        z'' = z' mean(z) / mean(z')
 
@@ -32,7 +32,7 @@ from torch import Tensor
 
 from minidiff.pipelines.request import Prompt, Request
 from minidiff.pipelines.request_xl import XLRequest
-from minidiff.pipelines.texts import Piece, Texts
+from minidiff.text.windows import Piece, Texts
 
 if TYPE_CHECKING:
     from minidiff.pipelines.stable_diffusion import SDPipeline

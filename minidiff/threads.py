@@ -1,10 +1,15 @@
 """Values that an object has in each thread. They are kept outside it, so its copies and pickles do not carry them."""
 
 import threading
-from typing import Generic, TypeVar
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, Generic, TypeVar
 from weakref import WeakKeyDictionary
 
 T = TypeVar("T")
+
+RUN: "ContextVar[Any]" = ContextVar("run", default=None)  # the pipeline's run that a network is computing a step of
 
 
 class PerThread(Generic[T]):
@@ -25,3 +30,13 @@ class PerThread(Generic[T]):
         if not hasattr(self._local, "table"):
             self._local.table = WeakKeyDictionary()
         return self._local.table
+
+
+@contextmanager
+def computing(run: Any) -> Iterator[None]:
+    """Let what is called by this thread know, as ``RUN``, which run it computes a step of."""
+    token = RUN.set(run)
+    try:
+        yield
+    finally:
+        RUN.reset(token)

@@ -13,9 +13,9 @@ import pytest
 from PIL import Image
 
 import minidiff
-from minidiff import cli
+from minidiff.cli import main as cli
 from minidiff.embedded import GUIDANCE, embedded_checkpoint
-from minidiff.images import read_metadata
+from minidiff.images.tensors import read_metadata
 
 
 class StandIn:
@@ -269,13 +269,13 @@ def test_the_kind_of_a_checkpoint_is_read_before_its_weights(tmp_path):
 
 
 def test_arguments_are_checked_before_torch_is_imported(tmp_path):
-    code = "import sys; from minidiff.cli import main; main(sys.argv[1:])"
+    code = "import sys; from minidiff.cli.main import main; main(sys.argv[1:])"
     for line, returncode in ["generate --help", 0], ["generate x --steps 0", 2]:
         command = [sys.executable, "-X", "importtime", "-c", code, *line.split()]
         run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
         assert run.returncode == returncode
         imported = re.findall(r"^import time:.*\|\s+(\S+)$", run.stderr, re.M)
-        assert "minidiff.cli" in imported and "torch" not in imported
+        assert "minidiff.cli.main" in imported and "torch" not in imported
 
 
 def minidiff_command(line: list[str], cwd: Path) -> subprocess.CompletedProcess:

@@ -10,9 +10,9 @@ import torch
 from PIL import Image
 
 import minidiff
-from minidiff import cli
+from minidiff.cli import main as cli
 from minidiff.embedded import embedded_checkpoint, embedded_names
-from minidiff.images import read_metadata
+from minidiff.images.tensors import read_metadata
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))  # last, so that minidiff stays the installed one
 from benchmarks.emoji32_quality import RUNS, contact_sheet, measure, nearest, shrink

@@ -1,4 +1,4 @@
-"""minidiff.images against diffusers' VaeImageProcessor and make_image_grid, bit for bit."""
+"""minidiff.images.tensors against diffusers' VaeImageProcessor and make_image_grid, bit for bit."""
 
 import numpy as np
 import pytest
@@ -7,7 +7,7 @@ from PIL import Image
 from theirs import diffusers
 
 from minidiff import make_image_grid
-from minidiff.images import read_metadata, save_png, to_numpy, to_pil, to_unit
+from minidiff.images.tensors import read_metadata, save_png, to_numpy, to_pil, to_unit
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 

@@ -15,11 +15,11 @@ from tiny import save_tiny
 from vocabulary import load_script
 
 import minidiff
-from minidiff.checkpoints.checkpoint import open_checkpoint
-from minidiff.checkpoints.convert import convert
-from minidiff.checkpoints.inspect import report
-from minidiff.checkpoints.original import original_tables
-from minidiff.cli import main
+from minidiff.checkpoints.original.write import original_tables
+from minidiff.checkpoints.tools.checkpoint import open_checkpoint
+from minidiff.checkpoints.tools.convert import convert
+from minidiff.checkpoints.tools.inspect import report
+from minidiff.cli.main import main
 from minidiff.errors import CheckpointError
 
 headers = load_script("headers")

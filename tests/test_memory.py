@@ -56,7 +56,7 @@ TEXT = {
     "vocab_size": 49408,
     "projection_dim": 4,
 }
-PIPELINES = [name for name in minidiff._HOME if name.endswith("Pipeline") and name != "DiffusionPipeline"]
+PIPELINES = [name for name in minidiff.__all__ if name.endswith("Pipeline") and name != "DiffusionPipeline"]
 PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8))
 MASK = Image.fromarray(np.kron(np.eye(2, dtype=np.uint8) * 255, np.ones((8, 8), dtype=np.uint8)))
 

@@ -14,7 +14,10 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from minidiff import DDPMScheduler, UNet2DConditionModel
-from minidiff.clip import CLIPTextOutput, CLIPTextProjectionOutput
+from minidiff.networks.clip import CLIPTextOutput, CLIPTextProjectionOutput
+from minidiff.networks.unet import UNet2DConditionOutput
+from minidiff.networks.unet_unconditional import UNet2DOutput
+from minidiff.networks.vae import AutoencoderKLOutput, DecoderOutput
 from minidiff.outputs import Output
 from minidiff.pipelines.ddpm import ImagePipelineOutput
 from minidiff.pipelines.stable_diffusion import StableDiffusionPipelineOutput
@@ -22,9 +25,6 @@ from minidiff.pipelines.stable_diffusion_xl import StableDiffusionXLPipelineOutp
 from minidiff.schedulers.base import SchedulerOutput
 from minidiff.schedulers.lcm import LCMSchedulerOutput
 from minidiff.schedulers.tcd import TCDSchedulerOutput
-from minidiff.unet import UNet2DConditionOutput
-from minidiff.unet_unconditional import UNet2DOutput
-from minidiff.vae import AutoencoderKLOutput, DecoderOutput
 
 
 @dataclass

@@ -33,19 +33,20 @@ from minidiff import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
-from minidiff.checkpoints import families, hub
-from minidiff.checkpoints.checkpoint import open_checkpoint
-from minidiff.checkpoints.contents import Contents, why_dropped
-from minidiff.checkpoints.convert import convert
-from minidiff.checkpoints.families import FAMILIES, Published, recognise
-from minidiff.checkpoints.inspect import report
+from minidiff.checkpoints import hub
 from minidiff.checkpoints.names import EMA_PREFIX, ema_name
-from minidiff.checkpoints.single_file import find
-from minidiff.cli import main
-from minidiff.clip import clip_config
+from minidiff.checkpoints.original import families
+from minidiff.checkpoints.original.families import FAMILIES, Published, recognise
+from minidiff.checkpoints.original.read import Contents, why_dropped
+from minidiff.checkpoints.original.single_file import find
+from minidiff.checkpoints.tools.checkpoint import open_checkpoint
+from minidiff.checkpoints.tools.convert import convert
+from minidiff.checkpoints.tools.inspect import report
+from minidiff.cli.main import main
 from minidiff.errors import CheckpointError, CheckpointNotFoundError, ConfigError
-from minidiff.unet import unet_config
-from minidiff.vae import vae_config
+from minidiff.networks.clip import clip_config
+from minidiff.networks.unet import unet_config
+from minidiff.networks.vae import vae_config
 
 headers = load_script("headers")
 NETWORKS = ("unet", "vae", "text_encoder", "text_encoder_2")
@@ -479,7 +480,7 @@ def test_no_network_for_a_local_file(packaged: Path, monkeypatch: pytest.MonkeyP
 def test_a_bare_autoencoder_says_which_scaling_it_was_given(
     sd1: Twin, packaged: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from minidiff.checkpoints import single_file
+    from minidiff.checkpoints.original.write import single_file
 
     monkeypatch.setattr(single_file, "AUTOENCODER", families.AUTOENCODER)
     save_file(renamed(load_file(packaged), "first_stage_model.", ""), tmp_path / "vae.safetensors")

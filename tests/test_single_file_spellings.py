@@ -19,11 +19,11 @@ from minidiff import (
     StableDiffusionPipeline,
     UNet2DConditionModel,
 )
-from minidiff.checkpoints.checkpoint import open_checkpoint
-from minidiff.checkpoints.contents import Contents
 from minidiff.checkpoints.load import OnMeta
 from minidiff.checkpoints.names import ema_name
-from minidiff.checkpoints.single_file import load_part
+from minidiff.checkpoints.original.read import Contents
+from minidiff.checkpoints.original.single_file import load_part
+from minidiff.checkpoints.tools.checkpoint import open_checkpoint
 from minidiff.errors import CheckpointError
 
 headers = load_script("headers")

@@ -103,7 +103,7 @@ def tensors_of(source: str) -> Tensors:
 
 def differences(expected: Tensors, found: Tensors) -> list[str]:
     """Say what a checkpoint has otherwise than a list; tensors that are left out on purpose may be there."""
-    from minidiff.checkpoints.contents import why_dropped
+    from minidiff.checkpoints.original.read import why_dropped
 
     lines = [f"missing     {name} {expected[name]}" for name in expected if name not in found]
     lines += [
@@ -117,11 +117,11 @@ def differences(expected: Tensors, found: Tensors) -> list[str]:
 
 def derive(published: Published) -> Tensors:
     """Return what a published file should hold, by the name table and the packaged configuration."""
-    from minidiff.checkpoints.checkpoint import model_class
-    from minidiff.checkpoints.contents import NETWORKS
-    from minidiff.checkpoints.families import Published as Configs
     from minidiff.checkpoints.load import OnMeta, expected_shapes
-    from minidiff.checkpoints.original import original_tables
+    from minidiff.checkpoints.original.families import Published as Configs
+    from minidiff.checkpoints.original.read import NETWORKS
+    from minidiff.checkpoints.original.write import original_tables
+    from minidiff.checkpoints.tools.checkpoint import model_class
 
     configs = Configs(published.config)
     index = configs.read("model_index.json")

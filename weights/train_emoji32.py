@@ -43,7 +43,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from minidiff import DDIMPipeline, DDPMPipeline, DDPMScheduler, UNet2DModel
-from minidiff.images import make_image_grid
+from minidiff.images.tensors import make_image_grid
 
 SIZE = 32
 UNET = {

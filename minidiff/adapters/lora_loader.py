@@ -33,8 +33,8 @@ from minidiff.adapters.lora_config import layer_configs, scale_of
 from minidiff.adapters.lora_names import Found, LayerName, Names, sort_tensors
 from minidiff.adapters.lora_weights import component_weights
 from minidiff.adapters.source import AdapterFile, read_adapter
-from minidiff.checkpoints.families import FAMILIES, no_adapter
 from minidiff.checkpoints.model import Model, refuse_pickles, refuse_unless_harmless
+from minidiff.checkpoints.original.families import FAMILIES, no_adapter
 from minidiff.errors import CheckpointError, shortened
 
 logger = logging.getLogger("minidiff")

@@ -23,13 +23,13 @@ import torch
 from torch import Tensor, nn
 
 from minidiff.adapters.source import check_tensors, read_adapter
-from minidiff.checkpoints.families import no_adapter
 from minidiff.checkpoints.hub import Repo
 from minidiff.checkpoints.model import refuse_pickles
-from minidiff.clip import LEGACY_EOS, CLIPTextModel, clip_spec
+from minidiff.checkpoints.original.families import no_adapter
 from minidiff.config import Config
 from minidiff.errors import CheckpointError, shortened
-from minidiff.tokenizer import CLIPTokenizer
+from minidiff.networks.clip import LEGACY_EOS, CLIPTextModel, clip_spec
+from minidiff.text.tokenizer import CLIPTokenizer
 
 logger = logging.getLogger("minidiff")
 

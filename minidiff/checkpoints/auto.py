@@ -4,9 +4,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import minidiff
 from minidiff.checkpoints.model import Model
 from minidiff.errors import ConfigError
+from minidiff.registry import public
 
 
 class AutoModel:
@@ -51,7 +51,7 @@ _WHERE = ("revision", "cache_dir", "local_files_only", "token", "force_download"
 def _class_of(fields: Mapping[str, Any]) -> type[Model]:
     """Return the class that a configuration names: diffusers and transformers write its name under different keys."""
     name = fields.get("_class_name") or next(iter(fields.get("architectures") or ()), None)
-    found = getattr(minidiff, str(name)) if name in minidiff.__all__ else None
+    found = public(name)
     if not (isinstance(found, type) and issubclass(found, Model)):
         networks = "AutoencoderKL, CLIPTextModel, CLIPTextModelWithProjection, UNet2DConditionModel, UNet2DModel"
         raise ConfigError(f"the configuration is that of {name or 'no class'}; minidiff has {networks}")

@@ -22,10 +22,10 @@ from typing import TYPE_CHECKING
 from minidiff.checkpoints.remap import CONV1X1, SAME, STACKED, TRANSPOSED, Op, Row
 
 if TYPE_CHECKING:
-    from minidiff.clip import CLIPSpec
     from minidiff.config import Config
-    from minidiff.unet import UNetSpec
-    from minidiff.vae import VAESpec
+    from minidiff.networks.clip import CLIPSpec
+    from minidiff.networks.unet import UNetSpec
+    from minidiff.networks.vae import VAESpec
 
 UNET_PREFIX = "model.diffusion_model."
 VAE_PREFIX = "first_stage_model."

@@ -14,7 +14,7 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
-import minidiff
+from minidiff.registry import HOME, public
 
 _SCHEDULERS = {  # scheduling_... -> ours
     "ddim": "ddim",
@@ -39,22 +39,22 @@ _TASKS = ("", "_img2img", "_inpaint", "_instruct_pix2pix")
 PATHS: dict[str, Sequence[str]] = {
     "callbacks": ["callbacks"],
     "configuration_utils": ["configured", "compat.utils"],
-    "image_processor": ["pipelines.image_inputs", "compat.utils"],
+    "image_processor": ["images.processor", "compat.utils"],
     "loaders": ["adapters", "compat.utils"],
     "loaders.peft": ["adapters.network"],
     "logging": ["compat.logging"],  # there an attribute of the package
-    "models": ["unet", "unet_unconditional", "vae", "checkpoints", "compat.utils"],
+    "models": ["networks.unet", "networks.unet_unconditional", "networks.vae", "checkpoints", "compat.utils"],
     "models.attention_processor": ["compat.attention"],
     "models.auto_model": ["checkpoints.auto"],
-    "models.autoencoders": ["vae"],
-    "models.autoencoders.autoencoder_kl": ["vae"],
-    "models.autoencoders.vae": ["vae"],
+    "models.autoencoders": ["networks.vae"],
+    "models.autoencoders.autoencoder_kl": ["networks.vae"],
+    "models.autoencoders.vae": ["networks.vae"],
     "models.lora": ["compat.utils"],
-    "models.modeling_outputs": ["vae"],
+    "models.modeling_outputs": ["networks.vae"],
     "models.modeling_utils": ["checkpoints.own_model"],
-    "models.unets": ["unet", "unet_unconditional"],
-    "models.unets.unet_2d": ["unet_unconditional"],
-    "models.unets.unet_2d_condition": ["unet"],
+    "models.unets": ["networks.unet", "networks.unet_unconditional"],
+    "models.unets.unet_2d": ["networks.unet_unconditional"],
+    "models.unets.unet_2d_condition": ["networks.unet"],
     "pipelines": ["pipelines", "pipelines.ddpm"],
     "pipelines.auto_pipeline": ["pipelines.auto"],
     "pipelines.pipeline_utils": ["pipelines.base", "pipelines.ddpm"],
@@ -66,15 +66,15 @@ PATHS: dict[str, Sequence[str]] = {
     "pipelines.stable_diffusion_xl.watermark": ["compat.utils"],
     "schedulers": ["schedulers", "schedulers.mixin"],
     "schedulers.scheduling_utils": ["schedulers.mixin"],
-    "utils": ["images", "outputs", "compat.utils", "compat.logging"],
+    "utils": ["images.tensors", "outputs", "compat.utils", "compat.logging"],
     "utils.deprecation_utils": ["compat.utils"],
     "utils.doc_utils": ["compat.utils"],
     "utils.import_utils": ["compat.utils"],
-    "utils.loading_utils": ["images"],
+    "utils.loading_utils": ["images.tensors"],
     "utils.logging": ["compat.logging"],
     "utils.outputs": ["outputs"],
-    "utils.pil_utils": ["images"],
-    "utils.torch_utils": ["random", "compat.utils"],
+    "utils.pil_utils": ["images.tensors"],
+    "utils.torch_utils": ["noise", "compat.utils"],
     **{
         f"pipelines.{family}.pipeline_{family}{task}": [f"pipelines.{family}{task}", "pipelines.by_hand"]
         for family in ("stable_diffusion", "stable_diffusion_xl")
@@ -91,13 +91,13 @@ NAMES: dict[str, tuple[str, str]] = {  # published name -> the module below mini
     "LoraLoaderMixin": ("adapters.lora_loader", "LoraLoader"),
     "StableDiffusionLoraLoaderMixin": ("adapters.lora_loader", "LoraLoader"),
     "PeftAdapterMixin": ("adapters.network", "AdaptedNetwork"),
-    "PIL_INTERPOLATION": ("pipelines.image_inputs", "RESAMPLING"),
+    "PIL_INTERPOLATION": ("images.processor", "RESAMPLING"),
     "StableDiffusionMixin": ("pipelines.memory", "MemorySavers"),
     "StableDiffusionXLLoraLoaderMixin": ("adapters.lora_loader", "LoraLoader"),
     "TextualInversionLoaderMixin": ("adapters.textual_inversion", "TextualInversionLoader"),
-    "numpy_to_pil": ("images", "as_pictures"),
-    "pt_to_pil": ("images", "to_pil"),
-    "randn_tensor": ("random", "randn"),
+    "numpy_to_pil": ("images.tensors", "as_pictures"),
+    "pt_to_pil": ("images.tensors", "to_pil"),
+    "randn_tensor": ("noise", "randn"),
 }
 
 
@@ -113,11 +113,11 @@ def names_at(path: str) -> Callable[[str], Any]:
             return import_module(f"{path}.{name}")
         for home, ours in [NAMES[name]] if name in NAMES else [(home, name) for home in homes]:
             module = f"minidiff.{home}"
-            if minidiff._HOME.get(name, "").startswith(f"{module}."):
-                return getattr(minidiff, name)
+            if HOME.get(name, "").startswith(f"{module}."):
+                return public(name)
             if ours in (found := vars(import_module(module))):
                 return found[ours]
-        raise AttributeError(f"{path} has no {name!r}; minidiff has {', '.join(minidiff.__all__)}")
+        raise AttributeError(f"{path} has no {name!r}; minidiff has {', '.join(HOME)}")
 
     return get
 

@@ -11,7 +11,7 @@ from typing import Any
 from minidiff.checkpoints.model import REFERENCE_VERSION
 
 USE_PEFT_BACKEND = True  # whether LoRA adapters have names and weights, as in the reference with peft
-PipelineImageInput = Any  # an annotation: see ``minidiff.pipelines.image_inputs`` for what images may be
+PipelineImageInput = Any  # an annotation: see ``minidiff.images.processor`` for what images may be
 
 
 def deprecate(*args: Any, take_from: Any = None, standard_warn: bool = True, stacklevel: int = 2) -> Any:

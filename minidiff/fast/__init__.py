@@ -14,13 +14,12 @@ where they are, so saving, adapters and hooks work as before; ``restore`` takes 
     memory format           shuffling pixels and channels around every convolution                 GPU
 
 Under guidance, the two halves of the batch are the same until the first look at the text: see ``repeated`` in
-``minidiff/layers.py``.
+``minidiff/networks/layers.py``.
 """
 
 import torch
 
 from minidiff.checkpoints.model import Model
-from minidiff.clip import CLIPTextModel
 from minidiff.fast.attention import FastAttention
 from minidiff.fast.convolutions import FastConv, FastUpsample
 from minidiff.fast.feed_forward import FastGEGLU
@@ -28,8 +27,9 @@ from minidiff.fast.memo import FastBody, FastTime, FastTold
 from minidiff.fast.packed import FastLinear
 from minidiff.fast.strips import FastLevel
 from minidiff.fast.unchanged import Fast
-from minidiff.unet import UNet2DConditionModel
-from minidiff.vae import AutoencoderKL
+from minidiff.networks.clip import CLIPTextModel
+from minidiff.networks.unet import UNet2DConditionModel
+from minidiff.networks.vae import AutoencoderKL
 
 ON_ANY_DEVICE: tuple[type[Fast], ...] = (FastAttention,)
 ON_CPU: tuple[type[Fast], ...] = (FastLinear, FastConv, FastGEGLU, FastUpsample, FastLevel)

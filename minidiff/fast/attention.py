@@ -19,7 +19,7 @@ from torch import Tensor
 from minidiff.fast.memo import text_keys
 from minidiff.fast.packed import can_pack, pack_matrix, product
 from minidiff.fast.unchanged import Fast
-from minidiff.layers import Attention
+from minidiff.networks.layers import Attention
 
 ROWS = 256  # rows of a block: its scores over 4,096 pixels take 4 MB
 LEAST = 1024  # pixels and keys; for fewer, the fused kernel is faster than one head at a time

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from minidiff.fast import winograd
 from minidiff.fast.packed import Kept, can_pack, convolve, pack_kernel, pack_matrix, product
 from minidiff.fast.unchanged import Fast, unwatched
-from minidiff.layers import Upsample
+from minidiff.networks.layers import Upsample
 
 STRIP = 4 * 2**20  # bytes of the input that one strip takes, about a core's share of the cache
 

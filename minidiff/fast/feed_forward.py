@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from minidiff.fast.packed import Kept, can_pack, gelu_product, pack_matrix, product_times
 from minidiff.fast.unchanged import Fast, unwatched
-from minidiff.layers import GEGLU
+from minidiff.networks.layers import GEGLU
 
 ROWS = 1024  # at a time: 10 MB of hidden units in float32 where D = 320
 

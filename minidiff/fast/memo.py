@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from minidiff.compat.published import own_modules
 from minidiff.fast.packed import version
 from minidiff.fast.unchanged import Fast, bystander, calls_are_plain, unwatched
-from minidiff.layers import Attention, ResBlock, TimeMLP
-from minidiff.unet import UNet2DConditionModel
+from minidiff.networks.layers import Attention, ResBlock, TimeMLP
+from minidiff.networks.unet import UNet2DConditionModel
 
 _current: "ContextVar[Memo | None]" = ContextVar("memo", default=None)
 

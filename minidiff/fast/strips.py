@@ -16,8 +16,8 @@ from minidiff.fast import convolutions, winograd
 from minidiff.fast.convolutions import empty, passable, rows_of_a_strip
 from minidiff.fast.packed import can_pack, convolve, pack_kernel
 from minidiff.fast.unchanged import Fast, unwatched
-from minidiff.layers import ResBlock
-from minidiff.vae import Level
+from minidiff.networks.layers import ResBlock
+from minidiff.networks.vae import Level
 
 LARGE = 32 * 2**20  # bytes of a map from which strips pay
 

@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
-import minidiff
 from minidiff.errors import ConfigError
 from minidiff.pipelines.base import DiffusionPipeline
+from minidiff.registry import public
 
 FAMILIES = ("StableDiffusion", "StableDiffusionXL")
 TASKS = ("Pipeline", "Img2ImgPipeline", "InpaintPipeline")  # how the names of a family's classes end
@@ -42,7 +42,7 @@ class AutoPipeline(DiffusionPipeline):
         """Return the class of this task in the family of the class with this name."""
         for family in FAMILIES:
             if name in [family + task for task in TASKS]:
-                return getattr(minidiff, family + cls.task)
+                return public(family + cls.task)
         raise ConfigError(f"{cls.__name__} knows the families {' and '.join(FAMILIES)}, found {name}")
 
 

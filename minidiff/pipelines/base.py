@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import nn
 
-import minidiff
 from minidiff.checkpoints.arguments import device_of
 from minidiff.checkpoints.hub import Repo
 from minidiff.checkpoints.load import as_dtype, paused_collector
@@ -27,6 +26,7 @@ from minidiff.configured import ConfigMixin
 from minidiff.errors import CheckpointError, ConfigError
 from minidiff.pipelines.memory import MemorySavers
 from minidiff.pipelines.single_file import SingleFilePipeline
+from minidiff.registry import HOME, public
 from minidiff.schedulers.mixin import CONFIG_NAME, SchedulerMixin
 
 if TYPE_CHECKING:
@@ -38,7 +38,8 @@ logger = logging.getLogger("minidiff")
 
 INDEX = "model_index.json"
 RENAMED = {"CLIPTokenizerFast": "CLIPTokenizer"}  # written by transformers 4; both read the same files
-TRANSFORMERS = ("minidiff.clip", "minidiff.tokenizer")  # our modules whose classes the reference has in transformers
+# Our modules whose classes the reference has in transformers.
+TRANSFORMERS = ("minidiff.networks.clip", "minidiff.text.tokenizer")
 _said: set[str] = set()  # what this process has already been told
 
 
@@ -233,7 +234,7 @@ class DiffusionPipeline(MemorySavers, SingleFilePipeline):
             raise ConfigError(f"{path} has no _class_name: call from_pretrained on the class that it is for")
         found = _public(name)
         if found is None or not issubclass(found, DiffusionPipeline) or found is DiffusionPipeline:
-            known = [other for other in minidiff._HOME if other.endswith("Pipeline") and other != "DiffusionPipeline"]
+            known = [other for other in HOME if other.endswith("Pipeline") and other != "DiffusionPipeline"]
             raise ConfigError(
                 f"{path} asks for {name}, which minidiff does not implement; it has {', '.join(known)}. If {name} is a "
                 f"pipeline of your own, call {name}.from_pretrained"
@@ -386,7 +387,7 @@ class DiffusionPipeline(MemorySavers, SingleFilePipeline):
     @staticmethod
     def numpy_to_pil(images: "np.ndarray") -> "list[Image.Image]":
         """Turn pixels (B, H, W, C) or (H, W, C) in [0, 1] into pictures."""
-        from minidiff.images import as_pictures  # brings PIL
+        from minidiff.images.tensors import as_pictures  # brings PIL
 
         return as_pictures(images)
 
@@ -408,7 +409,7 @@ class DiffusionPipeline(MemorySavers, SingleFilePipeline):
 def _public(name: object) -> type | None:
     """Return minidiff's public class of this name, or None."""
     name = RENAMED.get(name, name) if isinstance(name, str) else None
-    return getattr(minidiff, name) if name in minidiff._HOME else None
+    return public(name)
 
 
 def _is_component(entry: Any) -> bool:
@@ -481,7 +482,7 @@ def _library_and_class(name: str, component: Any, optional: bool) -> tuple[str |
     if component is None:
         return None, None
     for kind in type(component).__mro__:  # a class derived from ours elsewhere is saved as ours
-        if minidiff._HOME.get(kind.__name__) == kind.__module__ and not kind.__name__.endswith("Mixin"):
+        if HOME.get(kind.__name__) == kind.__module__ and not kind.__name__.endswith("Mixin"):
             return "transformers" if kind.__module__ in TRANSFORMERS else "diffusers", kind.__name__
     if hasattr(component, "save_pretrained") and hasattr(component, "from_pretrained"):
         return type(component).__module__, type(component).__name__

@@ -14,16 +14,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minidiff.layers import guidance_embedding
+from minidiff.networks.layers import guidance_embedding
+from minidiff.noise import randn
 from minidiff.pipelines.common import initial_latents, rescaled
 from minidiff.pipelines.request import Generators, Request, check_count, check_number
-from minidiff.random import randn
 
 if TYPE_CHECKING:
     import numpy as np
 
+    from minidiff.networks.vae import AutoencoderKLOutput
     from minidiff.schedulers.base import Scheduler
-    from minidiff.vae import AutoencoderKLOutput
 
 CHECKED = {  # the arguments of check_inputs, in order, and how the names of the classes that have them end
     "Pipeline": "height width callback_steps",

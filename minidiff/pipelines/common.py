@@ -16,8 +16,8 @@ import torch
 from torch import Generator, Tensor
 
 from minidiff.adapters.lora import scale_argument
+from minidiff.noise import randn
 from minidiff.pipelines.request import Generators, Request
-from minidiff.random import randn
 from minidiff.schedulers.base import Plan, Scheduler
 
 if TYPE_CHECKING:

@@ -33,8 +33,8 @@ from minidiff.schedulers.base import Plan, Scheduler
 if TYPE_CHECKING:
     from PIL import Image
 
-    from minidiff.pipelines.image_inputs import VaeImageProcessor
-    from minidiff.pipelines.image_regions import Region
+    from minidiff.images.processor import VaeImageProcessor
+    from minidiff.images.regions import Region
     from minidiff.pipelines.latent import Images
     from minidiff.pipelines.request_image import InpaintRequest
 
@@ -102,7 +102,7 @@ class InpaintingPipeline(InpaintByHand, LatentPipeline):
     @computed
     def mask_processor(self) -> "VaeImageProcessor":
         """What prepares the masks of this pipeline; another may be assigned."""
-        from minidiff.pipelines.image_inputs import mask_processor  # brings PIL
+        from minidiff.images.processor import mask_processor  # brings PIL
 
         return mask_processor(self.vae_scale_factor)
 
@@ -120,7 +120,7 @@ class InpaintingPipeline(InpaintByHand, LatentPipeline):
         images = super()._finish(run, handling)
         if run.view is None:
             return images
-        from minidiff.pipelines.image_regions import overlay  # brings PIL
+        from minidiff.images.regions import overlay  # brings PIL
 
         return [overlay(run.view.mask, run.view.picture, image, run.view.region) for image in images]
 
@@ -175,8 +175,8 @@ class InpaintingPipeline(InpaintByHand, LatentPipeline):
 
     def _read(self, request: "InpaintRequest", size: tuple[int, int]) -> Given:
         """Prepare the image, the mask and what is left of the image without it, and check that they fit together."""
-        from minidiff.pipelines.image_inputs import mask_tensor  # brings PIL
-        from minidiff.pipelines.image_regions import crop_region
+        from minidiff.images.processor import mask_tensor  # brings PIL
+        from minidiff.images.regions import crop_region
 
         f, Z = self.vae_scale_factor, self._latent_channels
         height, width = size[0] * f, size[1] * f

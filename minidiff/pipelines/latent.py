@@ -11,6 +11,8 @@ from minidiff.adapters.lora import lora_scaled
 from minidiff.adapters.lora_loader import LoraLoader
 from minidiff.adapters.textual_inversion import TextualInversionLoader
 from minidiff.errors import ConfigError
+from minidiff.networks.unet import UNet2DConditionModel
+from minidiff.networks.vae import AutoencoderKL, DiagonalGaussian
 from minidiff.outputs import Output
 from minidiff.pipelines.base import DiffusionPipeline
 from minidiff.pipelines.by_hand import ByHand
@@ -19,15 +21,14 @@ from minidiff.pipelines.common import FACTS, Run, Step, denoise, initial_latents
 from minidiff.pipelines.foreign import STEPS, ByFace, core_of, first, overridden
 from minidiff.pipelines.request import Generators, Request, check_choice, check_count
 from minidiff.schedulers.base import Plan, Scheduler
-from minidiff.unet import UNet2DConditionModel
-from minidiff.vae import AutoencoderKL, DiagonalGaussian
+from minidiff.threads import computing
 
 if TYPE_CHECKING:
     import numpy as np
     from PIL import Image
 
-    from minidiff.pipelines.image_inputs import VaeImageProcessor
-    from minidiff.pipelines.image_regions import Region
+    from minidiff.images.processor import VaeImageProcessor
+    from minidiff.images.regions import Region
 
     Images = list[Image.Image] | np.ndarray | Tensor
 
@@ -85,12 +86,12 @@ class LatentPipeline(ByHand, Callbacks, LoraLoader, TextualInversionLoader, Diff
     @computed
     def image_processor(self) -> "VaeImageProcessor":
         """What prepares the images of this pipeline and makes pictures; another may be assigned."""
-        from minidiff.pipelines.image_inputs import VaeImageProcessor  # brings PIL
+        from minidiff.images.processor import VaeImageProcessor  # brings PIL
 
         return VaeImageProcessor(vae_scale_factor=self.vae_scale_factor, vae_latent_channels=self._latent_channels)
 
     def enable_freeu(self, s1: float, s2: float, b1: float, b2: float) -> None:
-        """Attenuate the UNet's skips by s and amplify the rest by b; see ``minidiff.freeu``."""
+        """Attenuate the UNet's skips by s and amplify the rest by b; see ``minidiff.networks.freeu``."""
         self.unet.enable_freeu(s1, s2, b1, b2)
 
     def disable_freeu(self) -> None:
@@ -112,7 +113,7 @@ class LatentPipeline(ByHand, Callbacks, LoraLoader, TextualInversionLoader, Diff
         self, image: Any, height: int | None = None, width: int | None = None, region: "Region | None" = None
     ) -> Tensor:
         """Return pixels (B, 3, H, W) in [-1, 1] or latents, see ``to_tensor``."""
-        from minidiff.pipelines.image_inputs import to_tensor  # brings PIL
+        from minidiff.images.processor import to_tensor  # brings PIL
 
         channels = 3 if self.vae is None else self.vae.config.in_channels
         own = (self.vae_scale_factor, self._latent_channels, channels)
@@ -198,7 +199,7 @@ class LatentPipeline(ByHand, Callbacks, LoraLoader, TextualInversionLoader, Diff
         return initial_latents(shape, request.latents, generator, like.device, like.dtype) * plan.init_noise_sigma
 
     def _predict(self, x: Tensor, t: Tensor, run: Run) -> Tensor:
-        with lora_scaled(run.lora_scale):
+        with lora_scaled(run.lora_scale), computing(run):
             if not self._optimized:
                 return self._network(x, t, run)
             from minidiff.fast.memo import Memo

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from minidiff.networks.slicing import SlicedAttention
 from minidiff.pipelines.offload import (
     METHODS,
     Slot,
@@ -21,7 +22,6 @@ from minidiff.pipelines.offload import (
     offload_of,
     offload_whole,
 )
-from minidiff.slicing import SlicedAttention
 
 logger = logging.getLogger("minidiff")
 

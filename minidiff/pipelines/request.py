@@ -37,7 +37,7 @@ class Request:
         clip_skip: 1 conditions on the state before the last CLIP layer ("clip skip 2" in A1111), and so on.
         seed, seeds: one CPU generator per picture: ``seeds`` lists them, ``seed=s`` means s, s + 1...
         long_prompt: what to do with a text of more than 77 tokens: "cut" it and return what was dropped, or "chunk":
-            encode it in windows, see ``minidiff.pipelines.texts``.
+            encode it in windows, see ``minidiff.text.windows``.
         cross_attention_kwargs: ``{"scale": s}`` multiplies all LoRA adapters that are not fused with s in this call.
 
     Raises:

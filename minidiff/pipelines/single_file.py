@@ -1,7 +1,7 @@
 """``SingleFilePipeline``: load a whole pipeline from one file in the original spelling, and write it as one.
 
-The configuration and the tokenizers come with the package, or from ``config=``; see ``minidiff.checkpoints.families``.
-Checked against ``diffusers.loaders.FromSingleFileMixin``.
+The configuration and the tokenizers come with the package, or from ``config=``; see
+``minidiff.checkpoints.original.families``. Checked against ``diffusers.loaders.FromSingleFileMixin``.
 """
 
 import logging
@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from minidiff.checkpoints.contents import Contents
-from minidiff.checkpoints.families import ZERO_SNR_MARK, Configs, scheduler_changes, told_prediction
 from minidiff.checkpoints.load import OnMeta, as_dtype, paused_collector
 from minidiff.checkpoints.model import Model
+from minidiff.checkpoints.original.families import ZERO_SNR_MARK, Configs, scheduler_changes, told_prediction
+from minidiff.checkpoints.original.read import Contents
+from minidiff.checkpoints.original.single_file import absent, describe, find, load_part, raise_if_wrong, refuse, say_ema
 from minidiff.checkpoints.save import save_json
-from minidiff.checkpoints.single_file import absent, describe, find, load_part, raise_if_wrong, refuse, say_ema
 from minidiff.errors import CheckpointError, ConfigError
 from minidiff.schedulers.mixin import SchedulerMixin
 
@@ -106,7 +106,7 @@ class SingleFilePipeline:
         Raises:
             CheckpointError: if the pipeline has a network that the original spelling has no names for.
         """
-        from minidiff.checkpoints.original import groups_of_model, marks, original_metadata, original_tables
+        from minidiff.checkpoints.original.write import groups_of_model, marks, original_metadata, original_tables
         from minidiff.checkpoints.stream import write_stream
 
         networks = {name: part for name, part in self.components.items() if isinstance(part, nn.Module)}
@@ -121,7 +121,7 @@ class SingleFilePipeline:
 
     def _configuration(self) -> str:
         """Return what the header of a single file says: all that ``save_pretrained`` writes besides weights."""
-        from minidiff.checkpoints.header import said_by
+        from minidiff.checkpoints.original.header import said_by
 
         with TemporaryDirectory() as name:
             folder, index = Path(name), self._index()
@@ -146,7 +146,7 @@ def _say_contradiction(contents: Contents, asked: str | None) -> None:
 
 def _small_component(kind: type, name: str, configs: Configs, contents: Contents, prediction: str | None) -> Any:
     """Make a tokenizer, or a scheduler that is told what the UNet predicts."""
-    from minidiff.tokenizer import CLIPTokenizer  # a pipeline without text does not need its library
+    from minidiff.text.tokenizer import CLIPTokenizer  # a pipeline without text does not need its library
 
     if issubclass(kind, CLIPTokenizer):
         return configs.tokenizer(name)

@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from minidiff.noise import randn
 from minidiff.pipelines.by_hand import ImageByHand
 from minidiff.pipelines.callbacks import Callback
 from minidiff.pipelines.common import Run, Step, make_generators, make_plan
@@ -22,7 +23,6 @@ from minidiff.pipelines.request import Generators, Prompt
 from minidiff.pipelines.request_image import ImageRequest
 from minidiff.pipelines.stable_diffusion import SDPipeline, StableDiffusionPipelineOutput
 from minidiff.pipelines.strength import begin
-from minidiff.random import randn
 
 
 class StableDiffusionImg2ImgPipeline(ImageByHand, SDPipeline):

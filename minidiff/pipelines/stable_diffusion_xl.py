@@ -21,9 +21,11 @@ import torch
 from torch import Tensor
 
 from minidiff.adapters.lora import lora_scaled
-from minidiff.clip import CLIPTextModel, CLIPTextModelWithProjection
 from minidiff.compat.paths import names_at
 from minidiff.errors import ConfigError
+from minidiff.networks.clip import CLIPTextModel, CLIPTextModelWithProjection
+from minidiff.networks.unet import UNet2DConditionModel
+from minidiff.networks.vae import AutoencoderKL
 from minidiff.outputs import Output
 from minidiff.pipelines.callbacks import Callback
 from minidiff.pipelines.common import Run, Step, make_generators, make_plan
@@ -31,11 +33,9 @@ from minidiff.pipelines.foreign import encoding, first, overridden
 from minidiff.pipelines.latent import LatentPipeline, check_channels
 from minidiff.pipelines.request import Generators, Prompt
 from minidiff.pipelines.request_xl import Size, XLRequest
-from minidiff.pipelines.texts import Dropped, Embedded, Encoder, Side, Texts, embed
 from minidiff.schedulers.base import Plan, Scheduler
-from minidiff.tokenizer import CLIPTokenizer
-from minidiff.unet import UNet2DConditionModel
-from minidiff.vae import AutoencoderKL
+from minidiff.text.tokenizer import CLIPTokenizer
+from minidiff.text.windows import Dropped, Embedded, Encoder, Side, Texts, embed
 
 if TYPE_CHECKING:
     import numpy as np
@@ -120,7 +120,7 @@ class XLPipeline(LatentPipeline):
     ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
         """Encode prompts and, under guidance, negative prompts, each repeated N = ``num_images_per_prompt`` times.
 
-        ``long_prompt`` is "cut" or "chunk", see ``minidiff.pipelines.texts``; ``lora_scale`` is what LoRA adapters are
+        ``long_prompt`` is "cut" or "chunk", see ``minidiff.text.windows``; ``lora_scale`` is what LoRA adapters are
         multiplied with.
 
         Returns:

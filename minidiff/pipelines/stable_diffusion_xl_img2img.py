@@ -17,7 +17,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from minidiff.clip import CLIPTextModel, CLIPTextModelWithProjection
+from minidiff.networks.clip import CLIPTextModel, CLIPTextModelWithProjection
+from minidiff.networks.unet import UNet2DConditionModel
+from minidiff.networks.vae import AutoencoderKL
+from minidiff.noise import randn
 from minidiff.pipelines.by_hand import ImageByHand
 from minidiff.pipelines.callbacks import Callback
 from minidiff.pipelines.common import Step, make_generators, make_plan
@@ -32,11 +35,8 @@ from minidiff.pipelines.stable_diffusion_xl import (
     time_ids,
 )
 from minidiff.pipelines.strength import begin
-from minidiff.random import randn
 from minidiff.schedulers.base import Plan, Scheduler
-from minidiff.tokenizer import CLIPTokenizer
-from minidiff.unet import UNet2DConditionModel
-from minidiff.vae import AutoencoderKL
+from minidiff.text.tokenizer import CLIPTokenizer
 
 
 class XLImagePipeline(XLPipeline):

@@ -11,8 +11,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from minidiff.clip import CLIPTextModel, CLIPTextModelWithProjection
 from minidiff.errors import ConfigError
+from minidiff.networks.clip import CLIPTextModel, CLIPTextModelWithProjection
+from minidiff.networks.unet import UNet2DConditionModel
+from minidiff.networks.vae import AutoencoderKL
 from minidiff.pipelines.callbacks import Callback
 from minidiff.pipelines.common import Step, make_generators, make_plan
 from minidiff.pipelines.instruct_pix2pix import Editing, EditingPipeline, EditRun, three_fold
@@ -20,9 +22,7 @@ from minidiff.pipelines.request import Generators, Prompt
 from minidiff.pipelines.request_xl import Size, XLRequest
 from minidiff.pipelines.stable_diffusion_xl import StableDiffusionXLPipelineOutput, XLPipeline, XLRun, steps_until
 from minidiff.schedulers.base import Scheduler
-from minidiff.tokenizer import CLIPTokenizer
-from minidiff.unet import UNet2DConditionModel
-from minidiff.vae import AutoencoderKL
+from minidiff.text.tokenizer import CLIPTokenizer
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minidiff import noise_schedule
+from minidiff.schedulers import noise_schedule
 from minidiff.schedulers.base import Grid, Plan, Scheduler
 from minidiff.schedulers.prediction import predict_x0
 

@@ -22,9 +22,9 @@ import numpy as np
 import torch
 from torch import Generator, Tensor
 
-from minidiff import noise_schedule
 from minidiff.configured import ConfigMixin
-from minidiff.random import randn
+from minidiff.noise import randn
+from minidiff.schedulers import noise_schedule
 from minidiff.schedulers.mixin import SchedulerMixin
 from minidiff.schedulers.place import Place
 from minidiff.schedulers.prediction import Clip

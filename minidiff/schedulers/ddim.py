@@ -16,8 +16,8 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Generator, Tensor
 
-from minidiff import noise_schedule
 from minidiff.configured import register_to_config
+from minidiff.schedulers import noise_schedule
 from minidiff.schedulers.base import Grid, Plan, Scheduler, SchedulerOutput, Update
 from minidiff.schedulers.prediction import Scalar, linear, predict_eps, predict_x0
 

@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from minidiff import noise_schedule
 from minidiff.configured import register_to_config
+from minidiff.schedulers import noise_schedule
 from minidiff.schedulers.base import Grid, Plan, Scheduler, Stochastic, Update
 from minidiff.schedulers.prediction import Scalar, predict_x0
 

@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minidiff import noise_schedule
 from minidiff.configured import register_to_config
 from minidiff.errors import ConfigError
+from minidiff.schedulers import noise_schedule
 from minidiff.schedulers.base import Grid, Plan, Update
 from minidiff.schedulers.dpm_solver import remembered
 from minidiff.schedulers.log_snr import LogSnrScheduler

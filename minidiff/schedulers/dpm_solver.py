@@ -24,8 +24,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minidiff import noise_schedule
 from minidiff.errors import ConfigError
+from minidiff.schedulers import noise_schedule
 from minidiff.schedulers.base import Grid, Plan
 from minidiff.schedulers.ddpm import VARIANCES
 from minidiff.schedulers.log_snr import LogSnrScheduler

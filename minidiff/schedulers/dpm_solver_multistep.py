@@ -22,7 +22,7 @@ import torch
 from torch import Generator, Tensor
 
 from minidiff.configured import register_to_config
-from minidiff.random import randn
+from minidiff.noise import randn
 from minidiff.schedulers.base import Plan, SchedulerOutput, Update
 from minidiff.schedulers.dpm_solver import DpmSolver, Step, Transitions, remembered
 from minidiff.schedulers.prediction import Scalar, linear

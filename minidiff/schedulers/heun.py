@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minidiff import noise_schedule
 from minidiff.configured import register_to_config
+from minidiff.schedulers import noise_schedule
 from minidiff.schedulers.base import Grid, Plan, Update
 from minidiff.schedulers.prediction import Clip, Scalar
 from minidiff.schedulers.sigma_space import Level, SigmaSpaceScheduler, levels

@@ -20,8 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minidiff import noise_schedule
 from minidiff.configured import register_to_config
+from minidiff.schedulers import noise_schedule
 from minidiff.schedulers.base import Grid, Plan, Stochastic, Update
 from minidiff.schedulers.euler_ancestral import ancestral
 from minidiff.schedulers.prediction import Scalar

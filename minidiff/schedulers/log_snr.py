@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minidiff import noise_schedule
+from minidiff.schedulers import noise_schedule
 from minidiff.schedulers.base import Grid, Scheduler
 
 

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, TypeVar
 from torch import Tensor
 
 from minidiff.outputs import Output
+from minidiff.registry import public
 
 CONFIG_NAME = "scheduler_config.json"
 T = TypeVar("T", bound="SchedulerMixin")
@@ -77,7 +78,5 @@ class SchedulerMixin:
 
     @classmethod
     def _get_compatibles(cls) -> list[type]:
-        import minidiff
-
         names = dict.fromkeys([cls.__name__, *cls._compatibles])
-        return [getattr(minidiff, name) for name in names if hasattr(minidiff, name)]
+        return [kind for kind in map(public, names) if kind is not None]

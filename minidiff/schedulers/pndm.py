@@ -21,8 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minidiff import noise_schedule
 from minidiff.configured import register_to_config
+from minidiff.schedulers import noise_schedule
 from minidiff.schedulers.base import Grid, Plan, Scheduler, Update
 from minidiff.schedulers.prediction import Scalar, linear, predict_eps, predict_x0
 

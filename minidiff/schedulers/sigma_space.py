@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minidiff import noise_schedule
+from minidiff.schedulers import noise_schedule
 from minidiff.schedulers.base import Plan, Scheduler
 from minidiff.schedulers.prediction import Scalar, predict_x0_unscaled
 

@@ -17,8 +17,8 @@ from scheduler_runs import network, noise
 from torch import Tensor
 
 import minidiff
-from minidiff import noise_schedule
 from minidiff.errors import ConfigError
+from minidiff.schedulers import noise_schedule
 
 COUNTS = (*range(1, 61), 100, 999, 1000)
 T = 1000

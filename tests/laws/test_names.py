@@ -24,7 +24,6 @@ from theirs import diffusers, randomize, transformers
 from torch import Tensor, nn
 from vocabulary import load_script
 
-from minidiff.checkpoints.contents import why_dropped
 from minidiff.checkpoints.model import Model
 from minidiff.checkpoints.names import (
     CLIP_DROPPED,
@@ -33,10 +32,11 @@ from minidiff.checkpoints.names import (
     SDXL_CLIP_PREFIX,
     SDXL_OPENCLIP_PREFIX,
 )
+from minidiff.checkpoints.original.read import why_dropped
 from minidiff.checkpoints.remap import Row, translate
-from minidiff.clip import CLIPTextModel, CLIPTextModelWithProjection
-from minidiff.unet import UNet2DConditionModel
-from minidiff.vae import AutoencoderKL
+from minidiff.networks.clip import CLIPTextModel, CLIPTextModelWithProjection
+from minidiff.networks.unet import UNet2DConditionModel
+from minidiff.networks.vae import AutoencoderKL
 
 CONFIGS = Path(__file__).parents[1] / "data" / "hub_configs"
 SD = [

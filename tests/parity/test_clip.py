@@ -11,7 +11,7 @@ from theirs import assert_same_start, carry_over, randomize, relative_error, tra
 from torch import Tensor, nn
 
 import minidiff
-from minidiff.clip import CLIPTextConfig, CLIPTextModel
+from minidiff.networks.clip import CLIPTextConfig, CLIPTextModel
 
 CONFIGS = Path(__file__).parents[1] / "data" / "hub_configs"
 PUBLISHED = [

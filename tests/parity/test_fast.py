@@ -21,8 +21,8 @@ import minidiff
 from minidiff.fast import attention, convolutions, feed_forward, optimize, packed, restore, strips, winograd
 from minidiff.fast.convolutions import FastConv, FastUpsample, four_kernels
 from minidiff.fast.memo import Memo
-from minidiff.layers import GEGLU, Attention, TransformerBlock, Upsample, repeated
-from minidiff.vae import Level
+from minidiff.networks.layers import GEGLU, Attention, TransformerBlock, Upsample, repeated
+from minidiff.networks.vae import Level
 
 TOPOLOGIES = {
     "SD 1": UNET,

@@ -20,8 +20,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import minidiff
 from minidiff.fast import optimize, restore
-from minidiff.layers import GEGLU, Attention, TransformerBlock, Upsample
-from minidiff.vae import Level
+from minidiff.networks.layers import GEGLU, Attention, TransformerBlock, Upsample
+from minidiff.networks.vae import Level
 
 LAYERS = {
     "linear": lambda: nn.Linear(24, 24),

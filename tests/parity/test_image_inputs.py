@@ -14,8 +14,8 @@ from PIL import Image
 from theirs import diffusers
 
 from minidiff import VaeImageProcessor, load_image
-from minidiff.pipelines.image_inputs import mask_tensor, to_tensor
-from minidiff.pipelines.image_regions import RESIZE_MODES
+from minidiff.images.processor import mask_tensor, to_tensor
+from minidiff.images.regions import RESIZE_MODES
 
 RNG = np.random.default_rng(0)
 PIXELS = RNG.integers(0, 256, (37, 45, 4), dtype=np.uint8)

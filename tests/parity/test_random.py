@@ -4,7 +4,7 @@ import pytest
 import torch
 from theirs import diffusers
 
-from minidiff.random import randn
+from minidiff.noise import randn
 
 
 def generators(count: int) -> list[torch.Generator]:

@@ -12,7 +12,7 @@ from tiny_xl import save_base, save_refiner
 
 import minidiff
 from minidiff import StableDiffusionXLImg2ImgPipeline
-from minidiff.pipelines.image_inputs import to_tensor
+from minidiff.images.processor import to_tensor
 
 SCHEDULERS = [name for name in minidiff.__all__ if name.endswith("Scheduler")]
 PROMPT = "a red heart over two cats"

@@ -11,8 +11,8 @@ from theirs import assert_same_order, assert_same_start, carry_over, diffusers, 
 from torch import Tensor, nn
 
 import minidiff.fast
-from minidiff.layers import guidance_embedding
-from minidiff.unet import UNet2DConditionModel
+from minidiff.networks.layers import guidance_embedding
+from minidiff.networks.unet import UNet2DConditionModel
 
 CONFIGS = Path(__file__).parents[1] / "data" / "hub_configs"
 PUBLISHED = [

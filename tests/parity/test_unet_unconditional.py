@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from minidiff.checkpoints.remap import translate
 from minidiff.errors import CheckpointError, ConfigError
-from minidiff.unet_unconditional import UNet2DModel, unconditional_unet_config
+from minidiff.networks.unet_unconditional import UNet2DModel, unconditional_unet_config
 
 CONFIGS = Path(__file__).parents[1] / "data" / "hub_configs"
 PUBLISHED = ["google--ddpm-cat-256", "google--ddpm-celebahq-256", "google--ddpm-cifar10-32"]

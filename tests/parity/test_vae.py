@@ -10,7 +10,7 @@ import torch
 from theirs import assert_same_order, assert_same_start, carry_over, diffusers, randomize, relative_error
 from torch import Tensor, nn
 
-from minidiff.vae import AutoencoderKL, DiagonalGaussian
+from minidiff.networks.vae import AutoencoderKL, DiagonalGaussian
 
 CONFIGS = Path(__file__).parents[1] / "data" / "hub_configs"
 PUBLISHED = [

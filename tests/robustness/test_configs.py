@@ -10,11 +10,11 @@ import torch
 from theirs import diffusers, transformers
 
 from minidiff.checkpoints.model import Model
-from minidiff.clip import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 from minidiff.config import Config
 from minidiff.errors import ConfigError
-from minidiff.unet import UNet2DConditionModel, unet_config
-from minidiff.vae import AutoencoderKL, vae_config
+from minidiff.networks.clip import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+from minidiff.networks.unet import UNet2DConditionModel, unet_config
+from minidiff.networks.vae import AutoencoderKL, vae_config
 
 CONFIGS = Path(__file__).parents[1] / "data" / "hub_configs"
 SD = [

@@ -22,8 +22,8 @@ from minidiff import (
     load_image,
 )
 from minidiff.errors import ConfigError
-from minidiff.pipelines.image_inputs import mask_tensor, to_tensor
-from minidiff.pipelines.image_regions import crop_region, overlay
+from minidiff.images.processor import mask_tensor, to_tensor
+from minidiff.images.regions import crop_region, overlay
 
 PROMPT = "a red heart"
 PICTURE = torch.full((1, 3, 32, 32), 0.5)

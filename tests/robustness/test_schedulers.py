@@ -8,7 +8,7 @@ from scheduler_runs import noise
 
 import minidiff
 from minidiff.errors import CheckpointNotFoundError, ConfigError
-from minidiff.random import randn
+from minidiff.noise import randn
 
 DDPM, PNDM, UNIPC = minidiff.DDPMScheduler, minidiff.PNDMScheduler, minidiff.UniPCMultistepScheduler
 

@@ -18,7 +18,7 @@ from minidiff import (
     UNet2DConditionModel,
 )
 from minidiff.errors import ConfigError
-from minidiff.pipelines.image_inputs import to_tensor
+from minidiff.images.processor import to_tensor
 
 PROMPT = "a red heart"
 EMBEDS, POOLED = torch.zeros(1, 77, 40), torch.zeros(1, 20)

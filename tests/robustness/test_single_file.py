@@ -12,9 +12,9 @@ from tiny import save_tiny
 from vocabulary import load_script
 
 from minidiff import StableDiffusionPipeline, UNet2DConditionModel
-from minidiff.checkpoints.checkpoint import open_checkpoint
-from minidiff.checkpoints.contents import Contents
+from minidiff.checkpoints.original.read import Contents
 from minidiff.checkpoints.stream import Group, write_stream
+from minidiff.checkpoints.tools.checkpoint import open_checkpoint
 from minidiff.errors import CheckpointError
 
 headers = load_script("headers")

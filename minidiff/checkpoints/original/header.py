@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from minidiff.checkpoints.families import Sections, clip_vocabulary
+from minidiff.checkpoints.original.families import Sections, clip_vocabulary
 from minidiff.config import read_json
 from minidiff.errors import CheckpointError
 

@@ -21,9 +21,9 @@ import torch.nn.functional as F
 from PIL import Image, ImageFilter
 from torch import Tensor
 
-from minidiff import images
 from minidiff.config import Config
-from minidiff.pipelines.image_regions import Region, crop_region, overlay, resized
+from minidiff.images import tensors as images
+from minidiff.images.regions import Region, crop_region, overlay, resized
 from minidiff.pipelines.request import check_choice, check_count
 
 RESAMPLING = {

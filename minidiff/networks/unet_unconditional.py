@@ -1,7 +1,8 @@
 """The unconditional UNet: predicts the noise in a picture (B, C, H, W), given the time and, if it knows any, a class.
 
-The body is that of ``minidiff.unet``: residual blocks down, a middle, residual blocks up, with self-attention over the
-pixels at some levels. This face adds the ways in which time and class come in; their embeddings are summed.
+The body is that of ``minidiff.networks.unet``: residual blocks down, a middle, residual blocks up, with
+self-attention over the pixels at some levels. This face adds the ways in which time and
+class come in; their embeddings are summed.
 
 Papers: Ho et al. 2020 (DDPM, https://arxiv.org/abs/2006.11239), appendix B; Song et al. 2021 (score SDE,
 https://arxiv.org/abs/2011.13456), appendix H, for Fourier features of the time; Dhariwal & Nichol 2021 (ADM,
@@ -19,9 +20,9 @@ from minidiff.checkpoints.names import canonical_unconditional_unet_name, uncond
 from minidiff.checkpoints.remap import Row
 from minidiff.config import Config, check_types, complete, per_level, show_fields
 from minidiff.errors import ConfigError
-from minidiff.layers import FourierFeatures, TimeMLP
+from minidiff.networks.layers import FourierFeatures, TimeMLP
+from minidiff.networks.unet import Level, UNet, UNetSpec
 from minidiff.outputs import Output
-from minidiff.unet import Level, UNet, UNetSpec
 
 NAME = "UNet2DModel"
 

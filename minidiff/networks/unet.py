@@ -22,13 +22,13 @@ from torch import Tensor, nn
 from minidiff.adapters.network import AdaptedNetwork
 from minidiff.checkpoints.model import Model
 from minidiff.checkpoints.names import canonical_unet_name, unet_rows
+from minidiff.checkpoints.original.single_file import SingleFileModel
 from minidiff.checkpoints.remap import Row
-from minidiff.checkpoints.single_file import SingleFileModel
 from minidiff.compat.attention import Attending, processor_arguments
 from minidiff.config import Config, check_types, complete, per_level, show_fields
 from minidiff.errors import ConfigError
-from minidiff.freeu import FreeU
-from minidiff.layers import (
+from minidiff.networks.freeu import FreeU
+from minidiff.networks.layers import (
     Downsample,
     PixelAttention,
     ResBlock,
@@ -40,9 +40,9 @@ from minidiff.layers import (
     repeated,
     timestep_embedding,
 )
+from minidiff.networks.recompute import GradientCheckpointing
+from minidiff.networks.slicing import SlicedAttention
 from minidiff.outputs import Output
-from minidiff.recompute import GradientCheckpointing
-from minidiff.slicing import SlicedAttention
 
 
 class Level(NamedTuple):

@@ -19,17 +19,17 @@ from torch import Tensor, nn
 
 from minidiff.checkpoints.model import Model
 from minidiff.checkpoints.names import canonical_vae_name, vae_rows
+from minidiff.checkpoints.original.single_file import SingleFileModel
 from minidiff.checkpoints.remap import Row
-from minidiff.checkpoints.single_file import SingleFileModel
 from minidiff.compat.attention import Attending
 from minidiff.compat.published import Published
 from minidiff.config import Config, check_types, complete, show_fields
 from minidiff.errors import ConfigError
-from minidiff.layers import Downsample, PixelAttention, ResBlock, Upsample, silu
+from minidiff.networks.layers import Downsample, PixelAttention, ResBlock, Upsample, silu
+from minidiff.networks.recompute import GradientCheckpointing
+from minidiff.networks.tiles import Tiles, in_tiles
+from minidiff.noise import randn
 from minidiff.outputs import Output
-from minidiff.random import randn
-from minidiff.recompute import GradientCheckpointing
-from minidiff.tiles import Tiles, in_tiles
 
 _EPS = 1e-6  # of every normalisation in the autoencoder; not a configuration field
 
@@ -178,7 +178,7 @@ class AutoencoderKL(SingleFileModel, GradientCheckpointing, Attending, Model):
     """Encode pictures to latent Gaussians and decode latents to pictures.
 
     Keyword arguments are the fields of the Hub's ``vae/config.json``, with the reference's defaults. Layers are made
-    and registered in the reference's order, see ``minidiff.unet.UNet``.
+    and registered in the reference's order, see ``minidiff.networks.unet.UNet``.
 
     Raises:
         ConfigError: naming each field that is unknown or has a value that is not implemented.

@@ -33,10 +33,10 @@ from minidiff.checkpoints.names import (
 from minidiff.checkpoints.remap import Row
 from minidiff.config import Config, check_types, complete
 from minidiff.errors import ConfigError
-from minidiff.layers import Attention
+from minidiff.networks.layers import Attention
+from minidiff.networks.recompute import GradientCheckpointing, Recomputed
+from minidiff.networks.vocabulary import Vocabulary
 from minidiff.outputs import Output
-from minidiff.recompute import GradientCheckpointing, Recomputed
-from minidiff.vocabulary import Vocabulary
 
 LEGACY_EOS = 2  # published configs say eos_token_id 2, which never was the id of the end-of-text token (49407)
 

@@ -17,7 +17,7 @@ from minidiff.checkpoints.hub import Repo
 from minidiff.checkpoints.sniff import what_is
 from minidiff.config import read_json
 from minidiff.errors import CheckpointError, ConfigError
-from minidiff.tokenizer import END_OF_WORD, NO_LIMIT, ROLES
+from minidiff.text.tokenizer import END_OF_WORD, NO_LIMIT, ROLES
 
 _IMPLEMENTED = {  # fields that would change the tokens -> the values that describe what CLIPTokenizer does
     "add_prefix_space": (False,),

@@ -12,8 +12,10 @@ from typing import Any, ClassVar, NoReturn
 
 import torch
 
-from minidiff.checkpoints.contents import Contents, Part
-from minidiff.checkpoints.families import (
+from minidiff.checkpoints.hub import PICKLES, WHY_NO_PICKLES, Repo
+from minidiff.checkpoints.load import OnMeta, as_dtype, fill, listed, paused_collector
+from minidiff.checkpoints.model import Model, refuse_unless_harmless
+from minidiff.checkpoints.original.families import (
     AUTOENCODER,
     Configs,
     Family,
@@ -25,10 +27,8 @@ from minidiff.checkpoints.families import (
     stranger,
     told_prediction,
 )
-from minidiff.checkpoints.header import Said
-from minidiff.checkpoints.hub import PICKLES, WHY_NO_PICKLES, Repo
-from minidiff.checkpoints.load import OnMeta, as_dtype, fill, listed, paused_collector
-from minidiff.checkpoints.model import Model, refuse_unless_harmless
+from minidiff.checkpoints.original.header import Said
+from minidiff.checkpoints.original.read import Contents, Part
 from minidiff.errors import CheckpointError, CheckpointNotFoundError
 
 logger = logging.getLogger("minidiff")

@@ -27,7 +27,7 @@ def _convert(args: argparse.Namespace) -> None:
     import torch
     from tqdm.auto import tqdm
 
-    from minidiff.checkpoints.convert import convert
+    from minidiff.checkpoints.tools.convert import convert
 
     with tqdm(unit="B", unit_scale=True, desc=args.target.name) as bar:
 

@@ -32,7 +32,7 @@ from minidiff.config import read_json
 from minidiff.errors import CheckpointError
 
 if TYPE_CHECKING:
-    from minidiff.tokenizer import CLIPTokenizer
+    from minidiff.text.tokenizer import CLIPTokenizer
 
 PUBLISHED = Path(__file__).with_name("published")
 MERGES = PUBLISHED / "clip_merges.txt.gz"
@@ -118,8 +118,8 @@ class Sections(Configs):
 
     def tokenizer(self, name: str) -> "CLIPTokenizer":
         """Return the tokenizer of the component ``name``."""
-        from minidiff.tokenizer import CLIPTokenizer
-        from minidiff.tokenizer_files import read_fields
+        from minidiff.text.tokenizer import CLIPTokenizer
+        from minidiff.text.tokenizer_files import read_fields
 
         config, roles = (self.read(f"{name}/{file}.json") for file in ("tokenizer_config", "special_tokens_map"))
         vocab, merges = self._vocabulary(name)
@@ -154,8 +154,8 @@ class Folder(Configs):
 
     def tokenizer(self, name: str) -> "CLIPTokenizer":
         """Return the tokenizer in the folder of the component ``name``."""
-        from minidiff.tokenizer import CLIPTokenizer
-        from minidiff.tokenizer_files import read_tokenizer
+        from minidiff.text.tokenizer import CLIPTokenizer
+        from minidiff.text.tokenizer_files import read_tokenizer
 
         repo = self.repo.at(name)
         where = {"subfolder": repo.subfolder, "revision": repo.revision, "cache_dir": repo.cache_dir}

@@ -16,16 +16,16 @@ from uuid import uuid4
 
 import torch
 
-import minidiff
-from minidiff.checkpoints.checkpoint import Checkpoint, open_checkpoint, scheduler_fields
-from minidiff.checkpoints.contents import NETWORKS, Part
-from minidiff.checkpoints.families import scheduler_changes
-from minidiff.checkpoints.header import said_by
 from minidiff.checkpoints.model import REFERENCE_VERSION
-from minidiff.checkpoints.original import groups_of_part, marks, original_metadata, original_tables
+from minidiff.checkpoints.original.families import scheduler_changes
+from minidiff.checkpoints.original.header import said_by
+from minidiff.checkpoints.original.read import NETWORKS, Part
+from minidiff.checkpoints.original.write import groups_of_part, marks, original_metadata, original_tables
 from minidiff.checkpoints.save import save_json
 from minidiff.checkpoints.stream import Group, write_stream
+from minidiff.checkpoints.tools.checkpoint import Checkpoint, open_checkpoint, scheduler_fields
 from minidiff.errors import CheckpointNotFoundError
+from minidiff.registry import public
 
 LAYOUTS = ("hub", "single-file")
 Progress = Callable[[int, int], None]  # bytes written now, bytes in all
@@ -148,7 +148,7 @@ def _write_small_files(checkpoint: Checkpoint, folder: Path) -> None:
         elif kind.endswith("Scheduler"):
             fields = scheduler_fields(checkpoint.configs, name)
             if changes := scheduler_changes(fields, checkpoint.prediction, checkpoint.zero_snr):
-                getattr(minidiff, kind).from_config(fields, **changes)  # raises if it has no such option
+                public(kind).from_config(fields, **changes)  # raises if it has no such option
                 fields |= changes
             (folder / name).mkdir()
             save_json(fields, folder / name / "scheduler_config.json")

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from minidiff.adapters.textual_inversion import expand
 from minidiff.pipelines.request import Prompt, Request
-from minidiff.tokenizer import CLIPTokenizer
+from minidiff.text.tokenizer import CLIPTokenizer
 
 T = TypeVar("T")
 Piece = tuple[str, float]  # a part of a text, and the weight of its tokens

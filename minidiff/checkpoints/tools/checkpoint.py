@@ -5,14 +5,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import minidiff
-from minidiff.checkpoints.contents import NETWORKS, Contents, Part
-from minidiff.checkpoints.families import AUTOENCODER, FAMILIES, ZERO_SNR_MARK, Configs, Family, Folder
 from minidiff.checkpoints.hub import MissingFileError, Repo, variant_of
 from minidiff.checkpoints.load import OnMeta, Stored, expected_shapes, listed, match, paused_collector, read_header
 from minidiff.checkpoints.model import Model
-from minidiff.checkpoints.single_file import describe, say_ema
+from minidiff.checkpoints.original.families import AUTOENCODER, FAMILIES, ZERO_SNR_MARK, Configs, Family, Folder
+from minidiff.checkpoints.original.read import NETWORKS, Contents, Part
+from minidiff.checkpoints.original.single_file import describe, say_ema
 from minidiff.errors import CheckpointError, CheckpointNotFoundError, ConfigError
+from minidiff.registry import public
 
 STEMS = ("diffusion_pytorch_model", "model")  # of the weight files in Hub layout
 
@@ -181,9 +181,7 @@ def _zero_snr(configs: Configs) -> bool:
 
 
 def _is_ours(name: object) -> bool:
-    if not isinstance(name, str) or name not in minidiff._HOME:
-        return False
-    kind = getattr(minidiff, name)
+    kind = public(name)
     return isinstance(kind, type) and issubclass(kind, Model)
 
 
@@ -191,7 +189,7 @@ def model_class(name: object, where: object) -> type[Model]:
     """Return the class of networks of this name. Raises ``ConfigError``, naming ``where``, if there is none."""
     if not _is_ours(name):
         raise ConfigError(f"{where} describes a {name}, which is no network that minidiff implements")
-    return getattr(minidiff, str(name))
+    return public(name)
 
 
 def _title(models: Any) -> str:

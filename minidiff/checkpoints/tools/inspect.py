@@ -4,10 +4,10 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from math import prod
 
-from minidiff.checkpoints.checkpoint import Checkpoint
-from minidiff.checkpoints.contents import Part
 from minidiff.checkpoints.load import STORED_DTYPES, Stored, expected_shapes
+from minidiff.checkpoints.original.read import Part
 from minidiff.checkpoints.remap import SAME, Row
+from minidiff.checkpoints.tools.checkpoint import Checkpoint
 
 SPELLINGS = {"single-file": "single file in the original spelling", "hub": "folder in Hub layout"}
 _NAMES = {name: str(dtype).removeprefix("torch.") for name, dtype in STORED_DTYPES.items()}
@@ -41,7 +41,7 @@ def report(checkpoint: Checkpoint) -> str:
 
 def keys(checkpoint: Checkpoint) -> str:
     """Return the name table of a checkpoint: ours, Hub, original, our shape, and the change of layout."""
-    from minidiff.checkpoints.original import original_tables
+    from minidiff.checkpoints.original.write import original_tables
     from minidiff.errors import CheckpointError
 
     try:

@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from minidiff.recompute import Recomputed
-from minidiff.slicing import attend_in_slices
+from minidiff.networks.recompute import Recomputed
+from minidiff.networks.slicing import attend_in_slices
 
 
 def timestep_embedding(

@@ -6,9 +6,6 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from minidiff.checkpoints.contents import Part
-from minidiff.checkpoints.families import V_MARK, ZERO_SNR_MARK
-from minidiff.checkpoints.header import KEY
 from minidiff.checkpoints.load import STORED_DTYPES, Stored, expected_shapes, read_pieces, read_tensor
 from minidiff.checkpoints.model import Model
 from minidiff.checkpoints.names import (
@@ -17,6 +14,9 @@ from minidiff.checkpoints.names import (
     SDXL_OPENCLIP_PREFIX,
     VAE_PREFIX,
 )
+from minidiff.checkpoints.original.families import V_MARK, ZERO_SNR_MARK
+from minidiff.checkpoints.original.header import KEY
+from minidiff.checkpoints.original.read import Part
 from minidiff.checkpoints.remap import Op, Row, Spelling
 from minidiff.checkpoints.stream import Group
 from minidiff.errors import CheckpointError
@@ -32,8 +32,8 @@ def original_tables(networks: Mapping[str, Model]) -> dict[str, list[Row]]:
     Raises:
         CheckpointError: if the original spelling has no names for one.
     """
-    from minidiff.checkpoints.single_file import SingleFileModel
-    from minidiff.clip import CLIPTextModel
+    from minidiff.checkpoints.original.single_file import SingleFileModel
+    from minidiff.networks.clip import CLIPTextModel
 
     tables = {}
     for name, model in networks.items():

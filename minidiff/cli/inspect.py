@@ -14,8 +14,8 @@ def add_inspect(parser: argparse.ArgumentParser) -> None:
 
 
 def _inspect(args: argparse.Namespace) -> None:
-    from minidiff.checkpoints.checkpoint import open_checkpoint
-    from minidiff.checkpoints.inspect import keys, report
+    from minidiff.checkpoints.tools.checkpoint import open_checkpoint
+    from minidiff.checkpoints.tools.inspect import keys, report
 
     checkpoint = open_checkpoint(args.checkpoint, config=args.config, variant=args.variant, ask=False)
     print(keys(checkpoint) if args.keys else report(checkpoint))

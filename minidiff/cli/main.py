@@ -15,10 +15,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-import minidiff
-from minidiff.cli_convert import add_convert
-from minidiff.cli_inspect import add_inspect
+from minidiff.cli.convert import add_convert
+from minidiff.cli.inspect import add_inspect
 from minidiff.embedded import DEFAULT, GUIDANCE, embedded_checkpoint, embedded_names
+from minidiff.registry import HOME, __version__, public
 
 if TYPE_CHECKING:
     import torch
@@ -55,7 +55,7 @@ class _Parser(argparse.ArgumentParser):
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="minidiff", description="Diffusion models in plain PyTorch.")
-    parser.add_argument("--version", action="version", version=f"minidiff {minidiff.__version__}")
+    parser.add_argument("--version", action="version", version=f"minidiff {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     _add_generate(commands.add_parser("generate", help="draw pictures, from a prompt or without one"))
     add_inspect(commands.add_parser("inspect", help="say what a checkpoint holds"))
@@ -93,7 +93,7 @@ def _generate(args: argparse.Namespace) -> None:
 
     pipe = _load(model, args.dtype, args.device)
     if args.scheduler:
-        pipe.scheduler = getattr(minidiff, args.scheduler).from_config(pipe.scheduler.config)
+        pipe.scheduler = public(args.scheduler).from_config(pipe.scheduler.config)
     steps = args.steps or (TEXT_STEPS if needs_prompt else PLAIN_STEPS)
     call, said = _text_arguments(args, model) if needs_prompt else ({"batch_size": args.num}, {})
     out = pipe(**call, num_inference_steps=steps, seeds=[seed + k for k in range(args.num)])
@@ -103,7 +103,7 @@ def _generate(args: argparse.Namespace) -> None:
         "checkpoint": name,
         "size": "{}x{}".format(*out.images[0].size),
         "dtype": args.dtype,
-        "minidiff": minidiff.__version__,
+        "minidiff": __version__,
     }
     _write(out.images, out.seeds, output, settings, grid=args.grid)
 
@@ -121,14 +121,15 @@ def _pipeline_class(model: str | Path) -> type["DiffusionPipeline"]:
     from minidiff.config import read_json
     from minidiff.pipelines.base import INDEX
 
+    pipeline = public("DiffusionPipeline")
     if Path(model).is_file():
-        from minidiff.checkpoints.contents import Contents
-        from minidiff.checkpoints.single_file import describe
+        from minidiff.checkpoints.original.read import Contents
+        from minidiff.checkpoints.original.single_file import describe
 
         _, configs, _ = describe(Contents.of(Path(model)), None, None, {}, ask=False)
-        return minidiff.DiffusionPipeline._class_for(configs.read(INDEX), configs)
+        return pipeline._class_for(configs.read(INDEX), configs)
     path = Repo(model).file(INDEX)
-    return minidiff.DiffusionPipeline._class_for(read_json(path), path)
+    return pipeline._class_for(read_json(path), path)
 
 
 def _needs_prompt(args: argparse.Namespace, call: Callable) -> bool:
@@ -157,7 +158,7 @@ def _load(model: str | Path, dtype: str, device: str | None) -> "DiffusionPipeli
     import torch
 
     device = _device(device)  # before the weights are read
-    pipeline = minidiff.DiffusionPipeline
+    pipeline = public("DiffusionPipeline")  # brings torch
     load = pipeline.from_single_file if Path(model).is_file() else pipeline.from_pretrained
     return load(model, torch_dtype=getattr(torch, dtype)).to(device)
 
@@ -174,7 +175,7 @@ def _device(name: str | None) -> "torch.device":
 
 
 def _write(images: "list[Image.Image]", seeds: list[int], output: Path, settings: dict, *, grid: bool) -> None:
-    from minidiff.images import make_image_grid, save_png
+    from minidiff.images.tensors import make_image_grid, save_png
 
     if grid:
         rows = max(n for n in range(1, math.isqrt(len(images)) + 1) if len(images) % n == 0)
@@ -191,7 +192,7 @@ def _write(images: "list[Image.Image]", seeds: list[int], output: Path, settings
 
 def _schedulers() -> dict[str, str]:
     """Map the short name of every scheduler to its class name: "unipc" to "UniPCMultistepScheduler"."""
-    names = [name for name in minidiff.__all__ if name.endswith("Scheduler")]
+    names = [name for name in HOME if name.endswith("Scheduler")]
     return {name.removesuffix("Scheduler").removesuffix("Multistep").lower(): name for name in names}
 
 

@@ -138,7 +138,7 @@ class CLIPTokenizer:
         Raise ``CheckpointNotFoundError`` if the vocabulary is missing, ``ConfigError`` if a field asks for another
         kind of tokenizer, ``CheckpointError`` if a file is damaged.
         """
-        from minidiff.tokenizer_files import read_tokenizer
+        from minidiff.text.tokenizer_files import read_tokenizer
 
         where = {"subfolder": subfolder, "revision": revision, "cache_dir": cache_dir, "token": token}
         where |= {"local_files_only": local_files_only, "force_download": force_download}
@@ -148,7 +148,7 @@ class CLIPTokenizer:
 
     def save_pretrained(self, save_directory: str | Path) -> None:
         """Write ``vocab.json``, ``merges.txt``, ``tokenizer_config.json`` and ``special_tokens_map.json``."""
-        from minidiff.tokenizer_files import write_tokenizer
+        from minidiff.text.tokenizer_files import write_tokenizer
 
         backend = self._backend
         write_tokenizer(
