@@ -9,7 +9,7 @@ from types import ModuleType
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
-MERGES = ROOT / "minidiff" / "checkpoints" / "published" / "clip_merges.txt.gz"
+MERGES = ROOT / "minidiff" / "checkpoints" / "original" / "published" / "clip_merges.txt.gz"
 
 
 def load_script(name: str) -> ModuleType:
