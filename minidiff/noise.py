@@ -4,14 +4,65 @@ Checked against ``diffusers.utils.torch_utils.randn_tensor``.
 """
 
 from collections.abc import Sequence
+from numbers import Integral
+from typing import Protocol
 
 import torch
 from torch import Generator, Tensor
 
+Generators = Generator | Sequence[Generator] | None
+
+
+class Asked(Protocol):
+    """What a request must say for its noise to be drawn."""
+
+    count: int  # of pictures
+    generator: Generators
+    seed: int | None
+    seeds: Sequence[int] | None
+
+
+def make_generators(request: Asked) -> tuple[Generators, list[int] | None]:
+    """Return what draws the noise of the pictures, and their seeds if they have some.
+
+    Seeds give every picture a CPU generator of its own, so picture k depends neither on the rest of the batch nor on
+    the device; ``seed=s`` stands for ``seeds=[s, s + 1, ...]``. A ``generator`` is used as the reference uses it.
+    """
+    generator, seed, seeds, count = request.generator, request.seed, request.seeds, request.count
+    if sum(one is not None for one in (generator, seed, seeds)) > 1:
+        raise ValueError("give one of generator=, seed= and seeds=")
+    if seed is not None:
+        seeds = [_checked_seed(seed) + k for k in range(count)]
+    if seeds is None:
+        if isinstance(generator, (list, tuple)) and len(generator) != count:
+            raise ValueError(f"generator is a list of {len(generator)} for {count} pictures: give one each, or one")
+        return generator, None
+    if isinstance(seeds, str) or not isinstance(seeds, Sequence) or len(seeds) != count:
+        raise ValueError(f"seeds should be a list of {count} integers, one per picture; found {seeds!r}")
+    seeds = [_checked_seed(s) for s in seeds]
+    return [Generator("cpu").manual_seed(s) for s in seeds], seeds
+
+
+def _checked_seed(seed: int) -> int:
+    if isinstance(seed, bool) or not isinstance(seed, Integral):
+        raise TypeError(f"a seed should be an integer, found {seed!r}")
+    return int(seed)
+
+
+def initial_latents(
+    shape: tuple[int, ...], latents: Tensor | None, generator: Generators, device: torch.device, dtype: torch.dtype
+) -> Tensor:
+    """Return the given latents, checked, or draw standard normal ones; not yet scaled to the scheduler's sigma."""
+    if latents is None:
+        return randn(shape, generator, device=device, dtype=dtype)
+    if tuple(latents.shape) != shape:
+        raise ValueError(f"latents should be {shape} for this batch and size, found {tuple(latents.shape)}")
+    return latents.to(device, dtype)
+
 
 def randn(
     shape: Sequence[int],
-    generator: Generator | Sequence[Generator] | None = None,
+    generator: Generators = None,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
 ) -> Tensor:

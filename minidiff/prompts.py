@@ -24,19 +24,19 @@ each text, so that a picture is the same alone and in a batch; A1111 takes it ov
 """
 
 import re
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from minidiff.pipelines.foreign import encoding
 from minidiff.pipelines.request import Prompt, Request
 from minidiff.pipelines.request_xl import XLRequest
-from minidiff.text.windows import Piece, Texts
+from minidiff.text.windows import Piece
 
 if TYPE_CHECKING:
-    from minidiff.pipelines.stable_diffusion import SDPipeline
-    from minidiff.pipelines.stable_diffusion_xl import XLPipeline
+    from minidiff.pipelines.stable_diffusion import StableDiffusion
+    from minidiff.pipelines.stable_diffusion_xl import StableDiffusionXL
 
 STEP = 1.1  # the weight of a pair of round brackets
 
@@ -119,7 +119,7 @@ def _error(text: str, position: int, what: str) -> ValueError:
 
 @torch.no_grad()
 def encode(
-    pipe: "SDPipeline | XLPipeline",
+    pipe: "StableDiffusion | StableDiffusionXL",
     prompt: str | list[str],
     negative_prompt: Prompt = None,
     *,
@@ -152,5 +152,6 @@ def encode(
     else:
         request = Request(**texts, clip_skip=clip_skip, long_prompt="chunk")
     pipe._check_clip_skip(clip_skip)
-    found = pipe._embed(replace(Texts.of(request), read=parse), pipe.device)
-    return {name: value for name, value in found._asdict().items() if isinstance(value, Tensor)}
+    *found, _ = pipe._embed(encoding(request, guided=True, device=pipe.device), read=parse)
+    names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
+    return dict(zip(names, found, strict=False))

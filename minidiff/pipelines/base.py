@@ -71,6 +71,13 @@ class DiffusionPipeline(MemorySavers, SingleFilePipeline):
         for name, component in components.items():
             setattr(self, name, component)
 
+    def _set_up(self, kind: type["DiffusionPipeline"], arguments: Mapping[str, Any]) -> None:
+        """Register what ``kind.__init__`` was called with, its ``locals()``: components, and settings."""
+        DiffusionPipeline.__init__(self)
+        components, settings = kind._signature()
+        self.register_modules(**{name: arguments[name] for name in components})
+        self.register_to_config(**{name: arguments[name] for name in settings if name != "add_watermarker"})
+
     def register_to_config(self, **settings: Any) -> None:
         """Make these the pipeline's settings: what ``config`` holds, and model_index.json, beside the components."""
         self._settings = {**self._settings, **settings}

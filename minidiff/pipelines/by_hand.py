@@ -15,9 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minidiff.networks.layers import guidance_embedding
-from minidiff.noise import randn
-from minidiff.pipelines.common import initial_latents, rescaled
-from minidiff.pipelines.request import Generators, Request, check_count, check_number
+from minidiff.noise import Generators, initial_latents, randn
+from minidiff.pipelines.request import Request, check_count, check_number
+from minidiff.pipelines.run import repeat_to_batch, rescaled
+from minidiff.pipelines.strength import take_over
 
 if TYPE_CHECKING:
     import numpy as np
@@ -64,7 +65,7 @@ def retrieve_latents(
 
 
 def rescale_noise_cfg(noise_cfg: Tensor, noise_pred_text: Tensor, guidance_rescale: float = 0.0) -> Tensor:
-    """Return the guided prediction with its contrast pulled back, see ``minidiff.pipelines.common.rescaled``."""
+    """Return the guided prediction with its contrast pulled back, see ``minidiff.pipelines.run.rescaled``."""
     return rescaled(noise_cfg, noise_pred_text, guidance_rescale)
 
 
@@ -177,8 +178,6 @@ class ImageByHand(ByHand):
         taken = min(int(n * strength), n)
         start = (n - taken) * scheduler.order
         if denoising_start is not None:
-            from minidiff.pipelines.stable_diffusion_xl_img2img import take_over  # which is built on this
-
             start = take_over(scheduler, scheduler._ready_plan(), denoising_start).start
             taken = len(scheduler.timesteps) - start
         scheduler.set_begin_index(start)
@@ -257,9 +256,7 @@ class InpaintByHand(ImageByHand):
         do_classifier_free_guidance: bool,
     ) -> tuple[Tensor, Tensor]:
         """Return masks (B, 1, h, w) and the latents of the masked image, twice under guidance."""
-        from minidiff.pipelines.latent import dealt  # which is built on this
-
         like, f = torch.empty((), dtype=dtype, device=device), self.vae_scale_factor
-        m = dealt(F.interpolate(mask, size=(height // f, width // f)).to(like), batch_size, "masks")
+        m = repeat_to_batch(F.interpolate(mask, size=(height // f, width // f)).to(like), batch_size, "masks")
         masked = self._encode_image(masked_image, batch_size, generator, like, one_each=False)
         return tuple(torch.cat([x, x]) if do_classifier_free_guidance else x for x in (m, masked))

@@ -10,18 +10,25 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 from weakref import WeakKeyDictionary
 
 from torch import Tensor
 
-from minidiff.pipelines.common import Run
 from minidiff.pipelines.request import check_choice, check_count
 from minidiff.threads import PerThread
 
+if TYPE_CHECKING:
+    from minidiff.pipelines.run import Run
+
+FACTS = (  # what a program may ask about a call after it
+    *("guidance_scale", "guidance_rescale", "clip_skip", "cross_attention_kwargs", "interrupt"),
+    *("denoising_start", "denoising_end", "image_guidance_scale", "timestep_cond"),
+)
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 Callback = Callable[..., Mapping[str, Tensor]]
 RUNS: PerThread[Any] = PerThread()  # pipeline -> its call in this thread, under way or last
-_under_way: "WeakKeyDictionary[Callbacks, dict[int, Run]]" = WeakKeyDictionary()  # those of all threads
+_under_way: WeakKeyDictionary[Any, dict[int, Any]] = WeakKeyDictionary()  # those of all threads
 _lock = threading.Lock()
 
 
@@ -57,22 +64,41 @@ class OldCallback(NamedTuple):
         """Return what the two arguments ask for, with the reference's warning."""
         if call is None and every is None:
             return None
-        warnings.warn(
-            "callback and callback_steps are deprecated: use callback_on_step_end", FutureWarning, stacklevel=4
-        )
+        message = "callback and callback_steps are deprecated: use callback_on_step_end"
+        warnings.warn(message, FutureWarning, stacklevel=5)  # whoever calls the pipeline
         every = 1 if every is None else every
         check_count("callback_steps", every)
         return None if call is None else cls(call, every)
 
 
 @dataclass(frozen=True)
-class Handling:
+class OutputOptions:
     """What a caller wants done with the steps and the result, as opposed to what is generated."""
 
-    output_type: str = "pil"
-    callback: Callback | None = None
-    callback_tensors: Sequence[str] = ("latents",)
-    old_callback: OldCallback | None = None
+    output_type: str
+    return_dict: bool
+    callback: Callback | None
+    callback_tensors: Sequence[str]  # a callback that is an object may name them itself, as its ``tensor_inputs``
+    old_callback: OldCallback | None
+
+    @classmethod
+    def of(cls, pipe: "Callbacks", arguments: Mapping[str, Any]) -> tuple["OutputOptions", dict[str, Any]]:
+        """Take the arguments of a call apart (its ``locals()``): these, and those of the request.
+
+        Raises ``TypeError`` for arguments that minidiff does not know, unless they ask for nothing.
+        """
+        asked = {name: value for name, value in arguments.items() if name not in ("self", "__class__")}
+        others = asked.pop("not_implemented")
+        old = OldCallback.of(others.pop("callback", None), others.pop("callback_steps", None))
+        if unknown := [name for name, value in others.items() if value is not None]:
+            raise TypeError(f"{type(pipe).__name__} does not implement the argument(s) {', '.join(unknown)}")
+        output_type, return_dict = asked.pop("output_type"), asked.pop("return_dict")
+        check_choice("output_type", output_type, OUTPUT_TYPES)
+        callback, tensors = asked.pop("callback_on_step_end"), asked.pop("callback_on_step_end_tensor_inputs")
+        tensors = getattr(callback, "tensor_inputs", tensors) or ()
+        for name in tensors:
+            check_choice("callback_on_step_end_tensor_inputs", name, pipe._callback_tensor_inputs)
+        return cls(output_type, return_dict, callback, tensors, old), asked
 
 
 class Callbacks:
@@ -108,7 +134,7 @@ class Callbacks:
         return [run, *others.values()]
 
     @contextmanager
-    def _going_on(self, run: Run) -> Iterator[None]:
+    def _going_on(self, run: "Run") -> Iterator[None]:
         """Know of a run in all threads; at the end let go of what takes memory."""
         RUNS.set(self, run)
         with _lock:
@@ -120,20 +146,21 @@ class Callbacks:
                 _under_way[self].pop(id(run))
             run.forget()
 
-    def _call_back(self, handling: Handling, run: Run, i: int) -> None:
-        """Hand the run's tensors to the user's callback and take over those it returns."""
-        if handling.callback is None:
-            return
-        tensors = {name: getattr(run, name) for name in handling.callback_tensors}
-        returned = handling.callback(self, i - run.plan.start, run.plan.timesteps[i], tensors)
-        if not isinstance(returned, Mapping):
-            raise TypeError(f"callback_on_step_end should return a dict of tensors, found {type(returned).__name__}")
-        for name, tensor in returned.items():
-            check_choice("a tensor returned by callback_on_step_end", name, self._callback_tensor_inputs)
-            setattr(run, name, tensor)
-
-    def _call_back_as_before(self, handling: Handling, run: Run, i: int) -> None:
-        """Call ``callback=`` where it is its turn."""
-        old, k = handling.old_callback, i - run.plan.start
-        if old is not None and k % old.every == 0:
-            old.call(k // run.core.order, run.plan.timesteps[i], run.latents)
+    def _call_back(self, options: OutputOptions, run: "Run", ends_step: bool) -> None:
+        """Hand the run's tensors to the user's callback and take over those it returns; then call the old one."""
+        k, t = run.step - run.plan.start, run.plan.timesteps[run.step]
+        if options.callback is not None:
+            known = {"latents": run.latents, **run.tensors}
+            tensors = {name: known.get(name) for name in options.callback_tensors}
+            returned = options.callback(self, k, t, tensors)
+            if not isinstance(returned, Mapping):
+                found = type(returned).__name__
+                raise TypeError(f"callback_on_step_end should return a dict of tensors, found {found}")
+            for name in returned:
+                check_choice("a tensor returned by callback_on_step_end", name, self._callback_tensor_inputs)
+            returned = dict(returned)
+            run.latents = returned.pop("latents", run.latents)
+            run.tensors.update(returned)
+        old = options.old_callback
+        if old is not None and ends_step and k % old.every == 0:
+            old.call(k // run.core.order, t, run.latents)

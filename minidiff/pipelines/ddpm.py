@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 from minidiff.networks.unet_unconditional import UNet2DModel
-from minidiff.noise import randn
+from minidiff.noise import Generators, make_generators, randn
 from minidiff.outputs import Output
 from minidiff.pipelines.base import DiffusionPipeline
-from minidiff.pipelines.common import Step, make_generators
 from minidiff.pipelines.foreign import ByFace, core_of, first
-from minidiff.pipelines.request import Generators, as_python, check_choice, check_count, check_number
+from minidiff.pipelines.request import as_python, check_choice, check_count, check_number
+from minidiff.pipelines.run import Step
 from minidiff.schedulers.base import Plan, Scheduler
 from minidiff.schedulers.ddim import DDIMScheduler
 

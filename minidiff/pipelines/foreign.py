@@ -20,7 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minidiff.pipelines.request import Generators, Request
+from minidiff.noise import Generators
+from minidiff.pipelines.request import Request
 from minidiff.schedulers.base import Plan, Scheduler
 
 FACE = ("set_timesteps", "timesteps", "init_noise_sigma", "scale_model_input", "step", "add_noise")
@@ -54,11 +55,11 @@ def core_of(pipe: Any) -> "Scheduler | ByFace":
     return scheduler if ours and not overridden(pipe, "prepare_extra_step_kwargs") else ByFace(pipe)
 
 
-def encoding(request: Request, device: torch.device) -> dict[str, Any]:
+def encoding(request: Request, guided: bool, device: torch.device) -> dict[str, Any]:
     """Return the arguments of ``encode_prompt``, by the names that all of the reference's have for them."""
     names = [field.name for field in fields(request) if "prompt" in field.name and field.name != "long_prompt"]
     scale = (request.cross_attention_kwargs or {}).get("scale")
-    how = {"device": device, "do_classifier_free_guidance": request.guided, "lora_scale": scale}
+    how = {"device": device, "do_classifier_free_guidance": guided, "lora_scale": scale}
     how |= {"long_prompt": request.long_prompt} if request.long_prompt != "cut" else {}
     return {name: getattr(request, name) for name in names} | how | {"clip_skip": request.clip_skip}
 

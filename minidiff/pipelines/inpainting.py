@@ -15,19 +15,21 @@ and nothing is put back: the rest comes out much like the image, not equal to it
 nearest pixels.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from functools import partial
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from minidiff.noise import initial_latents
 from minidiff.pipelines.by_hand import InpaintByHand
-from minidiff.pipelines.callbacks import Handling
-from minidiff.pipelines.common import Run, initial_latents
 from minidiff.pipelines.foreign import ByFace
-from minidiff.pipelines.latent import LatentPipeline, computed, dealt
-from minidiff.pipelines.request import Generators
+from minidiff.pipelines.image_to_image import FromImage
+from minidiff.pipelines.latent import computed, repeat_to_batch
+from minidiff.pipelines.run import Run
 from minidiff.schedulers.base import Plan, Scheduler
 
 if TYPE_CHECKING:
@@ -39,12 +41,26 @@ if TYPE_CHECKING:
     from minidiff.pipelines.request_image import InpaintRequest
 
 
-class Kept(NamedTuple):
-    """What is put back after each step."""
+@dataclass(frozen=True)
+class Kept:
+    """What is put back after each step, where the UNet does not read the mask."""
 
     x0: Tensor  # (B, C, h, w), the encoded image
     noise: Tensor  # (B, C, h, w)
     levels: list[tuple[float, float]] | None  # α and σ after each step but the last; None = ask the scheduler
+
+    def __call__(self, run: Run, i: int, x: Tensor) -> Tensor:
+        """Put it back at the noise level after step ``i``; after the last step without noise."""
+        known = self.x0 if i == run.indices[-1] else self._noised(run, i + 1)
+        m = run.tensors["mask"].chunk(run.passes)[0]
+        return (1 - m) * known + m * x
+
+    def _noised(self, run: Run, i: int) -> Tensor:
+        """Return it at the noise level that step ``i`` begins with."""
+        if self.levels is None:
+            return run.core.noised(run.plan._replace(start=i), self.x0, self.noise)
+        alpha, sigma = self.levels[i - 1 - run.plan.start]
+        return alpha * self.x0 + sigma * self.noise
 
 
 class View(NamedTuple):
@@ -64,39 +80,11 @@ class Given(NamedTuple):
     view: View | None
 
 
-@dataclass(kw_only=True)
-class InpaintRun(Run):
-    """The state of one inpainting. Under guidance ``mask`` and ``masked_image_latents`` stand there twice."""
+class Inpainting(InpaintByHand, FromImage):
+    """The task: the last steps, or all, and a mask that says where."""
 
-    per_copy: ClassVar[tuple[str, ...]] = ("mask", "masked_image_latents")
+    least_steps = 1
 
-    mask: Tensor  # (B, 1, h, w) or (2 B, 1, h, w): 1 is repainted
-    masked_image_latents: Tensor | None  # (B, C, h, w) or (2 B, C, h, w); None = the image came as latents
-    kept: Kept | None  # None = the UNet reads the mask
-    view: View | None
-
-    def settle(self, i: int, x: Tensor) -> Tensor:
-        """Put back what is kept, at the noise level after step ``i``; after the last step without noise."""
-        if self.kept is None:
-            return x
-        known = self.kept.x0
-        if i != self.indices[-1]:
-            known = self._noised(i + 1, known)
-        m = self.mask.chunk(self.passes)[0]
-        return (1 - m) * known + m * x
-
-    def _noised(self, i: int, x0: Tensor) -> Tensor:
-        """Return what is kept at the noise level that step ``i`` begins with."""
-        if self.kept.levels is None:
-            return self.core.noised(self.plan._replace(start=i), x0, self.kept.noise)
-        alpha, sigma = self.kept.levels[i - 1 - self.plan.start]
-        return alpha * x0 + sigma * self.kept.noise
-
-
-class InpaintingPipeline(InpaintByHand, LatentPipeline):
-    """Adds to a pipeline what inpainting needs."""
-
-    _calls: ClassVar[tuple[str, ...]] = ("encode_prompt", "prepare_extra_step_kwargs")
     unet_inputs: ClassVar[tuple[str, ...]] = ("latents", "mask")
 
     @computed
@@ -111,67 +99,50 @@ class InpaintingPipeline(InpaintByHand, LatentPipeline):
         """Whether the UNet was trained to inpaint."""
         return self.unet.config.in_channels != self._latent_channels
 
-    def _network(self, x: Tensor, t: Tensor, run: InpaintRun) -> Tensor:
-        if self._reads_mask:
-            x = torch.cat([x, run.mask, run.masked_image_latents], dim=1)
-        return super()._network(x, t, run)
+    def _generate(self, request: "InpaintRequest", output_type: str | None = None) -> Iterator[Run]:
+        if request.padding_mask_crop is not None and output_type not in (None, "pil"):
+            raise ValueError(f"with padding_mask_crop output_type should be 'pil', found {output_type!r}")
+        return super()._generate(request, output_type)
 
-    def _finish(self, run: InpaintRun, handling: Handling) -> "Images":
-        images = super()._finish(run, handling)
-        if run.view is None:
-            return images
-        from minidiff.images.regions import overlay  # brings PIL
+    def _size(self, request: "InpaintRequest") -> tuple[int, int]:
+        return self._latent_size(request.height, request.width)
 
-        return [overlay(run.view.mask, run.view.picture, image, run.view.region) for image in images]
-
-    def _prepare(
-        self,
-        request: "InpaintRequest",
-        plan: Plan,
-        generator: Generators,
-        like: Tensor,
-        size: tuple[int, int],
-        noisy: bool = True,
-    ) -> dict[str, Any]:
-        """Encode image and mask; return what goes into the run: ``latents`` and the fields of ``InpaintRun``.
+    def _first_latents(self, request: "InpaintRequest", run: Run, size: tuple[int, int]) -> Tensor:
+        """Encode image and mask; return the latents that the run begins with.
 
         Random draws come in the reference's order: for the image's latents, where they are needed, then the noise, then
         for the masked image's, needed or not. With ``seed`` or ``seeds`` each picture's own generator draws all of
         its own; of a list of generators the first ones draw for the images, as in the reference.
-
-        Args:
-            size: (h, w) in latents.
-            noisy: whether the run begins with noise, alone or added; False takes the image's latents as they are.
         """
+        count, like, generator = request.count, run.tensors["prompt_embeds"], run.generator
+        noisy = run.denoising_start is None  # otherwise the image's latents are taken as they are
+        drawn = request.strength == 1 or request.latents is not None  # whether the run begins with noise alone
+        image, mask, masked, run.task_state = self._read(request, size)
+        m = repeat_to_batch(F.interpolate(mask, size=size).to(like), count, "masks")
 
-        def twice(x: Tensor) -> Tensor:
-            return torch.cat([x, x]) if request.guided else x
-
-        count, pure = request.count, request.strength == 1
-        one_each = request.seed is not None or request.seeds is not None
-        image, mask, masked, view = self._read(request, size)
-        m = dealt(F.interpolate(mask, size=size).to(like), count, "masks")
-
-        x0 = None
-        if not self._reads_mask or not noisy or (request.latents is None and not pure):
-            x0 = self._encode_image(image, count, generator, like, one_each)
+        each = run.seeds is not None
+        encode = partial(self._encode_image, count=count, generator=generator, like=like, one_each=each)
+        x0 = None if self._reads_mask and noisy and drawn else encode(image)
         shape = (count, self._latent_channels, *size)
         noise = initial_latents(shape, request.latents, generator, like.device, like.dtype)
-        if not noisy:
-            latents = x0
-        elif pure or request.latents is not None:
-            latents = noise * plan.init_noise_sigma
+        masked = None if masked is None else encode(masked)
+        for name, rows in (("mask", m), ("masked_image_latents", masked)):
+            run.tensors[name] = torch.cat([rows, rows]) if run.guided and rows is not None else rows
+        if self._reads_mask:
+            run.beside = ("mask", "masked_image_latents")
         else:
-            latents = self._core.noised(plan, x0, noise)
-        if masked is not None:
-            masked = self._encode_image(masked, count, generator, like, one_each)
-        return {
-            "latents": latents,
-            "mask": twice(m),
-            "masked_image_latents": None if masked is None else twice(masked),
-            "kept": None if self._reads_mask else Kept(x0, noise, levels_after(self._core, plan)),
-            "view": view,
-        }
+            run.after_step = Kept(x0, noise, levels_after(run.core, run.plan))
+        if not noisy:
+            return x0
+        return noise * run.plan.init_noise_sigma if drawn else run.core.noised(run.plan, x0, noise)
+
+    def _pictures(self, run: Run, output_type: str) -> "Images":
+        images = super()._pictures(run, output_type)
+        if run.task_state is None:
+            return images
+        from minidiff.images.regions import overlay  # brings PIL
+
+        return [overlay(run.task_state.mask, run.task_state.picture, image, run.task_state.region) for image in images]
 
     def _read(self, request: "InpaintRequest", size: tuple[int, int]) -> Given:
         """Prepare the image, the mask and what is left of the image without it, and check that they fit together."""

@@ -1,27 +1,22 @@
-"""What every pipeline over latents does with a prepared run: the loop of a call, steps one by one, and decoding."""
+"""What every pipeline over latents has around its run: pictures to latents and back, and what a UNet reads."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from types import SimpleNamespace
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
-from minidiff.adapters.lora import lora_scaled
 from minidiff.adapters.lora_loader import LoraLoader
 from minidiff.adapters.textual_inversion import TextualInversionLoader
 from minidiff.errors import ConfigError
 from minidiff.networks.unet import UNet2DConditionModel
 from minidiff.networks.vae import AutoencoderKL, DiagonalGaussian
-from minidiff.outputs import Output
+from minidiff.noise import Generators
 from minidiff.pipelines.base import DiffusionPipeline
 from minidiff.pipelines.by_hand import ByHand
-from minidiff.pipelines.callbacks import RUNS, Callback, Callbacks, Handling, OldCallback
-from minidiff.pipelines.common import FACTS, Run, Step, denoise, initial_latents
-from minidiff.pipelines.foreign import STEPS, ByFace, core_of, first, overridden
-from minidiff.pipelines.request import Generators, Request, check_choice, check_count
-from minidiff.schedulers.base import Plan, Scheduler
-from minidiff.threads import computing
+from minidiff.pipelines.foreign import STEPS, encoding, first, overridden
+from minidiff.pipelines.request import Request, check_count
+from minidiff.pipelines.run import LatentGeneration, Run, repeat_to_batch
 
 if TYPE_CHECKING:
     import numpy as np
@@ -31,8 +26,6 @@ if TYPE_CHECKING:
     from minidiff.images.regions import Region
 
     Images = list[Image.Image] | np.ndarray | Tensor
-
-_OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
 
 class computed:  # lower case, as it is used like ``property``
@@ -45,12 +38,13 @@ class computed:  # lower case, as it is used like ``property``
         return self if instance is None else self.compute(instance)
 
 
-class LatentPipeline(ByHand, Callbacks, LoraLoader, TextualInversionLoader, DiffusionPipeline):
-    """Base of the pipelines over latents. A subclass provides ``_start`` and ``_network``."""
+class LatentPipeline(ByHand, LatentGeneration, LoraLoader, TextualInversionLoader, DiffusionPipeline):
+    """What every family of pipelines over latents has: an autoencoder, a UNet, and what fits them."""
 
     _optional_components: ClassVar[tuple[str, ...]] = ("image_encoder", "feature_extractor")
-    output_class: ClassVar[type[Output]]  # of a call; has images, seeds and dropped, and the names of reference_fields
     unet_inputs: ClassVar[tuple[str, ...]] = ("latents",)  # what its UNets may read: keys of ``UNET_INPUTS``
+    _by_position: ClassVar[tuple[str, ...]] = ()  # the arguments that ``encode_prompt`` is given by position
+    _layers_before_the_last: ClassVar[int] = 0  # that are never read
     _calls: ClassVar[tuple[str, ...]] = ("encode_prompt", "prepare_extra_step_kwargs", "prepare_latents")
 
     @computed
@@ -134,50 +128,40 @@ class LatentPipeline(ByHand, Callbacks, LoraLoader, TextualInversionLoader, Diff
             ValueError: if the images cannot be dealt out evenly, or there is no autoencoder for pixels.
         """
         if x.shape[1] == self._latent_channels:
-            return dealt(x.to(like), count)
+            return repeat_to_batch(x.to(like), count)
         if self.vae is None:
             raise ValueError("this pipeline has no vae: pass latents as image")
         vae = self._encoder()
         posterior = first(vae.encode(x.to(like).to(vae.dtype)), "latent_dist")
         if isinstance(generator, (list, tuple)) and one_each:
-            posterior = DiagonalGaussian(dealt(posterior.parameters, count))
+            posterior = DiagonalGaussian(repeat_to_batch(posterior.parameters, count))
         elif isinstance(generator, (list, tuple)):
             generator = generator[: len(x)]
-        return dealt(vae.config.scaling_factor * posterior.sample(generator).to(like), count)
+        return repeat_to_batch(vae.config.scaling_factor * posterior.sample(generator).to(like), count)
+
+    @torch.no_grad()
+    def _encode(self, request: Request, run: Run) -> dict[str, Tensor]:
+        """Encode the texts of a request; return what goes into its run, with a row for each copy of the latents."""
+        self._check_clip_skip(request.clip_skip)
+        for name in ("prompt_embeds", "negative_prompt_embeds"):
+            self._check_width(name, getattr(request, name))
+        asked = encoding(request, run.guided, self.device)
+        if overridden(self, "encode_prompt"):
+            found = self.encode_prompt(*[asked.pop(name) for name in self._by_position], **asked)
+        else:
+            *found, run.dropped = self._embed(asked)
+        return self._text_tensors(run, *found)
+
+    def _check_clip_skip(self, clip_skip: int | None) -> None:
+        encoders = [getattr(self, name, None) for name in ("text_encoder", "text_encoder_2")]
+        layers = [encoder.config.num_hidden_layers for encoder in encoders if encoder is not None]
+        if clip_skip is None or not layers:
+            return
+        last = min(layers) - self._layers_before_the_last
+        if isinstance(clip_skip, bool) or not isinstance(clip_skip, int) or not 0 <= clip_skip <= last:
+            raise ValueError(f"clip_skip should be None or 0 to {last}, found {clip_skip!r}")
 
     # --- one run -----------------------------------------------------------------------------------------------------
-
-    def _start(self, request: Request) -> Run:
-        """Encode the texts, plan the steps and make the first latents."""
-        raise NotImplementedError
-
-    def _network(self, x: Tensor, t: Tensor, run: Run) -> Tensor:
-        """Predict from what the scheduler shows the network."""
-        raise NotImplementedError
-
-    def _begin(self, request: Request) -> Run:
-        """Start a run with LoRA adapters at the request's scale; ``_predict`` keeps them there."""
-        if absent := [f"no {name}" for name in ("unet", "scheduler") if getattr(self, name) is None]:
-            it = "it" if len(absent) == 1 else "them"
-            raise ValueError(f"this pipeline has {' and '.join(absent)}: pass {it} when it is made")
-        self._say_what_is_scaled(request.lora_scale)
-        self._refuse_what_is_not_called()
-        width = self.unet.config.get("time_cond_proj_dim")
-        object.__setattr__(request, "tells_guidance", width is not None)
-        facts = {name: getattr(request, name) for name in FACTS if hasattr(request, name)} | {"core": core_of(self)}
-        RUNS.set(self, SimpleNamespace(**facts, interrupt=False, guided=request.guided))
-        with lora_scaled(request.lora_scale):
-            run = self._start(request)
-        vars(run).update(facts)
-        if width is not None:
-            w = torch.tensor([request.guidance_scale - 1])
-            run.timestep_cond = self.get_guidance_scale_embedding(w, width).to(run.latents)
-        return run
-
-    @property
-    def _core(self) -> "Scheduler | ByFace":
-        """What takes the steps of the call that is under way in this thread."""
-        return RUNS.get(self).core
 
     def _refuse_what_is_not_called(self) -> None:
         """Raise if a program overrides a method that the reference's call goes through and ours does not."""
@@ -188,95 +172,15 @@ class LatentPipeline(ByHand, Callbacks, LoraLoader, TextualInversionLoader, Diff
                     f"{' or '.join(self._calls)}, or write a __call__ of your own"
                 )
 
-    def _noise(
-        self, shape: tuple[int, ...], request: Request, plan: Plan, generator: Generators, like: Tensor
-    ) -> Tensor:
-        """Return the noise (B, C, h, w) of the plan's first level: given, drawn, or from ``prepare_latents``."""
-        if overridden(self, "prepare_latents"):
-            (B, C, h, w), f = shape, self.vae_scale_factor
-            given = (like.dtype, like.device, generator, request.latents)
-            return self.prepare_latents(B, C, h * f, w * f, *given)
-        return initial_latents(shape, request.latents, generator, like.device, like.dtype) * plan.init_noise_sigma
-
-    def _predict(self, x: Tensor, t: Tensor, run: Run) -> Tensor:
-        with lora_scaled(run.lora_scale), computing(run):
-            if not self._optimized:
-                return self._network(x, t, run)
-            from minidiff.fast.memo import Memo
-
-            run.memo = run.memo or Memo(run.plan.timesteps)
-            alone = x.shape[1] == self.unet.config.in_channels  # the UNet sees nothing else that could differ
-            with run.memo.at(run.step, run.passes if alone else 1):
-                return self._network(x, t, run)
-
-    @property
-    def _optimized(self) -> bool:
-        return "_time_condition" in vars(self.unet)  # put there by ``minidiff.fast.optimize``
-
-    def _handling(
-        self, output_type: str, callback: Callback | None, tensors: Sequence[str], others: Mapping[str, Any]
-    ) -> Handling:
-        """Check what is to be done with steps and result, and that ``others``, unknown arguments, ask for nothing.
-
-        A callback that is an object may name the tensors that it wants, as its ``tensor_inputs``.
-        """
-        others = dict(others)
-        old = OldCallback.of(others.pop("callback", None), others.pop("callback_steps", None))
-        if asked := [name for name, value in others.items() if value is not None]:
-            raise TypeError(f"{type(self).__name__} does not implement the argument(s) {', '.join(asked)}")
-        check_choice("output_type", output_type, _OUTPUT_TYPES)
-        handling = Handling(output_type, callback, getattr(callback, "tensor_inputs", tensors) or (), old)
-        for name in handling.callback_tensors:
-            check_choice("callback_on_step_end_tensor_inputs", name, self._callback_tensor_inputs)
-        return handling
-
-    @torch.no_grad()
-    def _respond(self, request: Request, handling: Handling, return_dict: bool) -> "Output | tuple[Any, ...]":
-        """Do what a call does once its arguments are checked: run all steps; return the record or the tuple."""
-        run = self._begin(request)
-        with self._going_on(run):
-            images = self._finish(run, handling)
-            out = self.output_class(images=images, seeds=run.seeds, dropped=run.dropped)
-            if run.flagged is not None:
-                out.nsfw_content_detected = run.flagged
-        return out if return_dict else tuple(getattr(out, name) for name in self.output_class.reference_fields)
-
-    def _finish(self, run: Run, handling: Handling) -> "Images":
-        """Take all steps of a run, with progress bar and callback, and decode."""
-        counted = self._counted(run)
-        with self.progress_bar(total=len(counted)) as bar:
-            for i, _, _ in denoise(self._predict, run):
-                self._call_back(handling, run, i)
-                if i in counted:
-                    bar.update()
-                    self._call_back_as_before(handling, run, i)
-        images = self._pictures(run, handling.output_type)
-        self.maybe_free_model_hooks()
-        return images
-
     def _pictures(self, run: Run, output_type: str) -> "Images":
         """Decode, and let ``run_safety_checker`` look at pixels in [-1, 1], where a program has set one."""
         checked = getattr(self, "safety_checker", None) is not None or overridden(self, "run_safety_checker")
         if output_type == "latent" or not checked:
             return self.decode(run.latents, output_type)
         image = self._decoded(run.latents)
-        image, run.flagged = self.run_safety_checker(image, image.device, run.prompt_embeds.dtype)
+        image, run.flagged = self.run_safety_checker(image, image.device, run.tensors["prompt_embeds"].dtype)
         signed = None if run.flagged is None else [not flag for flag in run.flagged]
         return self.image_processor.postprocess(image, output_type, signed)
-
-    def _counted(self, run: Run) -> list[int]:
-        """Return the evaluations that end a step for the progress bar: solvers may take several, or some to warm up."""
-        order, plan = run.core.order, run.plan
-        warmup = max(len(plan.steps) - plan.num_inference_steps * order, 0)
-        indices = run.indices
-        return [i for k, i in enumerate(indices, start=1) if k == len(indices) or (k > warmup and k % order == 0)]
-
-    @torch.no_grad()
-    def _yield_steps(self, run: Run) -> Iterator[Step]:
-        with self._going_on(run):
-            for i, x, out in denoise(self._predict, run):
-                x0 = run.core.denoised(run.plan, i, x, out)
-                yield Step(i - run.plan.start, run.plan.timesteps[i], run.latents, x0)
 
     def _latent_size(self, height: int | None, width: int | None) -> tuple[int, int]:
         """Return height and width in latents; a side that was not given is what the UNet was trained on."""
@@ -348,13 +252,6 @@ def check_channels(
         f"{' or '.join(map(str, expected))} and out_channels {Z}, found in_channels {found} and out_channels "
         f"{unet.config.out_channels}; {advice}"
     )
-
-
-def dealt(x: Tensor, count: int, what: str = "images") -> Tensor:
-    """Repeat a batch (B, ...) in turn until it has ``count`` items; raise ``ValueError`` if that does not come out."""
-    if len(x) > count or count % len(x):
-        raise ValueError(f"{len(x)} {what} cannot be dealt out to {count} pictures evenly")
-    return x.repeat(count // len(x), *[1] * (x.ndim - 1))
 
 
 def family(D: int) -> str:

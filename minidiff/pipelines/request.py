@@ -2,16 +2,16 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
-from torch import Generator, Tensor
+from torch import Tensor
 
 from minidiff.adapters.lora import scale_argument
+from minidiff.noise import Generators
 
-Generators = Generator | Sequence[Generator] | None
 Prompt = str | list[str] | None
 LONG_PROMPT = ("cut", "chunk")
 
@@ -64,7 +64,6 @@ class Request:
     seeds: Sequence[int] | None = None
     long_prompt: str = "cut"
     cross_attention_kwargs: Mapping[str, Any] | None = None
-    tells_guidance: bool = field(default=False, init=False)  # the UNet is told the scale instead of asked twice
 
     def __post_init__(self) -> None:
         as_python(self)
@@ -96,11 +95,6 @@ class Request:
     def lora_scale(self) -> float:
         """What LoRA adapters are multiplied with."""
         return scale_argument(self.cross_attention_kwargs)
-
-    @property
-    def guided(self) -> bool:
-        """Whether each step asks the UNet twice, with and without the prompt."""
-        return self.guidance_scale > 1 and not self.tells_guidance
 
     def _check_one_each(self) -> None:
         if (self.prompt is None) == (self.prompt_embeds is None):

@@ -6,7 +6,7 @@ Paper: Rombach et al. 2022 (LDM, https://arxiv.org/abs/2112.10752). Checked agai
 
 import logging
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -19,15 +19,16 @@ from minidiff.errors import ConfigError
 from minidiff.networks.clip import CLIPTextModel
 from minidiff.networks.unet import UNet2DConditionModel
 from minidiff.networks.vae import AutoencoderKL
+from minidiff.noise import Generators
 from minidiff.outputs import Output
 from minidiff.pipelines.callbacks import Callback
-from minidiff.pipelines.common import Run, Step, make_generators, make_plan
-from minidiff.pipelines.foreign import encoding, first, overridden
+from minidiff.pipelines.foreign import first
 from minidiff.pipelines.latent import LatentPipeline, check_channels, family
-from minidiff.pipelines.request import Generators, Prompt, Request
+from minidiff.pipelines.request import Prompt, Request
+from minidiff.pipelines.run import Run, TextToImage
 from minidiff.schedulers.base import Scheduler
 from minidiff.text.tokenizer import CLIPTokenizer
-from minidiff.text.windows import Dropped, Embedded, Encoder, Side, Texts, embed
+from minidiff.text.windows import Dropped, Encoder, Read, as_list, embed, negative_texts, plain
 
 if TYPE_CHECKING:
     import numpy as np
@@ -52,8 +53,8 @@ class StableDiffusionPipelineOutput(Output):
     dropped: Dropped | None = None
 
 
-class SDPipeline(LatentPipeline):
-    """What all tasks with Stable Diffusion 1.x and 2.x share: components and the text.
+class StableDiffusion(LatentPipeline):
+    """The family: Stable Diffusion 1.x and 2.x, their components and how their text becomes a condition.
 
     Args:
         vae, text_encoder, tokenizer, unet, scheduler: the components; ``text_encoder`` and ``tokenizer`` may be None
@@ -69,6 +70,7 @@ class SDPipeline(LatentPipeline):
 
     _optional_components: ClassVar[tuple[str, ...]] = ("safety_checker", "feature_extractor", "image_encoder")
     output_class = StableDiffusionPipelineOutput
+    _by_position = ("prompt", "device", "num_images_per_prompt", "do_classifier_free_guidance", "negative_prompt")
     scheduler_corrections: ClassVar[Mapping[str, Any]] = {"steps_offset": 1, "clip_sample": False}
 
     def __init__(
@@ -87,18 +89,8 @@ class SDPipeline(LatentPipeline):
             raise ConfigError(f"safety_checker should be None or called, found {type(safety_checker).__name__}")
         _check_fit(text_encoder, tokenizer, unet)
         check_channels(type(self), vae, unet)
-        super().__init__()
-        self.register_modules(
-            vae=vae,
-            text_encoder=text_encoder,
-            tokenizer=tokenizer,
-            unet=unet,
-            scheduler=_corrected(scheduler, self.scheduler_corrections),
-            safety_checker=safety_checker,
-            feature_extractor=feature_extractor,
-            image_encoder=image_encoder,
-        )
-        self.register_to_config(requires_safety_checker=requires_safety_checker)
+        scheduler = _corrected(scheduler, self.scheduler_corrections)
+        self._set_up(StableDiffusion, locals())
 
     @torch.no_grad()
     def encode_prompt(
@@ -120,19 +112,9 @@ class SDPipeline(LatentPipeline):
         ``long_prompt`` is "cut" or "chunk", see ``minidiff.text.windows``; ``lora_scale`` is what LoRA adapters are
         multiplied with.
         """
-        texts = Texts(
-            prompt=prompt,
-            negative_prompt=negative_prompt,
-            prompt_embeds=prompt_embeds,
-            negative_prompt_embeds=negative_prompt_embeds,
-            num_images_per_prompt=num_images_per_prompt,
-            guided=do_classifier_free_guidance,
-            clip_skip=clip_skip,
-            long_prompt=long_prompt,
-        )
         with lora_scaled(lora_scale):
-            found = self._embed(texts, device)
-        return found.prompt_embeds, found.negative_prompt_embeds
+            positive, negative, _ = self._embed(locals())
+        return positive, negative
 
     def _encode_prompt(
         self,
@@ -149,15 +131,15 @@ class SDPipeline(LatentPipeline):
         )
         return torch.cat([negative, positive]) if do_classifier_free_guidance else positive
 
-    def _embed(self, texts: Texts, device: torch.device | str) -> Embedded:
-        positive, negative = texts.prompts, texts.negative_prompts
-        sides = [Side([("prompt", positive)], texts.clip_skip, texts.prompt_embeds)]
-        if texts.guided:  # the negative side is never encoded with clip_skip, as in the reference
-            sides.append(Side([("negative_prompt", negative)], None, texts.negative_prompt_embeds))
-        found, dropped = embed(self._encoders, sides, texts, device)
-        dtype = self.text_encoder.dtype if self.text_encoder is not None else self.unet.dtype
-        states = [z.to(device, dtype).repeat_interleave(texts.num_images_per_prompt, dim=0) for z, _ in found]
-        return Embedded(states[0], states[1] if texts.guided else None, dropped=dropped)
+    def _embed(self, asked: Mapping[str, Any], read: Read = plain) -> tuple[Tensor, Tensor | None, Dropped | None]:
+        """Return what ``encode_prompt`` does, and what was cut off; ``asked`` are its arguments."""
+        texts = {"": [("prompt", as_list(asked["prompt"]))]}
+        if asked["do_classifier_free_guidance"]:
+            texts["negative_"] = [("negative_prompt", negative_texts(asked))]
+        found, dropped = embed(self._encoders, texts, asked, asked["device"], read)
+        like, N = self.text_encoder if self.text_encoder is not None else self.unet, asked["num_images_per_prompt"]
+        states = [z.to(asked["device"], like.dtype).repeat_interleave(N, dim=0) for z, _ in found]
+        return states[0], states[1] if len(states) == 2 else None, dropped
 
     def _encoders(self) -> list[Encoder]:
         if self.text_encoder is None or self.tokenizer is None:
@@ -173,23 +155,9 @@ class SDPipeline(LatentPipeline):
         states = self.text_encoder(ids, output_hidden_states=True).hidden_states
         return self.text_encoder.norm_out(states[-(clip_skip + 1)]), None
 
-    def _encode_texts(self, request: Request, device: torch.device) -> dict[str, Any]:
-        """Check and encode the texts of a request; return what goes into its run."""
-        self._check_clip_skip(request.clip_skip)
-        self._check_width("prompt_embeds", request.prompt_embeds)
-        self._check_width("negative_prompt_embeds", request.negative_prompt_embeds)
-        if overridden(self, "encode_prompt"):
-            asked = encoding(request, device)
-            first_ones = ("prompt", "device", "num_images_per_prompt", "do_classifier_free_guidance", "negative_prompt")
-            positive, negative = self.encode_prompt(*[asked.pop(name) for name in first_ones], **asked)
-            dropped = None
-        else:
-            positive, negative, *_, dropped = self._embed(Texts.of(request), device)
-        both = torch.cat([negative, positive]) if request.guided else positive
-        return {"prompt_embeds": both, "negative_prompt_embeds": negative, "dropped": dropped}
-
-    def _network(self, x: Tensor, t: Tensor, run: Run) -> Tensor:
-        return first(self.unet(x, t, encoder_hidden_states=run.prompt_embeds, **run.told), "sample")
+    def _text_tensors(self, run: Run, positive: Tensor, negative: Tensor | None) -> dict[str, Tensor]:
+        both = run.guidance.rows(positive, negative) if run.guided else positive
+        return {"prompt_embeds": both, "negative_prompt_embeds": negative}
 
     def _trained_size(self) -> tuple[int | None, int | None]:
         # The first published UNet configs said 32 by mistake; the reference reads less than 64 from before 0.9 as 64.
@@ -200,18 +168,12 @@ class SDPipeline(LatentPipeline):
             return 64, 64
         return super()._trained_size()
 
-    def _check_clip_skip(self, clip_skip: int | None) -> None:
-        if clip_skip is None or self.text_encoder is None:
-            return
-        layers = self.text_encoder.config.num_hidden_layers
-        if isinstance(clip_skip, bool) or not isinstance(clip_skip, int) or not 0 <= clip_skip <= layers:
-            raise ValueError(f"clip_skip should be None or 0 to {layers}, found {clip_skip!r}")
 
+class StableDiffusionPipeline(TextToImage, StableDiffusion):
+    """Text to image with Stable Diffusion 1.x and 2.x; components and errors are those of ``StableDiffusion``."""
 
-class StableDiffusionPipeline(SDPipeline):
-    """Text to image with Stable Diffusion 1.x and 2.x; components and errors are those of ``SDPipeline``."""
+    request = Request
 
-    @torch.no_grad()
     def __call__(
         self,
         prompt: Prompt = None,
@@ -254,62 +216,7 @@ class StableDiffusionPipeline(SDPipeline):
         Raises:
             TypeError, ValueError: naming the argument, what was found and what was expected.
         """
-        handling = self._handling(
-            output_type, callback_on_step_end, callback_on_step_end_tensor_inputs, not_implemented
-        )
-        request = Request(
-            prompt,
-            height,
-            width,
-            num_inference_steps,
-            timesteps,
-            sigmas,
-            guidance_scale,
-            negative_prompt,
-            num_images_per_prompt,
-            eta,
-            generator,
-            latents,
-            prompt_embeds,
-            negative_prompt_embeds,
-            guidance_rescale,
-            clip_skip,
-            seed,
-            seeds,
-            long_prompt,
-            cross_attention_kwargs,
-        )
-        return self._respond(request, handling, return_dict)
-
-    def steps(self, *args: Any, **kwargs: Any) -> Iterator[Step]:
-        """Generate step by step: yield a ``Step`` after each, with the latents and the clean latents predicted.
-
-        The arguments are those of a call that concern the generation: the fields of ``Request``. Leaving the loop early
-        stops the generation::
-
-            for step in pipe.steps("red apple", num_inference_steps=20, seed=7):
-                preview = pipe.decode(step.denoised)
-        """
-        return self._yield_steps(self._begin(Request(*args, **kwargs)))  # wrong arguments are said now, not at next()
-
-    @torch.no_grad()
-    def _start(self, request: Request) -> Run:
-        """Encode the texts, plan the steps and draw the first latents."""
-        H, W = self._latent_size(request.height, request.width)
-        generator, seeds = make_generators(request)
-        device = self.device
-        plan = make_plan(self._core, request, device)
-        texts = self._encode_texts(request, device)
-        shape = (request.count, self.unet.config.in_channels, H, W)
-        return Run(
-            plan=plan,
-            latents=self._noise(shape, request, plan, generator, texts["prompt_embeds"]),
-            **texts,
-            guidance_scale=request.guidance_scale,
-            guidance_rescale=request.guidance_rescale,
-            generator=generator,
-            seeds=seeds,
-        )
+        return self._respond(locals())
 
 
 # --- checks ----------------------------------------------------------------------------------------------------------

@@ -4,25 +4,23 @@ The formula is in ``minidiff.pipelines.inpainting``. Checked against ``diffusers
 for seed.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 
+from minidiff.noise import Generators
 from minidiff.pipelines.callbacks import Callback
-from minidiff.pipelines.common import Step, make_generators, make_plan
-from minidiff.pipelines.inpainting import InpaintingPipeline, InpaintRun
-from minidiff.pipelines.request import Generators, Prompt
+from minidiff.pipelines.inpainting import Inpainting
+from minidiff.pipelines.request import Prompt
 from minidiff.pipelines.request_image import InpaintRequest
-from minidiff.pipelines.stable_diffusion import SDPipeline, StableDiffusionPipelineOutput
-from minidiff.pipelines.strength import begin
+from minidiff.pipelines.stable_diffusion import StableDiffusion, StableDiffusionPipelineOutput
 
 
-class StableDiffusionInpaintPipeline(InpaintingPipeline, SDPipeline):
+class StableDiffusionInpaintPipeline(Inpainting, StableDiffusion):
     """Inpainting with Stable Diffusion 1.x and 2.x: with a UNet of 9 channels, trained for it, or with any other.
 
-    Args and errors: as of ``SDPipeline``.
+    Args and errors: as of ``StableDiffusion``.
     """
 
     scheduler_corrections: ClassVar[Mapping[str, Any]] = {"steps_offset": 1, "skip_prk_steps": True}
@@ -34,7 +32,8 @@ class StableDiffusionInpaintPipeline(InpaintingPipeline, SDPipeline):
         "masked_image_latents",
     )
 
-    @torch.no_grad()
+    request = InpaintRequest
+
     def __call__(
         self,
         prompt: Prompt = None,
@@ -76,62 +75,4 @@ class StableDiffusionInpaintPipeline(InpaintingPipeline, SDPipeline):
         Raises:
             TypeError, ValueError: naming the argument, what was found and what was expected.
         """
-        handling = self._handling(
-            output_type, callback_on_step_end, callback_on_step_end_tensor_inputs, not_implemented
-        )
-        if padding_mask_crop is not None and output_type != "pil":
-            raise ValueError(f"with padding_mask_crop output_type should be 'pil', found {output_type!r}")
-        request = InpaintRequest(
-            prompt=prompt,
-            image=image,
-            mask_image=mask_image,
-            masked_image_latents=masked_image_latents,
-            height=height,
-            width=width,
-            padding_mask_crop=padding_mask_crop,
-            strength=strength,
-            num_inference_steps=num_inference_steps,
-            timesteps=timesteps,
-            sigmas=sigmas,
-            guidance_scale=guidance_scale,
-            negative_prompt=negative_prompt,
-            num_images_per_prompt=num_images_per_prompt,
-            eta=eta,
-            generator=generator,
-            latents=latents,
-            prompt_embeds=prompt_embeds,
-            negative_prompt_embeds=negative_prompt_embeds,
-            clip_skip=clip_skip,
-            seed=seed,
-            seeds=seeds,
-            long_prompt=long_prompt,
-            cross_attention_kwargs=cross_attention_kwargs,
-        )
-        return self._respond(request, handling, return_dict)
-
-    def steps(
-        self, prompt: Prompt = None, image: Any = None, mask_image: Any = None, **arguments: Any
-    ) -> Iterator[Step]:
-        """Generate step by step; the arguments are the fields of ``InpaintRequest``, the steps those of a call.
-
-        With ``padding_mask_crop`` they show the part that is worked on.
-        """
-        return self._yield_steps(self._begin(InpaintRequest(prompt, image=image, mask_image=mask_image, **arguments)))
-
-    @torch.no_grad()
-    def _start(self, request: InpaintRequest) -> InpaintRun:
-        """Encode texts, image and mask, plan the steps and make the first latents."""
-        size = self._latent_size(request.height, request.width)
-        generator, seeds = make_generators(request)
-        device = self.device
-        plan = begin(self._core, make_plan(self._core, request, device), request, minimum=1)
-        texts = self._encode_texts(request, device)
-        return InpaintRun(
-            plan=plan,
-            **self._prepare(request, plan, generator, texts["prompt_embeds"], size),
-            **texts,
-            guidance_scale=request.guidance_scale,
-            guidance_rescale=0.0,
-            generator=generator,
-            seeds=seeds,
-        )
+        return self._respond(locals())

@@ -1,26 +1,25 @@
 """Editing pictures by instruction with Stable Diffusion 1.x: "make the mountains snowy".
 
-The formula is in ``instruct_pix2pix``. Checked against ``diffusers.StableDiffusionInstructPix2PixPipeline``, seed for
-seed.
+The formula is in ``minidiff.pipelines.editing``. Checked seed for seed against
+``diffusers.StableDiffusionInstructPix2PixPipeline``.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 
+from minidiff.noise import Generators
 from minidiff.pipelines.callbacks import Callback
-from minidiff.pipelines.common import Step, make_generators, make_plan
-from minidiff.pipelines.instruct_pix2pix import Editing, EditingPipeline, EditRun, three_fold
-from minidiff.pipelines.request import Generators, Prompt, Request
-from minidiff.pipelines.stable_diffusion import SDPipeline, StableDiffusionPipelineOutput
+from minidiff.pipelines.editing import AsksForEdit, Editing
+from minidiff.pipelines.request import Prompt, Request
+from minidiff.pipelines.stable_diffusion import StableDiffusion, StableDiffusionPipelineOutput
 
 
 @dataclass(frozen=True)
-class EditRequest(Editing, Request):
-    """The arguments of one edit, with the reference's names and defaults: those of ``Request`` and of ``Editing``.
+class EditRequest(AsksForEdit, Request):
+    """The arguments of one edit, with the reference's names and defaults: those of ``Request`` and of ``AsksForEdit``.
 
     The result has the size of the image, so there are no ``height`` and ``width``.
     """
@@ -33,7 +32,7 @@ class EditRequest(Editing, Request):
             raise TypeError("an edit takes no height and width: the result has the size of the image")
 
 
-class StableDiffusionInstructPix2PixPipeline(EditingPipeline, SDPipeline):
+class StableDiffusionInstructPix2PixPipeline(Editing, StableDiffusion):
     """Edit pictures by instruction, with a UNet of 8 channels such as timbrooks/instruct-pix2pix.
 
     Args and errors: as of ``StableDiffusionPipeline``.
@@ -42,7 +41,8 @@ class StableDiffusionInstructPix2PixPipeline(EditingPipeline, SDPipeline):
     scheduler_corrections: ClassVar[Mapping[str, Any]] = {}  # the reference leaves outdated configs as they are here
     _callback_tensor_inputs: ClassVar[tuple[str, ...]] = ("latents", "prompt_embeds", "image_latents")
 
-    @torch.no_grad()
+    request = EditRequest
+
     def __call__(
         self,
         prompt: Prompt = None,
@@ -76,52 +76,7 @@ class StableDiffusionInstructPix2PixPipeline(EditingPipeline, SDPipeline):
         Raises:
             TypeError, ValueError: naming the argument, what was found and what was expected.
         """
-        handling = self._handling(
-            output_type, callback_on_step_end, callback_on_step_end_tensor_inputs, not_implemented
-        )
-        request = EditRequest(
-            prompt=prompt,
-            image=image,
-            num_inference_steps=num_inference_steps,
-            guidance_scale=guidance_scale,
-            image_guidance_scale=image_guidance_scale,
-            negative_prompt=negative_prompt,
-            num_images_per_prompt=num_images_per_prompt,
-            eta=eta,
-            generator=generator,
-            latents=latents,
-            prompt_embeds=prompt_embeds,
-            negative_prompt_embeds=negative_prompt_embeds,
-            seed=seed,
-            seeds=seeds,
-            long_prompt=long_prompt,
-            cross_attention_kwargs=cross_attention_kwargs,
-        )
-        return self._respond(request, handling, return_dict)
+        return self._respond(locals())
 
-    def steps(self, prompt: Prompt = None, **arguments: Any) -> Iterator[Step]:
-        """Edit step by step; the arguments are the fields of ``EditRequest``, the steps those of a call."""
-        return self._yield_steps(self._begin(EditRequest(prompt, **arguments)))
-
-    @torch.no_grad()
-    def _start(self, request: EditRequest) -> EditRun:
-        generator, seeds = make_generators(request)
-        device = self.device
-        plan = make_plan(self._core, request, device)
-        texts = self._encode_texts(request, device)
-        if request.guided:
-            texts["prompt_embeds"] = three_fold(texts["prompt_embeds"])
-        ctx = texts["prompt_embeds"]
-        shown = self._image_latents(request, ctx)
-        shape = (request.count, *shown.shape[1:])
-        return EditRun(
-            plan=plan,
-            latents=self._noise(shape, request, plan, generator, ctx),
-            guidance_scale=request.guidance_scale,
-            guidance_rescale=request.guidance_rescale,
-            generator=generator,
-            seeds=seeds,
-            image_latents=shown,
-            image_guidance_scale=request.image_guidance_scale,
-            **texts,
-        )
+    def _size(self, request: EditRequest) -> None:
+        return None

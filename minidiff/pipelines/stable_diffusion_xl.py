@@ -12,7 +12,7 @@ Paper: Podell et al. 2023 (SDXL, https://arxiv.org/abs/2307.01952), sections 2.1
 
 import copy
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -26,16 +26,16 @@ from minidiff.errors import ConfigError
 from minidiff.networks.clip import CLIPTextModel, CLIPTextModelWithProjection
 from minidiff.networks.unet import UNet2DConditionModel
 from minidiff.networks.vae import AutoencoderKL
+from minidiff.noise import Generators
 from minidiff.outputs import Output
 from minidiff.pipelines.callbacks import Callback
-from minidiff.pipelines.common import Run, Step, make_generators, make_plan
-from minidiff.pipelines.foreign import encoding, first, overridden
 from minidiff.pipelines.latent import LatentPipeline, check_channels
-from minidiff.pipelines.request import Generators, Prompt
+from minidiff.pipelines.request import Prompt
 from minidiff.pipelines.request_xl import Size, XLRequest
-from minidiff.schedulers.base import Plan, Scheduler
+from minidiff.pipelines.run import Condition, Run, TextToImage
+from minidiff.schedulers.base import Scheduler
 from minidiff.text.tokenizer import CLIPTokenizer
-from minidiff.text.windows import Dropped, Embedded, Encoder, Side, Texts, embed
+from minidiff.text.windows import Dropped, Encoder, Read, as_list, embed, negative_texts, plain
 
 if TYPE_CHECKING:
     import numpy as np
@@ -58,30 +58,20 @@ class StableDiffusionXLPipelineOutput(Output):
     dropped: Dropped | None = None
 
 
-@dataclass(kw_only=True)
-class XLRun(Run):
-    """The state of one call with the conditions that SDXL adds; under guidance the negative ones stand first."""
-
-    per_copy: ClassVar[tuple[str, ...]] = ("add_text_embeds", "add_time_ids")
-
-    add_text_embeds: Tensor  # (B, P) or (2 B, P)
-    add_time_ids: Tensor  # (B, n) or (2 B, n)
-
-
-class XLPipeline(LatentPipeline):
-    """What text-to-image and image-to-image with SDXL share: components, texts and added conditions."""
+class StableDiffusionXL(LatentPipeline):
+    """The family: components, texts and the sizes that pictures are conditioned on."""
 
     output_class = StableDiffusionXLPipelineOutput
     _callback_tensor_inputs: ClassVar[tuple[str, ...]] = ("latents", "prompt_embeds", "add_text_embeds", "add_time_ids")
+    _layers_before_the_last = 1
 
-    def __init__(self, components: Mapping[str, Any], settings: Mapping[str, Any], time_ids: int) -> None:
-        if settings.get("add_watermarker"):
+    def _set_up_xl(self, kind: type["StableDiffusionXL"], arguments: Mapping[str, Any], time_ids: int = 6) -> None:
+        """Check a constructor's arguments and register them; ``time_ids`` is how many sizes the UNet is told."""
+        if arguments["add_watermarker"]:
             raise ConfigError("add_watermarker=True is not implemented: pictures get no invisible watermark")
-        _check_fit(components, time_ids)
-        check_channels(type(self), components["vae"], components["unet"])
-        super().__init__()
-        self.register_modules(**components)
-        self.register_to_config(**{name: value for name, value in settings.items() if name != "add_watermarker"})
+        _check_fit(arguments, time_ids)
+        check_channels(type(self), arguments["vae"], arguments["unet"])
+        self._set_up(kind, arguments)
 
     def _decoder(self) -> AutoencoderKL:
         return self._in_float32(torch.float16)
@@ -130,46 +120,31 @@ class XLPipeline(LatentPipeline):
         Raises:
             ValueError: if there is no text encoder for a text.
         """
-        texts = Texts(
-            prompt=prompt,
-            prompt_2=prompt_2,
-            negative_prompt=negative_prompt,
-            negative_prompt_2=negative_prompt_2,
-            prompt_embeds=prompt_embeds,
-            negative_prompt_embeds=negative_prompt_embeds,
-            pooled_prompt_embeds=pooled_prompt_embeds,
-            negative_pooled_prompt_embeds=negative_pooled_prompt_embeds,
-            num_images_per_prompt=num_images_per_prompt,
-            guided=do_classifier_free_guidance,
-            clip_skip=clip_skip,
-            long_prompt=long_prompt,
-        )
+        device = self.device if device is None else device
         with lora_scaled(lora_scale):
-            found = self._embed(texts, self.device if device is None else device)
-        return (
-            found.prompt_embeds,
-            found.negative_prompt_embeds,
-            found.pooled_prompt_embeds,
-            found.negative_pooled_prompt_embeds,
-        )
+            *found, _ = self._embed(locals())
+        return tuple(found)
 
-    def _embed(self, texts: Texts, device: torch.device | str) -> Embedded:
-        of_each = self._for_each("prompt", texts.prompts, texts.prompt_2)
-        sides = [Side(of_each, texts.clip_skip, texts.prompt_embeds, texts.pooled_prompt_embeds)]
-        absent = texts.negative_prompt is None and texts.negative_prompt_embeds is None
-        zeros = absent and self._settings["force_zeros_for_empty_prompt"]
-        if texts.guided and zeros and texts.negative_prompt_2 is not None:
+    def _embed(
+        self, asked: Mapping[str, Any], read: Read = plain
+    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None, Dropped | None]:
+        """Return what ``encode_prompt`` does, and what was cut off; ``asked`` are its arguments."""
+        guided = asked["do_classifier_free_guidance"]
+        absent = asked["negative_prompt"] is None and asked["negative_prompt_embeds"] is None
+        zeros = guided and absent and self._settings["force_zeros_for_empty_prompt"]
+        if zeros and asked["negative_prompt_2"] is not None:
             raise ValueError("negative_prompt_2 counts only beside a negative_prompt, which may be ''")
-        if texts.guided and not zeros:  # the negative side is never encoded with clip_skip, as in the reference
-            of_each = self._for_each("negative_prompt", texts.negative_prompts, texts.negative_prompt_2)
-            sides.append(Side(of_each, None, texts.negative_prompt_embeds, texts.negative_pooled_prompt_embeds))
-        found, dropped = embed(self._encoders, sides, texts, device)
-        if texts.guided and zeros:
+        texts = {"": self._for_each("prompt", as_list(asked["prompt"]), asked["prompt_2"])}
+        if guided and not zeros:
+            negatives = negative_texts(asked)
+            texts["negative_"] = self._for_each("negative_prompt", negatives, asked["negative_prompt_2"])
+        found, dropped = embed(self._encoders, texts, asked, asked["device"], read)
+        if zeros:
             found.append(tuple(torch.zeros_like(z) for z in found[0]))
-        dtype, N = (self.text_encoder_2 or self.unet).dtype, texts.num_images_per_prompt
-        copies = [[z.to(device, dtype).repeat_interleave(N, dim=0) for z in side] for side in found]
-        (positive, pooled), (negative, negative_pooled) = copies if texts.guided else [*copies, (None, None)]
-        return Embedded(positive, negative, pooled, negative_pooled, dropped)
+        dtype, N = (self.text_encoder_2 or self.unet).dtype, asked["num_images_per_prompt"]
+        copies = [[z.to(asked["device"], dtype).repeat_interleave(N, dim=0) for z in side] for side in found]
+        (positive, pooled), (negative, negative_pooled) = copies if guided else [*copies, (None, None)]
+        return positive, negative, pooled, negative_pooled, dropped
 
     def _for_each(self, name: str, texts: list[str] | None, texts_2: Prompt) -> list[tuple[str, list[str]]]:
         """Return what each encoder reads, by argument; without texts of its own the second reads the same."""
@@ -207,32 +182,43 @@ class XLPipeline(LatentPipeline):
 
     # --- one run -----------------------------------------------------------------------------------------------------
 
-    def _conditions(self, request: XLRequest, device: torch.device) -> dict[str, Any]:
-        """Encode the texts; return what goes into the run, under guidance with the negative ones first."""
-        self._check_clip_skip(request.clip_skip)
-        for name in ("prompt_embeds", "negative_prompt_embeds"):
-            self._check_width(name, getattr(request, name))
-        if overridden(self, "encode_prompt"):
-            positive, negative, pooled, negative_pooled = self.encode_prompt(**encoding(request, device))
-            dropped = None
-        else:
-            positive, negative, pooled, negative_pooled, dropped = self._embed(Texts.of(request), device)
-        if request.guided:
-            positive, pooled = torch.cat([negative, positive]), torch.cat([negative_pooled, pooled])
-        return {"prompt_embeds": positive, "add_text_embeds": pooled, "dropped": dropped}
+    def _text_tensors(
+        self, run: Run, positive: Tensor, negative: Tensor | None, pooled: Tensor, negative_pooled: Tensor | None
+    ) -> dict[str, Tensor]:
+        if run.guided:
+            positive, pooled = run.guidance.rows(positive, negative), run.guidance.rows(pooled, negative_pooled)
+        return {"prompt_embeds": positive, "add_text_embeds": pooled}
 
-    def _network(self, x: Tensor, t: Tensor, run: XLRun) -> Tensor:
-        added = {"text_embeds": run.add_text_embeds, "time_ids": run.add_time_ids}
-        added = {"added_cond_kwargs": added, **run.told}
-        return first(self.unet(x, t, encoder_hidden_states=run.prompt_embeds, **added), "sample")
+    def _conditions(self, request: XLRequest, run: Run) -> list[Condition]:
+        """Add what XL shows its UNet at every step: the pooled text, and sizes."""
+        like, f = run.tensors["prompt_embeds"], self.vae_scale_factor
+        size = tuple(side * f for side in run.latents.shape[-2:])
+        positive, negative = (
+            torch.tensor([numbers] * request.count, dtype=like.dtype, device=like.device)
+            for numbers in self._sizes(request, size)
+        )
+        run.tensors["add_time_ids"] = run.guidance.rows(positive, negative) if run.guided else positive
+        return [*super()._conditions(request, run), text_and_sizes]
 
-    def _check_clip_skip(self, clip_skip: int | None) -> None:
-        encoders = [one for one in (self.text_encoder, self.text_encoder_2) if one is not None]
-        if clip_skip is None or not encoders:
-            return
-        last = min(encoder.config.num_hidden_layers for encoder in encoders) - 1
-        if isinstance(clip_skip, bool) or not isinstance(clip_skip, int) or not 0 <= clip_skip <= last:
-            raise ValueError(f"clip_skip should be None or 0 to {last}, found {clip_skip!r}")
+    def _sizes(self, request: XLRequest, size: tuple[int, int]) -> tuple[list[float], list[float]]:
+        """Return the six numbers that the prompt and the negative prompt are conditioned on."""
+        positive = [*(request.original_size or size), *request.crops_coords_top_left, *(request.target_size or size)]
+        original, target = request.negative_original_size, request.negative_target_size
+        if original is None and target is None:
+            if tuple(request.negative_crops_coords_top_left) != (0, 0):
+                raise ValueError(
+                    "negative_crops_coords_top_left counts only beside negative_original_size and negative_target_size"
+                )
+            return positive, positive
+        if original is None or target is None:
+            raise ValueError("give negative_original_size and negative_target_size together")
+        return positive, [*original, *request.negative_crops_coords_top_left, *target]
+
+
+def text_and_sizes(x: Tensor, t: Tensor, run: Run) -> dict[str, Any]:
+    """Return what XL shows its UNet besides the text: ``minidiff.pipelines.run.Condition``."""
+    names = {"text_embeds": "add_text_embeds", "time_ids": "add_time_ids"}
+    return {"added_cond_kwargs": {name: run.tensors[ours] for name, ours in names.items()}}
 
 
 def _states(encoder: CLIPTextModel, ids: Tensor, clip_skip: int | None) -> tuple[Tensor, Tensor | None]:
@@ -242,37 +228,7 @@ def _states(encoder: CLIPTextModel, ids: Tensor, clip_skip: int | None) -> tuple
     return out.hidden_states[-((clip_skip or 0) + 2)], pooled
 
 
-def time_ids(positive: Sequence[float], negative: Sequence[float], request: XLRequest, like: Tensor) -> Tensor:
-    """Return the sizes that the pictures of a request are conditioned on: (B, n), or under guidance (2 B, n)."""
-    rows = [negative] * request.count + [positive] * request.count if request.guided else [positive] * request.count
-    return torch.tensor(rows, dtype=like.dtype, device=like.device)
-
-
-def steps_until(scheduler: Scheduler, plan: Plan, denoising_end: float | None) -> int | None:
-    """Return the step before which a run ends that does a share of the noise levels; None if it takes all.
-
-    It takes the steps at timesteps t >= T (1 - denoising_end), rounded; a run that begins with the same share as its
-    ``denoising_start`` takes those below.
-    """
-    if denoising_end is None or denoising_end == 1:
-        return None
-    cut = cut_timestep(scheduler, denoising_end)
-    count = sum(t >= cut for t in plan.times[plan.start :])
-    if not count:
-        raise ValueError(
-            f"denoising_end={denoising_end} leaves nothing to do: the first timestep is {plan.times[plan.start]:g}, "
-            f"the cut lies at {cut}"
-        )
-    return plan.start + count
-
-
-def cut_timestep(scheduler: Scheduler, share: float) -> int:
-    """Return the timestep where ``share`` of the noise levels of training is done."""
-    T = scheduler.config.num_train_timesteps
-    return round(T - share * T)
-
-
-class StableDiffusionXLPipeline(XLPipeline):
+class StableDiffusionXLPipeline(TextToImage, StableDiffusionXL):
     """Text to image with Stable Diffusion XL.
 
     Args:
@@ -285,6 +241,8 @@ class StableDiffusionXLPipeline(XLPipeline):
     Raises:
         ConfigError: if two components do not fit together, naming both.
     """
+
+    request = XLRequest
 
     def __init__(
         self,
@@ -300,24 +258,8 @@ class StableDiffusionXLPipeline(XLPipeline):
         force_zeros_for_empty_prompt: bool = True,
         add_watermarker: bool | None = None,
     ) -> None:
-        components = {
-            "vae": vae,
-            "text_encoder": text_encoder,
-            "text_encoder_2": text_encoder_2,
-            "tokenizer": tokenizer,
-            "tokenizer_2": tokenizer_2,
-            "unet": unet,
-            "scheduler": scheduler,
-            "image_encoder": image_encoder,
-            "feature_extractor": feature_extractor,
-        }
-        settings = {
-            "force_zeros_for_empty_prompt": force_zeros_for_empty_prompt,
-            "add_watermarker": add_watermarker,
-        }
-        super().__init__(components, settings, time_ids=6)
+        self._set_up_xl(StableDiffusionXLPipeline, locals())
 
-    @torch.no_grad()
     def __call__(
         self,
         prompt: Prompt = None,
@@ -372,89 +314,7 @@ class StableDiffusionXLPipeline(XLPipeline):
         Raises:
             TypeError, ValueError: naming the argument, what was found and what was expected.
         """
-        handling = self._handling(
-            output_type, callback_on_step_end, callback_on_step_end_tensor_inputs, not_implemented
-        )
-        request = XLRequest(
-            prompt=prompt,
-            prompt_2=prompt_2,
-            height=height,
-            width=width,
-            num_inference_steps=num_inference_steps,
-            timesteps=timesteps,
-            sigmas=sigmas,
-            denoising_end=denoising_end,
-            guidance_scale=guidance_scale,
-            negative_prompt=negative_prompt,
-            negative_prompt_2=negative_prompt_2,
-            num_images_per_prompt=num_images_per_prompt,
-            eta=eta,
-            generator=generator,
-            latents=latents,
-            prompt_embeds=prompt_embeds,
-            negative_prompt_embeds=negative_prompt_embeds,
-            pooled_prompt_embeds=pooled_prompt_embeds,
-            negative_pooled_prompt_embeds=negative_pooled_prompt_embeds,
-            guidance_rescale=guidance_rescale,
-            original_size=original_size,
-            crops_coords_top_left=crops_coords_top_left,
-            target_size=target_size,
-            negative_original_size=negative_original_size,
-            negative_crops_coords_top_left=negative_crops_coords_top_left,
-            negative_target_size=negative_target_size,
-            clip_skip=clip_skip,
-            seed=seed,
-            seeds=seeds,
-            long_prompt=long_prompt,
-            cross_attention_kwargs=cross_attention_kwargs,
-        )
-        return self._respond(request, handling, return_dict)
-
-    def steps(self, prompt: Prompt = None, **arguments: Any) -> Iterator[Step]:
-        """Generate step by step: yield a ``Step`` after each, with the latents and the clean latents predicted.
-
-        The arguments are those of a call that concern the generation: the fields of ``XLRequest``. Leaving the loop
-        early stops the generation.
-        """
-        return self._yield_steps(self._begin(XLRequest(prompt, **arguments)))  # wrong arguments are said now
-
-    @torch.no_grad()
-    def _start(self, request: XLRequest) -> XLRun:
-        H, W = self._latent_size(request.height, request.width)
-        generator, seeds = make_generators(request)
-        device = self.device
-        plan = make_plan(self._core, request, device)
-        conditions = self._conditions(request, device)
-        ctx = conditions["prompt_embeds"]
-        shape = (request.count, self.unet.config.in_channels, H, W)
-        size = (H * self.vae_scale_factor, W * self.vae_scale_factor)
-        return XLRun(
-            plan=plan,
-            latents=self._noise(shape, request, plan, generator, ctx),
-            negative_prompt_embeds=None,
-            guidance_scale=request.guidance_scale,
-            guidance_rescale=request.guidance_rescale,
-            generator=generator,
-            seeds=seeds,
-            stop=steps_until(self._core, plan, request.denoising_end),
-            add_time_ids=time_ids(*_sizes(request, size), request, ctx),
-            **conditions,
-        )
-
-
-def _sizes(request: XLRequest, size: tuple[int, int]) -> tuple[list[float], list[float]]:
-    """Return the six numbers that the prompt and the negative prompt are conditioned on."""
-    positive = [*(request.original_size or size), *request.crops_coords_top_left, *(request.target_size or size)]
-    original, target = request.negative_original_size, request.negative_target_size
-    if original is None and target is None:
-        if tuple(request.negative_crops_coords_top_left) != (0, 0):
-            raise ValueError(
-                "negative_crops_coords_top_left counts only beside negative_original_size and negative_target_size"
-            )
-        return positive, positive
-    if original is None or target is None:
-        raise ValueError("give negative_original_size and negative_target_size together")
-    return positive, [*original, *request.negative_crops_coords_top_left, *target]
+        return self._respond(locals())
 
 
 # --- checks ----------------------------------------------------------------------------------------------------------

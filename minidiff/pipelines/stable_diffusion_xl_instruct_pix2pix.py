@@ -1,33 +1,33 @@
 """Editing pictures by instruction with Stable Diffusion XL.
 
-The formula is in ``instruct_pix2pix``. Checked against ``diffusers.StableDiffusionXLInstructPix2PixPipeline``, seed for
-seed.
+The formula is in ``minidiff.pipelines.editing``. Checked seed for seed against
+``diffusers.StableDiffusionXLInstructPix2PixPipeline``.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 
 from minidiff.errors import ConfigError
 from minidiff.networks.clip import CLIPTextModel, CLIPTextModelWithProjection
 from minidiff.networks.unet import UNet2DConditionModel
 from minidiff.networks.vae import AutoencoderKL
+from minidiff.noise import Generators
 from minidiff.pipelines.callbacks import Callback
-from minidiff.pipelines.common import Step, make_generators, make_plan
-from minidiff.pipelines.instruct_pix2pix import Editing, EditingPipeline, EditRun, three_fold
-from minidiff.pipelines.request import Generators, Prompt
+from minidiff.pipelines.editing import AsksForEdit, Editing
+from minidiff.pipelines.request import Prompt
 from minidiff.pipelines.request_xl import Size, XLRequest
-from minidiff.pipelines.stable_diffusion_xl import StableDiffusionXLPipelineOutput, XLPipeline, XLRun, steps_until
+from minidiff.pipelines.run import Run
+from minidiff.pipelines.stable_diffusion_xl import StableDiffusionXL, StableDiffusionXLPipelineOutput
 from minidiff.schedulers.base import Scheduler
 from minidiff.text.tokenizer import CLIPTokenizer
 
 
 @dataclass(frozen=True)
-class XLEditRequest(Editing, XLRequest):
-    """The arguments of one edit with SDXL, with the reference's names and defaults: of ``XLRequest`` and ``Editing``.
+class XLEditRequest(AsksForEdit, XLRequest):
+    """The arguments of one edit with SDXL: those of ``XLRequest`` and ``AsksForEdit``, with the reference's defaults.
 
     The image is resized to ``height`` and ``width``. All three predictions of a step are told the same sizes.
     """
@@ -41,12 +41,7 @@ class XLEditRequest(Editing, XLRequest):
             raise TypeError("an edit takes no negative sizes: all three predictions of a step are told the same ones")
 
 
-@dataclass(kw_only=True)
-class XLEditRun(EditRun, XLRun):
-    """The state of one edit with the conditions that SDXL adds, all in the order text, image, nothing."""
-
-
-class StableDiffusionXLInstructPix2PixPipeline(EditingPipeline, XLPipeline):
+class StableDiffusionXLInstructPix2PixPipeline(Editing, StableDiffusionXL):
     """Edit pictures by instruction, with an SDXL UNet of 8 channels such as diffusers/sdxl-instructpix2pix-768.
 
     Args: as of ``StableDiffusionXLPipeline``, and
@@ -58,7 +53,7 @@ class StableDiffusionXLInstructPix2PixPipeline(EditingPipeline, XLPipeline):
     """
 
     _optional_components: ClassVar[tuple[str, ...]] = ()
-    _callback_tensor_inputs: ClassVar[tuple[str, ...]] = (*XLPipeline._callback_tensor_inputs, "image_latents")
+    _callback_tensor_inputs: ClassVar[tuple[str, ...]] = (*StableDiffusionXL._callback_tensor_inputs, "image_latents")
 
     def __init__(
         self,
@@ -75,23 +70,10 @@ class StableDiffusionXLInstructPix2PixPipeline(EditingPipeline, XLPipeline):
     ) -> None:
         if is_cosxl_edit and vae is None:
             raise ConfigError("is_cosxl_edit=True needs a vae: it scales latents by the scaling_factor in its config")
-        components = {
-            "vae": vae,
-            "text_encoder": text_encoder,
-            "text_encoder_2": text_encoder_2,
-            "tokenizer": tokenizer,
-            "tokenizer_2": tokenizer_2,
-            "unet": unet,
-            "scheduler": scheduler,
-        }
-        settings = {
-            "force_zeros_for_empty_prompt": force_zeros_for_empty_prompt,
-            "add_watermarker": add_watermarker,
-            "is_cosxl_edit": is_cosxl_edit,
-        }
-        super().__init__(components, settings, time_ids=6)
+        self._set_up_xl(StableDiffusionXLInstructPix2PixPipeline, locals())
 
-    @torch.no_grad()
+    request = XLEditRequest
+
     def __call__(
         self,
         prompt: Prompt = None,
@@ -137,77 +119,17 @@ class StableDiffusionXLInstructPix2PixPipeline(EditingPipeline, XLPipeline):
         Raises:
             TypeError, ValueError: naming the argument, what was found and what was expected.
         """
-        handling = self._handling(
-            output_type, callback_on_step_end, callback_on_step_end_tensor_inputs, not_implemented
-        )
-        request = XLEditRequest(
-            prompt=prompt,
-            prompt_2=prompt_2,
-            image=image,
-            height=height,
-            width=width,
-            num_inference_steps=num_inference_steps,
-            denoising_end=denoising_end,
-            guidance_scale=guidance_scale,
-            image_guidance_scale=image_guidance_scale,
-            negative_prompt=negative_prompt,
-            negative_prompt_2=negative_prompt_2,
-            num_images_per_prompt=num_images_per_prompt,
-            eta=eta,
-            generator=generator,
-            latents=latents,
-            prompt_embeds=prompt_embeds,
-            negative_prompt_embeds=negative_prompt_embeds,
-            pooled_prompt_embeds=pooled_prompt_embeds,
-            negative_pooled_prompt_embeds=negative_pooled_prompt_embeds,
-            guidance_rescale=guidance_rescale,
-            original_size=original_size,
-            crops_coords_top_left=crops_coords_top_left,
-            target_size=target_size,
-            seed=seed,
-            seeds=seeds,
-            long_prompt=long_prompt,
-            cross_attention_kwargs=cross_attention_kwargs,
-        )
-        return self._respond(request, handling, return_dict)
+        return self._respond(locals())
 
-    def steps(self, prompt: Prompt = None, **arguments: Any) -> Iterator[Step]:
-        """Edit step by step; the arguments are the fields of ``XLEditRequest``, the steps those of a call."""
-        return self._yield_steps(self._begin(XLEditRequest(prompt, **arguments)))
+    def _sizes(self, request: XLEditRequest, size: tuple[int, int]) -> tuple[list[float], list[float]]:
+        positive, _ = super()._sizes(request, size)
+        return positive, positive
 
-    @torch.no_grad()
-    def _start(self, request: XLEditRequest) -> XLEditRun:
-        H, W = self._latent_size(request.height, request.width)
-        generator, seeds = make_generators(request)
-        device = self.device
-        plan = make_plan(self._core, request, device)
-        conditions = self._conditions(request, device)
-        if request.guided:
-            conditions |= {name: three_fold(conditions[name]) for name in ("prompt_embeds", "add_text_embeds")}
-        ctx = conditions["prompt_embeds"]
-        shape = (request.count, self._latent_channels, H, W)
-        size = (H * self.vae_scale_factor, W * self.vae_scale_factor)
-        sizes = [*(request.original_size or size), *request.crops_coords_top_left, *(request.target_size or size)]
-        return XLEditRun(
-            plan=plan,
-            latents=self._noise(shape, request, plan, generator, ctx),
-            negative_prompt_embeds=None,
-            guidance_scale=request.guidance_scale,
-            guidance_rescale=request.guidance_rescale,
-            generator=generator,
-            seeds=seeds,
-            stop=steps_until(self._core, plan, request.denoising_end),
-            add_time_ids=torch.tensor([sizes] * len(ctx), dtype=ctx.dtype, device=device),
-            image_latents=self._sized_latents(request, size, ctx),
-            image_guidance_scale=request.image_guidance_scale,
-            **conditions,
-        )
-
-    def _sized_latents(self, request: XLEditRequest, size: tuple[int, int], like: Tensor) -> Tensor:
-        """Return what the UNet reads of the images, brought to the size in pixels."""
-        shown = self._image_latents(request, like, *size)
-        h, w = (side // self.vae_scale_factor for side in size)
-        if shown.shape[-2:] != (h, w):
+    def _image_latents(self, request: XLEditRequest, run: Run, size: tuple[int, int]) -> Tensor:
+        """Return what the UNet reads of the images, brought to the size."""
+        shown = super()._image_latents(request, run, size)
+        if shown.shape[-2:] != size:
+            pixels = tuple(side * self.vae_scale_factor for side in size)
             found = tuple(shown.shape[-2:])
-            raise ValueError(f"latents as image should be {(h, w)} high and wide for {size} pixels, found {found}")
+            raise ValueError(f"latents as image should be {size} high and wide for {pixels} pixels, found {found}")
         return self.vae.config.scaling_factor * shown if self._settings["is_cosxl_edit"] else shown

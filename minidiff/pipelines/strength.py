@@ -1,4 +1,4 @@
-"""How much of a run image-to-image takes: the last steps, from the noise level that hides a part of the image.
+"""How much of a run is taken: image-to-image begins later, a base model that hands over to a refiner ends earlier.
 
     N       steps asked for; with timesteps= or sigmas= the number of evaluations that they plan
     taken = min(⌊N · strength⌋, N)
@@ -45,3 +45,45 @@ def begin(scheduler: Scheduler, plan: Plan, request: Asked, minimum: int = 0) ->
     plan = scheduler.start_at(plan, start)
     scheduler.show(plan)
     return plan
+
+
+def take_over(scheduler: Scheduler, plan: Plan, denoising_start: float) -> Plan:
+    """Return the plan of the steps that a run with this ``denoising_end`` left.
+
+    Raises:
+        ValueError: if no step is left.
+    """
+    cut = cut_timestep(scheduler, denoising_start)
+    left = sum(t < cut for t in plan.times)
+    if not left:
+        raise ValueError(
+            f"denoising_start={denoising_start} of {plan.num_inference_steps} steps leaves no step to take: ask for "
+            "more steps, or a larger part of them"
+        )
+    if scheduler.order == 2 and left % 2 == 0:
+        left += 1  # base stopped within a step of two evaluations, which begins again
+    return scheduler.start_at(plan, len(plan.times) - left)
+
+
+def steps_until(scheduler: Scheduler, plan: Plan, denoising_end: float | None) -> int | None:
+    """Return the step before which a run ends that does a share of the noise levels; None if it takes all.
+
+    It takes the steps at timesteps t >= T (1 - denoising_end), rounded; a run that begins with the same share as its
+    ``denoising_start`` takes those below.
+    """
+    if denoising_end is None or denoising_end == 1:
+        return None
+    cut = cut_timestep(scheduler, denoising_end)
+    count = sum(t >= cut for t in plan.times[plan.start :])
+    if not count:
+        raise ValueError(
+            f"denoising_end={denoising_end} leaves nothing to do: the first timestep is {plan.times[plan.start]:g}, "
+            f"the cut lies at {cut}"
+        )
+    return plan.start + count
+
+
+def cut_timestep(scheduler: Scheduler, share: float) -> int:
+    """Return the timestep where ``share`` of the noise levels of training is done."""
+    T = scheduler.config.num_train_timesteps
+    return round(T - share * T)

@@ -19,16 +19,14 @@ for its search for a comma to break at. Without windows it is checked against th
 pipelines; it has nothing to compare windows with.
 """
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, fields
-from typing import NamedTuple, TypeVar
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from einops import rearrange
 from torch import Tensor
 
 from minidiff.adapters.textual_inversion import expand
-from minidiff.pipelines.request import Prompt, Request
 from minidiff.text.tokenizer import CLIPTokenizer
 
 T = TypeVar("T")
@@ -44,79 +42,29 @@ class Encoder(NamedTuple):
     states: Callable[[Tensor, int | None], tuple[Tensor, Tensor | None]]
 
 
+Asked = Mapping[str, list[tuple[str, list[str]]]]
+"""Side of guidance ("" or "negative_") -> for each encoder, the name of the argument that its B texts come from, and
+these; nothing where the caller has encoded them."""
+
+
+def as_list(text: str | list[str] | None) -> list[str] | None:
+    """Return one text or several as a list."""
+    return [text] if isinstance(text, str) else text
+
+
+def negative_texts(given: Mapping[str, Any]) -> list[str]:
+    """Return the negative prompts that the arguments of ``encode_prompt`` ask for, one for each prompt; "" is none."""
+    if isinstance(given["negative_prompt"], list):
+        return given["negative_prompt"]
+    prompts = as_list(given["prompt"]) if given["prompt_embeds"] is None else given["prompt_embeds"]
+    if prompts is None:
+        raise ValueError("give either prompt or prompt_embeds")
+    return [given["negative_prompt"] or ""] * len(prompts)
+
+
 def plain(text: str) -> list[Piece]:
     """Return the whole text with weight 1."""
     return [(text, 1.0)]
-
-
-@dataclass(frozen=True)
-class Texts:
-    """What a caller says about the texts, by the names that a call has for it."""
-
-    prompt: Prompt = None
-    prompt_2: Prompt = None
-    negative_prompt: Prompt = None
-    negative_prompt_2: Prompt = None
-    prompt_embeds: Tensor | None = None
-    negative_prompt_embeds: Tensor | None = None
-    pooled_prompt_embeds: Tensor | None = None
-    negative_pooled_prompt_embeds: Tensor | None = None
-    num_images_per_prompt: int = 1
-    guided: bool = True
-    clip_skip: int | None = None
-    long_prompt: str = "cut"
-    read: Read = plain  # takes a text apart into pieces with weights, where it is read in windows
-
-    def __post_init__(self) -> None:
-        if self.prompt is None and self.prompt_embeds is None:
-            raise ValueError("give either prompt or prompt_embeds")
-
-    @classmethod
-    def of(cls, request: Request) -> "Texts":
-        """Return what a request says."""
-        names = [field.name for field in fields(cls) if hasattr(request, field.name)]
-        return cls(**{name: getattr(request, name) for name in names})
-
-    @property
-    def prompts(self) -> list[str] | None:
-        """The prompts as a list, None if they are given as embeddings."""
-        return [self.prompt] if isinstance(self.prompt, str) else self.prompt
-
-    @property
-    def negative_prompts(self) -> list[str]:
-        """The negative prompts as a list, one for each prompt; the empty text if there are none."""
-        if isinstance(self.negative_prompt, list):
-            return self.negative_prompt
-        batch = len(self.prompts if self.prompt_embeds is None else self.prompt_embeds)
-        return [self.negative_prompt or ""] * batch
-
-
-@dataclass(frozen=True)
-class Side:
-    """What one side of guidance is conditioned on: B texts for each encoder, or what the caller has encoded.
-
-    ``texts`` holds, for each encoder, the name of the argument that its texts come from and the texts.
-    """
-
-    texts: list[tuple[str, list[str]]]
-    skip: int | None
-    embeds: Tensor | None = None  # (B, L, D)
-    pooled: Tensor | None = None  # (B, P)
-
-    @property
-    def to_read(self) -> list[tuple[str, list[str]]]:
-        """The texts that must be encoded."""
-        return self.texts if self.embeds is None else []
-
-
-class Embedded(NamedTuple):
-    """Encoded texts by the names that a call has for them, and what was cut off."""
-
-    prompt_embeds: Tensor
-    negative_prompt_embeds: Tensor | None
-    pooled_prompt_embeds: Tensor | None = None
-    negative_pooled_prompt_embeds: Tensor | None = None
-    dropped: Dropped | None = None
 
 
 class Windows(NamedTuple):
@@ -128,14 +76,19 @@ class Windows(NamedTuple):
 
 
 def embed(
-    encoders: Callable[[], list[Encoder]], sides: Sequence[Side], texts: Texts, device: torch.device | str
+    encoders: Callable[[], list[Encoder]],
+    asked: Asked,
+    given: Mapping[str, Any],
+    device: torch.device | str,
+    read: Read = plain,
 ) -> tuple[list[tuple[Tensor, Tensor | None]], Dropped | None]:
     """Encode all sides of guidance to one length; embeddings that are given are only filled up.
 
     Args:
         encoders: makes the encoders; it is called only if there is something to encode.
-        sides: the positive and, under guidance, the negative one.
-        texts: how to read them: its ``long_prompt`` and ``read``.
+        asked: the texts of each side.
+        given: the arguments of ``encode_prompt``: ``prompt_embeds`` and the like, ``clip_skip``, ``long_prompt``.
+        read: takes a text apart into pieces with weights, where it is read in windows.
 
     Returns:
         embeddings (B, K L, D) and pooled ones (B, P) of each side, and what was cut off.
@@ -143,52 +96,67 @@ def embed(
     Raises:
         ValueError: if given embeddings cannot be filled up to the length of the other side.
     """
-    given = [side.embeds.shape[1] for side in sides if side.embeds is not None]
-    if len(given) == len(sides) and len(set(given)) == 1:
-        return [(side.embeds, side.pooled) for side in sides], None
+    if given["prompt"] is None and given["prompt_embeds"] is None:
+        raise ValueError("give either prompt or prompt_embeds")
+    ready = {side: (given[f"{side}prompt_embeds"], given.get(f"{side}pooled_prompt_embeds")) for side in asked}
+    lengths = [z.shape[1] for z, _ in ready.values() if z is not None]
+    if len(lengths) == len(ready) and len(set(lengths)) == 1:
+        return list(ready.values()), None
     parts = encoders()
     W = parts[0].tokenizer.model_max_length
-    L = min(W, max(given, default=W))  # a text beside embeddings of fewer tokens gets as many, as in the reference
-    if any(n % L for n in given):
+    L = min(W, max(lengths, default=W))  # a text beside embeddings of fewer tokens gets as many, as in the reference
+    if any(n % L for n in lengths):
         raise ValueError(
             f"prompt_embeds and negative_prompt_embeds should have the same shape, or be whole windows of {L} tokens, "
-            f"which can be filled up; found {' and '.join(map(str, given))} tokens"
+            f"which can be filled up; found {' and '.join(map(str, lengths))} tokens"
         )
-    read = [
-        [split(part.tokenizer, some, L, texts) for part, (_, some) in zip(parts, side.to_read, strict=False)]
-        for side in sides
-    ]
-    K = max([len(text.ids) for side in read for some in side for text in some] + [n // L for n in given])
-    found = [_encode_side(side, parts, of_side, K, L, device) for side, of_side in zip(sides, read, strict=True)]
-    return found, _dropped(sides, read)
+    how = None if given.get("long_prompt", "cut") == "cut" else read
+    texts = {  # side -> for each encoder, the windows of each text
+        side: [tokenize(part.tokenizer, some, L, how) for part, (_, some) in zip(parts, of, strict=False)]
+        for side, of in asked.items()
+        if ready[side][0] is None
+    }
+    K = max([len(text.ids) for of in texts.values() for some in of for text in some] + [n // L for n in lengths])
+    found = []
+    for side, (z, pooled) in ready.items():
+        skip = given["clip_skip"] if side == "" else None  # the negative side is never encoded with it, as in theirs
+        if z is None:
+            found.append(_encode_side(parts, texts[side], K, L, skip, device))
+        else:
+            found.append((_fill_up(z, parts, K - z.shape[1] // L, L, skip, device), pooled))
+    return found, _dropped(asked, texts)
 
 
-def split(tokenizer: CLIPTokenizer, texts: list[str], L: int, how: Texts) -> list[Windows]:
-    """Return the windows of each text, ``L`` ids in each, start, end and padding included."""
+def tokenize(tokenizer: CLIPTokenizer, texts: list[str], L: int, read: Read | None) -> list[Windows]:
+    """Return the windows of each text, ``L`` ids in each, start, end and padding included; without ``read`` the first.
+
+    Args:
+        read: takes a text apart into pieces with weights; None cuts it off after one window.
+    """
     texts = [expand(text, tokenizer) for text in texts]
-    if how.long_prompt == "cut":
+    if read is None:
         tokens = tokenizer(texts, padding="max_length", max_length=L, truncation=True)
         return [Windows([ids], [[1.0] * L], cut) for ids, cut in zip(tokens.input_ids, tokens.dropped, strict=True)]
     found = []
     for text in texts:
-        words = [[(i, w) for i in word] for piece, w in how.read(text) for word in tokenizer.words(piece)]
-        windows = pack(words, L - 2)
-        ids = [fill(tokenizer, [i for i, _ in tokens], L) for tokens in windows]
+        words = [[(i, w) for i in word] for piece, w in read(text) for word in tokenizer.words(piece)]
+        windows = pack_windows(words, L - 2)
+        ids = [pad(tokenizer, [i for i, _ in tokens], L) for tokens in windows]
         weights = [[1.0] + [w for _, w in tokens] + [1.0] * (L - 1 - len(tokens)) for tokens in windows]
         found.append(Windows(ids, weights))
     return found
 
 
-def fill(tokenizer: CLIPTokenizer, ids: list[int], L: int) -> list[int]:
+def pad(tokenizer: CLIPTokenizer, ids: list[int], L: int) -> list[int]:
     """Return a window of ``L`` ids: start, ``ids``, end, padding."""
     empty = tokenizer("", padding="max_length", max_length=L).input_ids
     return [tokenizer.bos_token_id, *ids, tokenizer.eos_token_id, *empty[len(ids) + 2 :]]
 
 
-def pack(words: Iterable[Sequence[T]], size: int) -> list[list[T]]:
+def pack_windows(words: Iterable[Sequence[T]], size: int) -> list[list[T]]:
     """Deal words out to windows of at most ``size`` tokens, in order; only longer words are torn. There is always one.
 
-    >>> pack(["abc", "de", "fghijk"], 4)
+    >>> pack_windows(["abc", "de", "fghijk"], 4)
     [['a', 'b', 'c'], ['d', 'e', 'f', 'g'], ['h', 'i', 'j', 'k']]
     """
     windows: list[list[T]] = [[]]
@@ -202,7 +170,7 @@ def pack(words: Iterable[Sequence[T]], size: int) -> list[list[T]]:
     return windows
 
 
-def weigh(z: Tensor, weights: Tensor) -> Tensor:
+def apply_weights(z: Tensor, weights: Tensor) -> Tensor:
     """Multiply the states of a window by the weights of its tokens, and restore its mean.
 
         z'_l = w_l z_l,    result = z' mean(z) / mean(z')
@@ -221,38 +189,41 @@ def weigh(z: Tensor, weights: Tensor) -> Tensor:
 
 
 def _encode_side(
-    side: Side, parts: list[Encoder], texts: list[list[Windows]], K: int, L: int, device: torch.device | str
+    parts: list[Encoder], texts: list[list[Windows]], K: int, L: int, skip: int | None, device: torch.device | str
 ) -> tuple[Tensor, Tensor | None]:
     """Return the states (B, K L, D) of a side, those of several encoders side by side, and its pooled states (B, P)."""
-    if side.embeds is None:
-        found = [_encode(part, some, K, L, side.skip, device) for part, some in zip(parts, texts, strict=True)]
-        return torch.cat([z for z, _ in found], dim=-1), found[-1][1]  # SDXL pools with its last encoder
-    missing = K - side.embeds.shape[1] // L
+    found = [_encode(part, some, K, L, skip, device) for part, some in zip(parts, texts, strict=True)]
+    return torch.cat([z for z, _ in found], dim=-1), found[-1][1]  # SDXL pools with its last encoder
+
+
+def _fill_up(
+    z: Tensor, parts: list[Encoder], missing: int, L: int, skip: int | None, device: torch.device | str
+) -> Tensor:
+    """Return given states with ``missing`` windows of the empty text behind them."""
     if not missing:
-        return side.embeds, side.pooled
-    nothing = [Windows([], [])]
-    empty = torch.cat([_encode(part, nothing, missing, L, side.skip, device)[0] for part in parts], dim=-1)
-    return torch.cat([side.embeds, empty.to(side.embeds).expand(len(side.embeds), -1, -1)], dim=1), side.pooled
+        return z
+    empty, _ = _encode_side(parts, [[Windows([], [])]] * len(parts), missing, L, skip, device)
+    return torch.cat([z, empty.to(z).expand(len(z), -1, -1)], dim=1)
 
 
 def _encode(
     part: Encoder, texts: list[Windows], K: int, L: int, skip: int | None, device: torch.device | str
 ) -> tuple[Tensor, Tensor | None]:
     """Return the states (B, K L, D) of texts filled up to K windows, and the pooled ones (B, P) of the first window."""
-    empty = fill(part.tokenizer, [], L)
+    empty = pad(part.tokenizer, [], L)
     ids = [window for text in texts for window in text.ids + [empty] * (K - len(text.ids))]
     weights = [window for text in texts for window in text.weights + [[1.0] * L] * (K - len(text.weights))]
     z, pooled = part.states(torch.tensor(ids, device=device), skip)
     if any(w != 1 for window in weights for w in window):
-        z = weigh(z, torch.tensor(weights, device=z.device, dtype=z.dtype))
+        z = apply_weights(z, torch.tensor(weights, device=z.device, dtype=z.dtype))
     return rearrange(z, "(B K) L D -> B (K L) D", K=K), None if pooled is None else pooled[::K]
 
 
-def _dropped(sides: Sequence[Side], read: list[list[list[Windows]]]) -> Dropped | None:
+def _dropped(asked: Asked, read: Mapping[str, list[list[Windows]]]) -> Dropped | None:
     """Return what was cut off, by argument; where two tokenizers read the same text, the longer of the two."""
     found: Dropped = {}
-    for side, of_side in zip(sides, read, strict=True):
-        for (name, texts), windows in zip(side.to_read, of_side, strict=False):
+    for side, of_side in read.items():
+        for (name, texts), windows in zip(asked[side], of_side, strict=False):
             before = found.get(name, [""] * len(texts))
             found[name] = [max(cut, text.dropped, key=len) for cut, text in zip(before, windows, strict=True)]
     return {name: parts for name, parts in found.items() if any(parts)} or None

@@ -225,7 +225,7 @@ def test_a_call_keeps_no_tensors(shared: StableDiffusionPipeline) -> None:
     shared(**seeded())
     run = RUNS.get(shared)
     assert run.guidance_scale == 7.5
-    assert run.latents is run.prompt_embeds is run.negative_prompt_embeds is run.generator is None
+    assert run.latents is run.tensors is run.conditions is run.generator is None
 
 
 def test_another_thread_may_interrupt(shared: StableDiffusionPipeline) -> None:

@@ -12,7 +12,7 @@ from tiny import save_tiny
 from tiny_xl import POOLED, save_base
 
 import minidiff
-from minidiff.pipelines.instruct_pix2pix import guide_twice
+from minidiff.pipelines.editing import guide_twice
 
 SCHEDULERS = [  # one of each kind: the three passes meet a scheduler as the two of text to image do
     "DDIMScheduler",

@@ -13,7 +13,7 @@ from tiny_xl import save_base, save_refiner
 
 import minidiff
 from minidiff import StableDiffusionPipeline, StableDiffusionXLImg2ImgPipeline, prompts
-from minidiff.text.windows import pack
+from minidiff.text.windows import pack_windows as pack
 
 Pair = tuple[Any, Any]  # ours and theirs
 PAGE = Path(__file__).parents[2] / "docs/prompts.md"

@@ -19,10 +19,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from minidiff.noise import Generators
 from minidiff.pipelines.callbacks import Fact
-from minidiff.pipelines.common import Run, rescaled
-from minidiff.pipelines.latent import LatentPipeline, dealt
-from minidiff.pipelines.request import Generators, check_number
+from minidiff.pipelines.request import check_number
+from minidiff.pipelines.run import ClassifierFree, Run, TextToImage, repeat_to_batch, rescaled
 
 
 def guide_twice(text: Tensor, image: Tensor, nothing: Tensor, text_scale: float, image_scale: float) -> Tensor:
@@ -38,7 +38,7 @@ def guide_twice(text: Tensor, image: Tensor, nothing: Tensor, text_scale: float,
 
 
 @dataclass(frozen=True)
-class Editing:
+class AsksForEdit:
     """What an edit asks for besides the fields of a request, which it is mixed into.
 
     Attributes:
@@ -57,49 +57,31 @@ class Editing:
             raise ValueError("an edit needs an image")
         check_number("image_guidance_scale", self.image_guidance_scale, 0)
 
-    @property
-    def guided(self) -> bool:
-        """Whether each step asks the UNet three times."""
-        return self.guidance_scale > 1 and self.image_guidance_scale >= 1
 
+class DualGuidance(ClassifierFree):
+    """Guidance by two scales: the UNet is asked three times, in the order text, image, nothing."""
 
-@dataclass(kw_only=True)
-class EditRun(Run):
-    """The state of one edit; under guidance conditions stand in the order text, image, nothing."""
+    copies: ClassVar[int] = 3
 
-    per_copy: ClassVar[tuple[str, ...]] = ("image_latents",)
+    def wanted(self, run: Run) -> bool:
+        """Whether the scales of the run ask for guidance."""
+        return run.guidance_scale > 1 and run.image_guidance_scale >= 1
 
-    image_latents: Tensor  # (B, C, H, W) or (3 B, C, H, W), not scaled
-    image_guidance_scale: float
+    def rows(self, positive: Tensor, negative: Tensor) -> Tensor:
+        """Return what the UNet is shown in one batch: two predictions see the negative text."""
+        return torch.cat([positive, negative, negative])
 
-    @property
-    def guided(self) -> bool:
-        """Whether this step asks the UNet three times."""
-        return self.guidance_scale > 1 and self.image_guidance_scale >= 1
-
-    @property
-    def passes(self) -> int:
-        """How many copies of the latents this step shows the UNet."""
-        return 3 if self.guided else 1
-
-    def combine(self, out: Tensor) -> Tensor:
-        """Return the guided prediction (B, C, H, W) from those for all copies (passes * B, C, H, W)."""
-        if not self.guided:
-            return out
+    def combine(self, out: Tensor, run: Run) -> Tensor:
+        """Return the guided prediction (B, C, H, W) from the three (3 B, C, H, W)."""
         text, image, nothing = out.chunk(3)
-        guided = guide_twice(text, image, nothing, self.guidance_scale, self.image_guidance_scale)
-        return rescaled(guided, text, self.guidance_rescale)
+        guided = guide_twice(text, image, nothing, run.guidance_scale, run.image_guidance_scale)
+        return rescaled(guided, text, run.guidance_rescale)
 
 
-def three_fold(both: Tensor) -> Tensor:
-    """Put conditions (negative, positive) of two passes in the order of three: positive, negative, negative."""
-    negative, positive = both.chunk(2)
-    return torch.cat([positive, negative, negative])
+class Editing(TextToImage):
+    """The task: all steps from noise, with the encoded picture beside the latents."""
 
-
-class EditingPipeline(LatentPipeline):
-    """Adds to a pipeline what editing needs."""
-
+    guidance = DualGuidance()
     unet_inputs: ClassVar[tuple[str, ...]] = ("image",)
 
     image_guidance_scale, _image_guidance_scale = Fact(), Fact()
@@ -129,15 +111,16 @@ class EditingPipeline(LatentPipeline):
                 raise ValueError("this pipeline has no vae: pass latents as image")
             vae = self._encoder()
             x = vae.encode(x.to(device, vae.dtype)).latent_dist.mode()
-        x = dealt(x.to(device, dtype), batch_size * num_images_per_prompt)
+        x = repeat_to_batch(x.to(device, dtype), batch_size * num_images_per_prompt)
         return torch.cat([x, x, torch.zeros_like(x)]) if do_classifier_free_guidance else x
 
-    def _network(self, x: Tensor, t: Tensor, run: EditRun) -> Tensor:
-        return super()._network(torch.cat([x, run.image_latents], dim=1), t, run)
+    def _image_latents(self, request: AsksForEdit, run: Run, size: tuple[int, int] | None) -> Tensor:
+        """Return what the UNet reads of the images of a request, brought to a size in latents."""
+        f, like = self.vae_scale_factor, run.tensors["prompt_embeds"]
+        x = self._read_image(request.image, *((side * f for side in size) if size else ()))
+        return self.prepare_image_latents(x, request.count, 1, like.dtype, like.device, run.guided)
 
-    def _image_latents(
-        self, request: Editing, like: Tensor, height: int | None = None, width: int | None = None
-    ) -> Tensor:
-        """Return what the UNet reads of the images of a request, brought to ``height`` x ``width`` pixels."""
-        x = self._read_image(request.image, height, width)
-        return self.prepare_image_latents(x, request.count, 1, like.dtype, like.device, request.guided)
+    def _first_latents(self, request: AsksForEdit, run: Run, size: tuple[int, int] | None) -> Tensor:
+        shown = self._image_latents(request, run, size)
+        run.tensors["image_latents"], run.beside = shown, ("image_latents",)
+        return self._noise(request, run, (request.count, self._latent_channels, *shown.shape[2:]))

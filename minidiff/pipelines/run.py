@@ -1,0 +1,352 @@
+"""The story of every generation with latents, and the loop that it ends in.
+
+    x_0 <- x_T ~ N(0, I):  for each step  out = guide(unet(x, t, text));  x = scheduler.advance(x, out)
+
+``LatentGeneration._generate`` tells it, whatever the pipeline. A pipeline is made of parts that each say one thing:
+
+    family      how texts become a condition                       Stable Diffusion, Stable Diffusion XL
+    task        where a run begins, and what the UNet reads        ``TextToImage`` below, image to image,
+                beside the latents                                 inpainting, editing
+    condition   what else the UNet is shown at every step          sizes (XL), the guidance scale (LCM)
+    guidance    how predictions for several texts become one       ``ClassifierFree`` below, two scales (editing)
+
+What belongs to one call is in its ``Run``; the pipeline object is never written to, and of the scheduler the pure core
+is used, so any number of threads may share both.
+
+Classifier-free guidance: Ho & Salimans 2022 (https://arxiv.org/abs/2207.12598), equation 6. Its rescaling: Lin et al.
+2023 (https://arxiv.org/abs/2305.08891), section 3.4.
+"""
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from minidiff.adapters.lora import lora_scaled, scale_argument
+from minidiff.noise import Generators, initial_latents, make_generators
+from minidiff.outputs import Output
+from minidiff.pipelines.callbacks import FACTS, Callbacks, OutputOptions
+from minidiff.pipelines.foreign import ByFace, core_of, first, overridden
+from minidiff.pipelines.request import Request
+from minidiff.pipelines.strength import steps_until
+from minidiff.schedulers.base import Plan, Scheduler
+from minidiff.threads import computing
+
+if TYPE_CHECKING:
+    from minidiff.pipelines.latent import Images
+
+
+class Step(NamedTuple):
+    """One step of a generation, as ``pipe.steps(...)`` yields it."""
+
+    index: int  # 0, 1, 2...
+    timestep: Tensor  # 0-d: what the UNet was told
+    latents: Tensor  # (B, C, H, W), after the step
+    denoised: Tensor  # (B, C, H, W), the clean latents that the UNet predicted at this step; ``pipe.decode`` shows them
+
+
+Condition = Callable[[Tensor, Tensor, "Run"], Mapping[str, Any]]
+"""(x, t, run) -> arguments of the UNet's ``forward``: what it is shown in this step besides the text."""
+
+
+KEPT = (*FACTS, "core", "guidance", "told_guidance", "plan", "stop", "seeds", "dropped", "images", "flagged")
+
+
+@dataclass
+class Run:
+    """The state of one call. Callbacks may change ``guidance_scale``, the tensors, and ``interrupt``.
+
+    ``tensors`` are those that callbacks may ask for besides the latents, each with a row for every copy of the latents
+    that the UNet is shown (but ``negative_prompt_embeds``, which prompt_embeds holds already).
+    """
+
+    core: Scheduler | ByFace  # what takes the steps
+    guidance: "ClassifierFree"
+    generator: Generators
+    seeds: list[int] | None
+    guidance_scale: float = 1.0
+    guidance_rescale: float = 0.0
+    image_guidance_scale: float | None = None
+    clip_skip: int | None = None
+    cross_attention_kwargs: Mapping[str, Any] | None = None
+    denoising_start: float | None = None
+    denoising_end: float | None = None
+    told_guidance: bool = False  # the UNet is told the scale instead of being asked twice (LCM)
+
+    plan: Plan = None
+    stop: int | None = None  # the step before which the run ends; None = it takes all
+    latents: Tensor = None  # (B, C, H, W)
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    beside: tuple[str, ...] = ()  # the tensors that the UNet reads as further channels of its sample
+    conditions: Sequence[Condition] = ()
+    after_step: Callable[["Run", int, Tensor], Tensor] | None = None  # the task's, on the latents
+    task_state: Any = None  # what the task remembers until the pictures are there
+    dropped: dict[str, list[str]] | None = None  # argument -> what was cut off each of its texts
+    timestep_cond: Tensor | None = None  # the encoded guidance scale, (1, width), for a UNet that is told it
+
+    interrupt: bool = False
+    step: int = 0  # of the plan, the one being taken
+    x: Tensor | None = None  # what the step began with
+    out: Tensor | None = None  # the guided prediction of the step
+    images: "Images | None" = None
+    flagged: list[bool] | None = None  # the pictures that a safety checker objects to; None = nobody looked
+
+    @property
+    def indices(self) -> range:
+        """The steps of the plan that this run takes."""
+        return range(self.plan.start, len(self.plan.steps) if self.stop is None else self.stop)
+
+    @property
+    def guided(self) -> bool:
+        """Whether this step asks the UNet for several texts."""
+        return not self.told_guidance and self.guidance.wanted(self)
+
+    @property
+    def passes(self) -> int:
+        """How many copies of the latents this step shows the UNet."""
+        return self.guidance.copies if self.guided else 1
+
+    @property
+    def num_timesteps(self) -> int:
+        """How many steps the run takes."""
+        return len(self.indices)
+
+    @property
+    def lora_scale(self) -> float:
+        """What LoRA adapters are multiplied with in this step."""
+        return scale_argument(self.cross_attention_kwargs)
+
+    def check_rows(self) -> None:
+        """Raise if a tensor has not one row for each copy of the latents: a callback may have changed either."""
+        B = len(self.latents)
+        for name, rows in self.tensors.items():
+            if name != "negative_prompt_embeds" and rows is not None and len(rows) != B * self.passes:
+                raise ValueError(
+                    f"{name} has {len(rows)} rows for {B} pictures, and guidance_scale={self.guidance_scale} needs "
+                    f"{self.passes} each: a callback that changes guidance or the pictures should return {name} with "
+                    "rows to match, such as tensor.chunk(2)[-1] when guidance ends"
+                )
+
+    def forget(self) -> None:
+        """Let go of everything but the numbers that a program may ask about after the call."""
+        vars(self).update({name: None for name in vars(self) if name not in KEPT})
+
+
+class LatentGeneration(Callbacks):
+    """The story. Parts of a pipeline answer its questions; each may add to what the next one says (``super()``)."""
+
+    request: ClassVar[type[Request]]  # the arguments of a call that concern the generation
+    output_class: ClassVar[type[Output]]  # of a call; has images, seeds and dropped, and the names of reference_fields
+    guidance: ClassVar["ClassifierFree"]
+
+    @torch.no_grad()
+    def _generate(self, request: Request, output_type: str | None = None) -> Iterator[Run]:
+        """Generate pictures: all that happens, in order. Yield the run before the first step and after each."""
+        run = self._open(request)
+        with self._going_on(run):
+            with lora_scaled(run.lora_scale):
+                size = self._size(request)  # task: height and width in latents; None = those of the image
+                run.plan = self._plan(request, run)  # task: all steps, or the last ones
+                run.stop = steps_until(run.core, run.plan, run.denoising_end)
+                run.tensors = self._encode(request, run)  # family: the texts
+                run.latents = self._first_latents(request, run, size)  # task: noise, or an image under noise
+                run.conditions = self._conditions(request, run)
+            yield run
+            for _ in denoise(self._predict, run):
+                yield run
+            if output_type is not None:
+                run.images = self._pictures(run, output_type)
+
+    def _predict(self, x: Tensor, t: Tensor, run: Run) -> Tensor:
+        """Ask the UNet about what the scheduler shows it, x (passes * B, C, H, W)."""
+        x = torch.cat([x, *(run.tensors[name] for name in run.beside)], dim=1) if run.beside else x
+        shown: dict[str, Any] = {}
+        for condition in run.conditions:
+            for name, value in condition(x, t, run).items():  # what is said in a dict is added to those of others
+                shown[name] = {**shown.get(name, {}), **value} if isinstance(value, Mapping) else value
+        with lora_scaled(run.lora_scale), computing(run):
+            return first(self.unet(x, t, encoder_hidden_states=run.tensors["prompt_embeds"], **shown), "sample")
+
+    def _plan(self, request: Request, run: Run) -> Plan:
+        """Plan all steps; custom ``timesteps`` or ``sigmas`` replace their number; ``eta`` is for DDIM-like solvers."""
+        options = {"eta": request.eta} if "eta" in run.core.run_options else {}
+        custom = request.timesteps is not None or request.sigmas is not None
+        steps = None if custom else request.num_inference_steps
+        where = {"device": self.device, "timesteps": request.timesteps, "sigmas": request.sigmas}
+        plan = run.core.plan(steps, **where, **options)
+        run.core.show(plan)
+        return plan
+
+    def _conditions(self, request: Request, run: Run) -> list[Condition]:
+        """Return what shows the UNet more than the text: here the guidance scale, to a UNet that is told it."""
+        if not run.told_guidance:
+            return []
+        w = torch.tensor([run.guidance_scale - 1])
+        embedding = self.get_guidance_scale_embedding(w, self.unet.config.time_cond_proj_dim)
+        run.timestep_cond = embedding.to(run.latents)
+        return [lambda x, t, run: {"timestep_cond": run.timestep_cond}]
+
+    def _open(self, request: Request) -> Run:
+        """Open the run of a request. Raises if this pipeline cannot serve it."""
+        if absent := [f"no {name}" for name in ("unet", "scheduler") if getattr(self, name) is None]:
+            it = "it" if len(absent) == 1 else "them"
+            raise ValueError(f"this pipeline has {' and '.join(absent)}: pass {it} when it is made")
+        self._say_what_is_scaled(request.lora_scale)
+        self._refuse_what_is_not_called()
+        generator, seeds = make_generators(request)
+        told = self.unet.config.get("time_cond_proj_dim") is not None
+        facts = {name: getattr(request, name) for name in FACTS if hasattr(request, name)}
+        return Run(core_of(self), self.guidance, generator, seeds, **facts, told_guidance=told)
+
+    # --- the two ways to ask -----------------------------------------------------------------------------------------
+
+    def _respond(self, arguments: Mapping[str, Any]) -> "Output | tuple[Any, ...]":
+        """Do what a call does: check its ``locals()``, run all steps; return the record or the tuple."""
+        options, asked = OutputOptions.of(self, arguments)
+        generation = self._generate(self.request(**asked), options.output_type)
+        with torch.no_grad():
+            run = next(generation)
+            counted = self._counted(run)
+            with self.progress_bar(total=len(counted)) as bar:
+                for _ in generation:
+                    self._call_back(options, run, run.step in counted)
+                    bar.update(run.step in counted)
+            self.maybe_free_model_hooks()
+        out = self.output_class(images=run.images, seeds=run.seeds, dropped=run.dropped)
+        if run.flagged is not None:
+            out.nsfw_content_detected = run.flagged
+        run.images = None  # the pipeline remembers its last run
+        return out if options.return_dict else tuple(getattr(out, name) for name in self.output_class.reference_fields)
+
+    def steps(self, *args: Any, **arguments: Any) -> Iterator[Step]:
+        """Generate step by step: yield a ``Step`` after each, with the latents and the clean latents predicted.
+
+        The arguments are those of a call that concern the generation. Leaving the loop early stops the generation::
+
+            for step in pipe.steps("red apple", num_inference_steps=20, seed=7):
+                preview = pipe.decode(step.denoised)
+
+        With ``padding_mask_crop`` the latents are those of the part that is worked on.
+        """
+        call = next(kind for kind in type(self).__mro__ if kind.__module__.startswith("minidiff.")).__call__
+        names = list(inspect.signature(call).parameters)[1:]
+        given = dict(zip(names, args, strict=len(args) > len(names)))
+        generation = self._generate(self.request(**given, **arguments))
+        next(generation)  # what is wrong is said now
+        return self._yield_steps(generation)
+
+    @torch.no_grad()
+    def _yield_steps(self, generation: Iterator[Run]) -> Iterator[Step]:
+        for run in generation:
+            i, plan = run.step, run.plan
+            yield Step(i - plan.start, plan.timesteps[i], run.latents, run.core.denoised(plan, i, run.x, run.out))
+
+    def _counted(self, run: Run) -> list[int]:
+        """Return the evaluations that end a step for the progress bar: solvers may take several, or some to warm up."""
+        order, plan = run.core.order, run.plan
+        warmup = max(len(plan.steps) - plan.num_inference_steps * order, 0)
+        indices = run.indices
+        return [i for k, i in enumerate(indices, start=1) if k == len(indices) or (k > warmup and k % order == 0)]
+
+
+class TextToImage(LatentGeneration):
+    """The plainest task: all steps, beginning with noise alone."""
+
+    def _size(self, request: Request) -> tuple[int, int] | None:
+        return self._latent_size(request.height, request.width)
+
+    def _first_latents(self, request: Request, run: Run, size: tuple[int, int]) -> Tensor:
+        return self._noise(request, run, (request.count, self.unet.config.in_channels, *size))
+
+    def _noise(self, request: Request, run: Run, shape: tuple[int, ...]) -> Tensor:
+        """Return noise (B, C, h, w) of the plan's first level: given, drawn, or from ``prepare_latents``."""
+        like = run.tensors["prompt_embeds"]
+        if overridden(self, "prepare_latents"):
+            (B, C, h, w), f = shape, self.vae_scale_factor
+            return self.prepare_latents(*(B, C, h * f, w * f), like.dtype, like.device, run.generator, request.latents)
+        noise = initial_latents(shape, request.latents, run.generator, like.device, like.dtype)
+        return noise * run.plan.init_noise_sigma
+
+
+def denoise(network: Callable[[Tensor, Tensor, Run], Tensor], run: Run) -> Iterator[int]:
+    """Take every step of the run and yield its index; ``run`` holds what it began with, predicted and ended with."""
+    scheduler, plan, past = run.core, run.plan, ()
+    for i in run.indices:
+        if run.interrupt:
+            return
+        run.check_rows()
+        run.step, x = i, run.latents
+        x_in = torch.cat([x] * run.passes) if run.passes > 1 else x
+        out = network(scheduler.scale_input(plan, i, x_in), plan.timesteps[i], run)
+        out = run.guidance.combine(out, run) if run.guided else out
+        noise = scheduler.draw_noise(plan, i, x, run.generator)
+        after, past = scheduler.advance(plan, i, x, out, past, noise)
+        run.latents = same_shape(x, after if run.after_step is None else run.after_step(run, i, after))
+        scheduler.show(plan, i + 1)
+        run.x, run.out = x, out
+        yield i
+
+
+def same_shape(before: Tensor, after: Tensor) -> Tensor:
+    """Return ``after``; raise if it does not have the shape of ``before``: a step neither adds nor drops pictures."""
+    if after.shape != before.shape:
+        raise ValueError(
+            f"latents became {tuple(after.shape)} in a step from {tuple(before.shape)}: what the run remembers of the "
+            "steps before (a multistep scheduler, a mask) is of other pictures than a callback has left"
+        )
+    return after
+
+
+def repeat_to_batch(x: Tensor, count: int, what: str = "images") -> Tensor:
+    """Repeat a batch (B, ...) in turn until it has ``count`` items; raise ``ValueError`` if that does not come out."""
+    if len(x) > count or count % len(x):
+        raise ValueError(f"{len(x)} {what} cannot be dealt out to {count} pictures evenly")
+    return x.repeat(count // len(x), *[1] * (x.ndim - 1))
+
+
+# --- guidance --------------------------------------------------------------------------------------------------------
+
+
+class ClassifierFree:
+    """Guidance by one scale: the UNet is asked with and without the prompt, and the difference is enlarged."""
+
+    copies: ClassVar[int] = 2  # of the latents
+
+    def wanted(self, run: Run) -> bool:
+        """Whether the scales of the run ask for guidance."""
+        return run.guidance_scale > 1
+
+    def rows(self, positive: Tensor, negative: Tensor) -> Tensor:
+        """Return what the UNet is shown in one batch, in the order that ``combine`` expects."""
+        return torch.cat([negative, positive])
+
+    def combine(self, out: Tensor, run: Run) -> Tensor:
+        """Return the guided prediction (B, C, H, W) from those for all copies (copies * B, C, H, W)."""
+        return guide(*out.chunk(2), run.guidance_scale, run.guidance_rescale)
+
+
+LatentGeneration.guidance = ClassifierFree()
+
+
+def guide(negative: Tensor, positive: Tensor, scale: float, rescale: float = 0.0) -> Tensor:
+    """Return negative + scale (positive - negative), its contrast pulled back to that of ``positive``.
+
+    Args:
+        negative: prediction for the negative (or empty) prompt, (B, C, H, W).
+        positive: prediction for the prompt, (B, C, H, W).
+        scale: 1 is the plain conditional prediction; 7.5 is usual.
+        rescale: 0 to 1, how far the standard deviation of each picture goes back to that of ``positive``.
+    """
+    return rescaled(negative + scale * (positive - negative), positive, rescale)
+
+
+def rescaled(out: Tensor, positive: Tensor, rescale: float) -> Tensor:
+    """Pull the standard deviation of each picture of ``out`` back to that of ``positive``, by the share ``rescale``."""
+    if rescale == 0:
+        return out
+    axes = tuple(range(1, out.ndim))
+    full = out * (positive.std(dim=axes, keepdim=True) / out.std(dim=axes, keepdim=True))
+    return rescale * full + (1 - rescale) * out
