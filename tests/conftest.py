@@ -2,13 +2,17 @@
 
 import os
 import random
+import sys
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+
+sys.path.append(str(Path(__file__).parents[1]))  # for benchmarks/; last, so that minidiff stays the installed one
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
