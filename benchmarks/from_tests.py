@@ -9,7 +9,7 @@ TESTS = Path(__file__).parents[1] / "tests"
 
 
 def from_tests(name: str) -> ModuleType:
-    """Import a module of ``tests/``, such as ``scheduler_runs`` or ``laws.mixture``."""
+    """Import a module of ``tests/``, such as ``scheduler_runs`` or ``schedulers.mixture``."""
     if str(TESTS) not in sys.path:
         sys.path.insert(0, str(TESTS))
     return importlib.import_module(name)

@@ -1,7 +1,8 @@
 """Draw docs/scheduler_convergence.png: ``python -m benchmarks.scheduler_convergence``.
 
 The error of the deterministic solvers against the number of network evaluations, on data whose exact solution is known
-(tests/laws/mixture.py), in double logarithmic scale: the slope of a line is the order of its solver. Needs matplotlib.
+(tests/schedulers/mixture.py), in double logarithmic scale: the slope of a line is the order of its solver. Needs
+matplotlib.
 """
 
 import argparse
@@ -28,7 +29,7 @@ SHOWN = (  # what each line shows that no other does
 
 def line(case: Any) -> tuple[list[int], list[float]]:
     """Return evaluations and errors of runs of more and more steps."""
-    convergence = from_tests("laws.convergence")
+    convergence = from_tests("schedulers.convergence")
     counts = COUNTS if "use_exponential_sigmas" in case.options else DIVISORS
     if case.options.get("solver_order", 2) > 1 and "Singlestep" in case.kind:
         counts = [3 * (count // 3) + 1 for count in COUNTS]  # whole groups
@@ -47,7 +48,7 @@ def main(arguments: list[str] | None = None) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(8, 5.5), dpi=90)
-    cases = {case.name: case for case in from_tests("laws.convergence").existing()}
+    cases = {case.name: case for case in from_tests("schedulers.convergence").existing()}
     for name in SHOWN:
         if name in cases:
             axes.loglog(*line(cases[name]), marker="o", markersize=3, label=f"{name} ({cases[name].measured:.1f})")

@@ -1,4 +1,4 @@
-"""Check the laws of tests/laws/grid.py on whole grids: ``python -m benchmarks.scheduler_grid``.
+"""Check the laws of tests/schedulers/grid.py on whole grids: ``python -m benchmarks.scheduler_grid``.
 
 Every class, 1 to 60, 100, 999 and 1000 steps, every spacing, noise schedule, prediction and last noise level: plans are
 finite, noise levels descend, the network is called exactly as often as it should be, the last level is reached, runs
@@ -30,7 +30,7 @@ class Figures(NamedTuple):
 
 def check(kind: str, share: float, seconds: float) -> Figures:
     """Check a random ``share`` of the grid of a class, for at most so many seconds."""
-    grid, source, start = from_tests("laws.grid"), random.Random(0), time.monotonic()
+    grid, source, start = from_tests("schedulers.grid"), random.Random(0), time.monotonic()
     options_of = list(grid.every_option(kind))
     size = len(options_of) * len(grid.COUNTS)
     planned = refused = ran = 0
@@ -45,7 +45,7 @@ def check(kind: str, share: float, seconds: float) -> Figures:
             if found is not None and n <= 60:
                 worst, ran = max(worst, grid.check_runs(kind, options, *found)), ran + 1
         except (AssertionError, ValueError) as error:
-            failed.append(f"{kind} with {options}, {n} steps: {error or 'see tests/laws/grid.py'}")
+            failed.append(f"{kind} with {options}, {n} steps: {error or 'see tests/schedulers/grid.py'}")
     return Figures(size, planned, refused, ran, worst, failed)
 
 

@@ -4,7 +4,7 @@ For each combination timesteps and noise levels are compared, and whole trajecto
 through a nonlinear stand-in network, value by value. Where they are not bit-identical, the error is relative to the
 largest value on the way.
 
-The grids of options are those of tests/parity, and so is what counts as valid: combinations that the reference refuses,
+The grids of options are those of tests/schedulers, and so is what is valid: combinations that the reference refuses,
 or in which it returns NaN, are left out there, each with its reason. Any others in which it is NaN are counted apart.
 """
 
@@ -37,8 +37,8 @@ class Grid(NamedTuple):
 
 def grids() -> dict[str, Grid]:
     """Return the grid of each class, by its name."""
-    first, ddim = from_tests("parity.test_schedulers"), from_tests("parity.test_schedulers_ddim")
-    deis, consistency = from_tests("parity.test_schedulers_deis"), from_tests("parity.test_schedulers_consistency")
+    first, ddim = from_tests("schedulers.test_schedulers"), from_tests("schedulers.test_ddim")
+    deis, consistency = from_tests("schedulers.test_deis"), from_tests("schedulers.test_consistency")
     found = {
         "DDIMScheduler": Grid(ddim.GRID, ddim.valid, dict),
         "DDPMScheduler": Grid(first.DDPM, first.ddpm_is_valid, dict),
@@ -47,8 +47,8 @@ def grids() -> dict[str, Grid]:
         "UniPCMultistepScheduler": Grid(first.UNIPC, first.unipc_is_valid, first.spell),
         **{kind: Grid(consistency.GRID, _all, consistency.complete) for kind in consistency.KINDS},
     }
-    for path in sorted((TESTS / "parity").glob("test_schedulers_*.py")):
-        module = from_tests(f"parity.{path.stem}")
+    for path in sorted((TESTS / "schedulers").glob("test_[ds]*.py")):
+        module = from_tests(f"schedulers.{path.stem}")
         for kind, values in getattr(module, "GRIDS", {}).items():
             found[kind] = Grid(values, module.valid, module.spell)
     return found

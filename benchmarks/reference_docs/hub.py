@@ -58,7 +58,7 @@ WORDS = {  # repository -> file, token
 def make(cache: Path) -> None:
     """Fill ``cache``, the folder that HF_HUB_CACHE names. Every weight is there in float32 and as the variant fp16."""
     made = cache / "made"
-    tiny, tiny_xl, parity = from_tests("tiny"), from_tests("tiny_xl"), from_tests("parity.test_ddpm_pipelines")
+    tiny, tiny_xl, parity = from_tests("tiny"), from_tests("tiny_xl"), from_tests("pipelines.test_ddpm")
     v = {"prediction_type": "v_prediction"}
     folders = {
         "sd": tiny.save_tiny(made / "sd"),

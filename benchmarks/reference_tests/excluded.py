@@ -104,7 +104,7 @@ EXCLUDED: list[tuple[str, str, str]] = [  # (pattern of the file, pattern of Cla
     (
         "lora/",
         "test_(?!simple_inference$|group_offloading)",
-        "makes adapters by add_adapter(LoraConfig) and looks for peft's layers; see tests/parity/test_lora.py instead",
+        "makes adapters by add_adapter(LoraConfig) and looks for peft's layers; see our tests/adapters/test_lora.py",
     ),
 ]
 

@@ -61,13 +61,13 @@ UNIPC = {
 
 
 def ddpm_is_valid(options: dict) -> bool:
-    """epsilon without any signal is refused unless clamped: see tests/robustness."""
+    """epsilon without any signal is refused unless clamped: see test_errors.py."""
     blind = options["rescale_betas_zero_snr"] and options["prediction_type"] == "epsilon"
     return not (blind and (options["thresholding"] or not options["clip_sample"]))
 
 
 def unipc_is_valid(options: dict) -> bool:
-    """Leave out what is NaN in the reference; tests/laws show that ours is finite there."""
+    """Leave out what is NaN in the reference; test_laws.py shows that ours is finite there."""
     last_is_order_1 = options["lower_order_final"] or options["solver_order"] == 1
     if not options["predict_x0"] and "flow" in f"{options['prediction_type']} {options['spaced_by']}":
         return False  # flow_prediction is refused; flow sigmas see below

@@ -13,7 +13,7 @@ from tiny_xl import save_base, save_refiner
 
 import minidiff
 
-PAGE = Path(__file__).parents[1] / "docs/sdxl.md"
+PAGE = Path(__file__).parents[2] / "docs/sdxl.md"
 IMPORT = "from minidiff import DiffusionPipeline\n"
 PICTURES = ["image", "two_texts", "cropped", "sharp", "refined"]
 

@@ -14,7 +14,7 @@ from minidiff.cli import main as cli
 from minidiff.embedded import embedded_checkpoint, embedded_names
 from minidiff.images.tensors import read_metadata
 
-sys.path.append(str(Path(__file__).resolve().parent.parent))  # last, so that minidiff stays the installed one
+sys.path.append(str(Path(__file__).resolve().parents[2]))  # last, so that minidiff stays the installed one
 from benchmarks.emoji32_quality import RUNS, contact_sheet, measure, nearest, shrink
 from benchmarks.emoji_reference import Reference
 

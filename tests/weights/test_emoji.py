@@ -10,7 +10,7 @@ import torch
 from minidiff import DDPMScheduler, PNDMScheduler, StableDiffusionPipeline
 from minidiff.embedded import GUIDANCE, embedded_checkpoint
 
-sys.path.append(str(Path(__file__).resolve().parent.parent))  # last, so that minidiff stays the installed one
+sys.path.append(str(Path(__file__).resolve().parents[2]))  # last, so that minidiff stays the installed one
 from benchmarks.emoji_quality import measure
 from benchmarks.emoji_reference import groups_of, read_reference
 

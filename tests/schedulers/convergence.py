@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
-from laws.mixture import SHARES, TWO_PEAKS
+from schedulers.mixture import SHARES, TWO_PEAKS
 
 import minidiff
 

@@ -4,8 +4,8 @@ import math
 
 import pytest
 import torch
-from laws.convergence import CASES, RANDOM, existing, slope
-from laws.mixture import SHARES, TWO_PEAKS, signal_and_noise
+from schedulers.convergence import CASES, RANDOM, existing, slope
+from schedulers.mixture import SHARES, TWO_PEAKS, signal_and_noise
 
 import minidiff
 

@@ -10,7 +10,7 @@ import pytest
 
 import minidiff
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "minidiff"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 
@@ -86,7 +86,7 @@ def test_library_never_prints_or_unpickles(path):
     tree = ast.parse(path.read_text(encoding="utf-8"))
     calls = {ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
     assert not calls & {"torch.load", "pickle.load", "pickle.loads", "eval", "exec"}
-    assert "print" not in calls or path.name.startswith("cli")  # a command line may print
+    assert "print" not in calls or path.parent.name == "cli"  # a command line may print
 
 
 def commands() -> list[str]:

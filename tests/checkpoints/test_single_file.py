@@ -352,7 +352,7 @@ def test_families_are_recognised_as_the_reference_does() -> None:
     assert all((families.PUBLISHED / f"{name}.json").is_file() for f in FAMILIES for name in f.configs.values())
 
 
-HUB_CONFIGS = Path(__file__).parent / "data" / "hub_configs"
+HUB_CONFIGS = Path(__file__).parents[1] / "data" / "hub_configs"
 
 
 @pytest.mark.parametrize("name", sorted({name for f in FAMILIES for name in f.configs.values()}))

@@ -11,7 +11,7 @@ from theirs import diffusers
 
 from minidiff import DDIMPipeline, DDPMScheduler
 
-PAGE = Path(__file__).parents[1] / "docs/training.md"
+PAGE = Path(__file__).parents[2] / "docs/training.md"
 SIZES, SMALL = "STEPS, BATCH, SIDE = 600, 32, 16\n", "STEPS, BATCH, SIDE = 24, 8, 8\n"
 
 

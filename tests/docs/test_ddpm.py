@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from theirs import diffusers, randomize, relative_error
 
-PAGE = Path(__file__).parents[1] / "docs/ddpm.md"
+PAGE = Path(__file__).parents[2] / "docs/ddpm.md"
 CHECKPOINT = '"google/ddpm-cat-256"'
 IMPORTS = "from minidiff import DDPMScheduler, UNet2DModel\n"
 

@@ -7,7 +7,7 @@ import numpy as np
 
 from minidiff.embedded import embedded_checkpoint
 
-PAGE = Path(__file__).parents[1] / "docs/own_pipeline.md"
+PAGE = Path(__file__).parents[2] / "docs/own_pipeline.md"
 
 
 def tutorial() -> str:

@@ -11,7 +11,7 @@ from minidiff import EulerDiscreteScheduler, HeunDiscreteScheduler, PNDMSchedule
 from minidiff.embedded import embedded_checkpoint
 from minidiff.pipelines.strength import begin
 
-PAGE = (Path(__file__).parents[1] / "docs/image_tasks.md").read_text(encoding="utf-8")
+PAGE = (Path(__file__).parents[2] / "docs/image_tasks.md").read_text(encoding="utf-8")
 CHECKPOINT = "weights/emoji64"
 PICTURES = ("image", "redrawn", "repainted")
 ROWS = re.findall(r"^\| (\d+) \| ([\d.]+) \| (\d+) \| (\w+) \| (\w+) \| (\w+) \|$", PAGE, re.M)

@@ -5,11 +5,11 @@ import re
 from pathlib import Path
 
 import pytest
-from laws.convergence import CASES
+from schedulers.convergence import CASES
 
 import minidiff
 
-PAGE = (Path(__file__).parents[1] / "docs" / "schedulers.md").read_text(encoding="utf-8")
+PAGE = (Path(__file__).parents[2] / "docs" / "schedulers.md").read_text(encoding="utf-8")
 SCHEDULERS = sorted(name for name in minidiff.__all__ if name.endswith("Scheduler"))
 SECTIONS = dict(re.findall(r"^## (.*?)\n(.*?)(?=^## |\Z)", PAGE, re.M | re.S))
 EVALUATIONS = {"n": (20,), "2n − 1": (39,), "n + 1, or n + 9": (21, 29)}  # of runs of 20 steps

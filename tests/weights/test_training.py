@@ -12,7 +12,7 @@ from torch import nn
 
 from minidiff import AutoencoderKL, DDPMPipeline
 
-WEIGHTS = Path(__file__).resolve().parent.parent / "weights"
+WEIGHTS = Path(__file__).resolve().parents[2] / "weights"
 
 
 @pytest.fixture

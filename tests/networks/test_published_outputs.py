@@ -1,4 +1,4 @@
-"""Outputs of published checkpoints, as diffusers' own tests state them: ``pytest --network tests/network``.
+"""Outputs of published checkpoints, as diffusers' own tests state them: ``pytest --network`` with this file.
 
 They download up to 4 GB for each Stable Diffusion checkpoint. The numbers were computed on other machines, some with
 GPUs; the tolerances are those of diffusers' tests.

@@ -1,10 +1,10 @@
-"""The laws of ``laws.grid`` on a sample of every class's grid; ``benchmarks/scheduler_grid.py`` takes it whole."""
+"""The laws of ``grid.py`` on a sample of every class's grid; ``benchmarks/scheduler_grid.py`` takes it whole."""
 
 import inspect
 
 import pytest
-from laws.grid import CLASSES, COUNTS, T, build, check_plan, check_runs, every_option, grid_of, some_options
 from scheduler_runs import by_hand, pairwise
+from schedulers.grid import CLASSES, COUNTS, T, build, check_plan, check_runs, every_option, grid_of, some_options
 
 import minidiff
 

@@ -7,7 +7,7 @@ import numpy as np
 
 from minidiff.embedded import embedded_checkpoint
 
-PAGE = Path(__file__).parents[1] / "docs/internals.md"
+PAGE = Path(__file__).parents[2] / "docs/internals.md"
 CHECKPOINT = "weights/emoji64"
 REFERENCE = {
     "from minidiff import AutoencoderKL, UNet2DConditionModel, UniPCMultistepScheduler": "diffusers",

@@ -91,7 +91,7 @@ def test_base_and_refiner_together(bases: tuple[Any, Any], refiners: tuple[Any, 
 @pytest.mark.parametrize("cut", [0.21, 0.46, 0.8])
 @pytest.mark.parametrize("name", ["EulerDiscreteScheduler", "HeunDiscreteScheduler", "KDPM2DiscreteScheduler"])
 def test_the_cut_anywhere(bases: tuple[Any, Any], refiners: tuple[Any, Any], name: str, cut: float) -> None:
-    """Within steps of two evaluations and between them; tests/laws/test_hand_over.py has the numbers of all cuts."""
+    """Within steps of two evaluations and between them; test_hand_over.py has the numbers of all cuts."""
     pictures = []
     for base, refiner, library in zip(bases, refiners, (minidiff, diffusers), strict=True):
         options = {"prompt": PROMPT, "num_inference_steps": 5, "guidance_scale": 1.0}
