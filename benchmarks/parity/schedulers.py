@@ -27,37 +27,6 @@ Options = dict[str, Any]
 LEARNED = ("learned", "learned_range")
 
 
-class Grid(NamedTuple):
-    """The options of a class and their values, which combinations are valid, and how they are spelled."""
-
-    values: dict[str, list[Any]]
-    valid: Callable[[Options], bool]
-    spell: Callable[[Options], Options]
-
-
-def grids() -> dict[str, Grid]:
-    """Return the grid of each class, by its name."""
-    first, ddim = from_tests("schedulers.test_schedulers"), from_tests("schedulers.test_ddim")
-    deis, consistency = from_tests("schedulers.test_deis"), from_tests("schedulers.test_consistency")
-    found = {
-        "DDIMScheduler": Grid(ddim.GRID, ddim.valid, dict),
-        "DDPMScheduler": Grid(first.DDPM, first.ddpm_is_valid, dict),
-        "DEISMultistepScheduler": Grid(deis.GRID, _all, first.spell),
-        "PNDMScheduler": Grid(first.PNDM, _all, dict),
-        "UniPCMultistepScheduler": Grid(first.UNIPC, first.unipc_is_valid, first.spell),
-        **{kind: Grid(consistency.GRID, _all, consistency.complete) for kind in consistency.KINDS},
-    }
-    for path in sorted((TESTS / "schedulers").glob("test_[ds]*.py")):
-        module = from_tests(f"schedulers.{path.stem}")
-        for kind, values in getattr(module, "GRIDS", {}).items():
-            found[kind] = Grid(values, module.valid, module.spell)
-    return found
-
-
-def _all(options: Options) -> bool:
-    return True
-
-
 def sample(grid: Grid, count: int, seed: int) -> Iterator[Options]:
     """Yield ``count`` different valid combinations in random order, or all of them if there are fewer."""
     source, seen = random.Random(seed), set()

@@ -4,7 +4,8 @@ import inspect
 
 import pytest
 import torch
-from scheduler_runs import check_same_run, error, network, noise
+from scheduler_runs import check_same_run, error, name, network, noise
+from schedulers.options import SPACINGS, TRAINED_BETAS
 from theirs import diffusers
 
 import minidiff
@@ -17,6 +18,12 @@ MIRRORED = {
     "DPMSolverSinglestepScheduler",
     "UniPCMultistepScheduler",
 }
+OF_TRAINING = [  # fields that all of them have
+    {"trained_betas": TRAINED_BETAS},
+    {"beta_start": 0.00085},
+    {"beta_end": 0.012},
+    {"num_train_timesteps": 500},
+]
 
 
 def pair(kind: str) -> tuple:
@@ -41,3 +48,38 @@ def test_noise_of_training(kind):
         return
     assert error(ours.add_noise(clean, eps, 999 - t), theirs.add_noise(clean, eps, t)) < 1e-8  # measured 5e-10
     assert torch.equal(ours.add_noise(clean, eps, t), minidiff.DDPMScheduler().add_noise(clean, eps, t))
+
+
+@pytest.mark.parametrize("options", [{}, *OF_TRAINING], ids=name)
+@pytest.mark.parametrize("kind", ["DDPMScheduler", "PNDMScheduler", "UniPCMultistepScheduler"])
+def test_options_of_training(kind, options):
+    if kind == "DDPMScheduler":
+        options = options | {"clip_sample": False}
+    ours, theirs = getattr(minidiff, kind)(**options), getattr(diffusers, kind)(**options)
+    for steps in (20, 50):
+        check_same_run(ours, theirs, steps, seeded=kind == "DDPMScheduler")
+
+
+@pytest.mark.parametrize("spacing", SPACINGS)
+@pytest.mark.parametrize("offset", [0, 1])
+@pytest.mark.parametrize("kind", ["DDPMScheduler", "PNDMScheduler", "UniPCMultistepScheduler"])
+def test_timesteps_of_every_count(kind, spacing, offset):
+    options = {"timestep_spacing": spacing, "steps_offset": offset}
+    if kind == "PNDMScheduler":
+        options["skip_prk_steps"] = True
+    ours, theirs = getattr(minidiff, kind)(**options), getattr(diffusers, kind)(**options)
+    one_too_many = 0
+    for steps in (*range(1, 24), 60, 61, 103, 121, 122, 201, 333):
+        ours.set_timesteps(steps)
+        theirs.set_timesteps(steps)
+        expected = theirs.timesteps
+        if expected.min() < 0:  # the reference asks the network about timestep -1, one step more than it was told to do
+            one_too_many += 1
+            if kind != "PNDMScheduler":
+                assert expected[-1] == -1 and len(expected) == steps + 1
+                expected = expected[:-1]
+        if kind == "PNDMScheduler" and theirs.timesteps.min() < 0:
+            assert ours.timesteps[-1] >= 0 and len(ours.timesteps) == steps + 1
+            continue
+        assert torch.equal(ours.timesteps, expected), steps
+    assert one_too_many == (5 if spacing == "trailing" else 0)  # 61, 103, 121, 122, 201

@@ -2,87 +2,28 @@
 
 import pytest
 import torch
-from scheduler_runs import check_same_run, name, network, network_with_variance, noise, pairwise
+from scheduler_runs import check_same_run, name, network, network_with_variance, noise
+from schedulers.options import LEARNED, pairs, spell
 from theirs import diffusers
 
 import minidiff
 
-MULTI = "DPMSolverMultistepScheduler"
-SHARED = {
-    "beta_schedule": ["linear", "scaled_linear", "squaredcos_cap_v2"],
-    "trained_betas": [None, torch.linspace(0.001, 0.03, 1000).tolist()],
-    "solver_order": [1, 2, 3],
-    "prediction_type": ["epsilon", "sample", "v_prediction", "flow_prediction"],
-    "thresholding": [False, True],
-    "dynamic_thresholding_ratio": [0.995, 0.6],
-    "sample_max_value": [1.0, 1.7],
-    "solver_type": ["midpoint", "heun", "logrho", "bh1", "bh2"],
-    "lower_order_final": [True, False],
-    "flow_shift": [1.0, 3.0],
-    "final_sigmas_type": ["zero", "sigma_min"],
-    "lambda_min_clipped": [-float("inf"), -5.1],
-    "variance_type": [None, "learned", "learned_range"],
-}
-SPACED_BY = [None, "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_flow_sigmas"]
-SINGLE = "DPMSolverSinglestepScheduler"
-GRIDS = {
-    SINGLE: SHARED | {"algorithm_type": ["dpmsolver++", "dpmsolver", "sde-dpmsolver++"], "spaced_by": SPACED_BY},
-    MULTI: SHARED
-    | {
-        "algorithm_type": ["dpmsolver++", "dpmsolver", "sde-dpmsolver++", "sde-dpmsolver", "deis"],
-        "euler_at_final": [False, True],
-        "spaced_by": [*SPACED_BY, "use_lu_lambdas"],
-        "timestep_spacing": ["linspace", "leading", "trailing"],
-        "steps_offset": [0, 1],
-        "rescale_betas_zero_snr": [False, True],
-    },
-}
-
-
-def spell(options: dict) -> dict:
-    """Turn the grid's ``spaced_by`` into the reference's switches."""
-    options = dict(options)
-    switch = options.pop("spaced_by", None)
-    return options | ({switch: True} if switch else {})
-
-
-def predicts_x0(options: dict) -> bool:
-    return options.get("algorithm_type", "dpmsolver++").endswith("++")
-
-
-def valid(options: dict) -> bool:
-    """Leave out what the reference refuses, or what is NaN in it."""
-    if not predicts_x0(options):
-        if options["final_sigmas_type"] == "zero":
-            return False
-        if options["prediction_type"] == "flow_prediction" and options["algorithm_type"] != "deis":
-            return False
-        if options["algorithm_type"] == "sde-dpmsolver" and options["solver_order"] == 3:
-            return False
-    if options["thresholding"] and "euler_at_final" not in options and not predicts_x0(options):
-        return False  # the reference fails here: its singlestep solver looks for a timestep that it was not given
-    if options["variance_type"] and options["prediction_type"] != "epsilon":
-        return False
-    # Karras, exponential, beta and Lu sigmas end at sigma_min already: the last transition has length 0, and the
-    # coefficients of Heun's method and of order 3 are 0 / 0.
-    respaced = options["spaced_by"] and options["spaced_by"] != "use_flow_sigmas"
-    ends_low = options.get("euler_at_final") or options["final_sigmas_type"] == "zero"
-    return not (respaced and not ends_low and (options["solver_type"] == "heun" or options["solver_order"] == 3))
+MULTI, SINGLE = KINDS = ["DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler"]
 
 
 def pair(kind: str, options: dict) -> tuple:
     return getattr(minidiff, kind)(**options), getattr(diffusers, kind)(**options)
 
 
-@pytest.mark.parametrize("kind, options", [(k, o) for k, g in GRIDS.items() for o in pairwise(g, valid)], ids=name)
+@pytest.mark.parametrize("kind, options", [(k, o) for k in KINDS for o in pairs(k)], ids=name)
 def test_options(kind, options):
-    denoise = network_with_variance if options["variance_type"] in ("learned", "learned_range") else network
+    denoise = network_with_variance if options["variance_type"] in LEARNED else network
     for steps, start in ((1, 0), (3, 0), (15, 0), (7, 2)):  # from 15 steps on the order stays at the end
         # New ones each time: a run of the reference's singlestep solver may change its options.
         check_same_run(*pair(kind, spell(options)), steps, start=start, seeded=True, denoise=denoise)
 
 
-@pytest.mark.parametrize("kind", GRIDS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_many_steps(kind):
     for steps in (2, 20, 50):
         check_same_run(*pair(kind, {"beta_start": 0.00085, "beta_end": 0.012, "solver_order": 3}), steps)
@@ -111,7 +52,7 @@ def test_draws(kind, algorithm):
     assert torch.equal(results[0][1], results[1][1])
 
 
-@pytest.mark.parametrize("kind", GRIDS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_custom_timesteps(kind):
     ways = []
     for scheduler in pair(kind, {}):
@@ -124,7 +65,7 @@ def test_custom_timesteps(kind):
     assert torch.equal(*ways)
 
 
-@pytest.mark.parametrize("kind", GRIDS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_noising_to_a_step(kind):
     ours, theirs = pair(kind, {})
     clean, eps = noise(batch=3), network(noise(batch=3), 0)
@@ -147,7 +88,7 @@ def test_noising_to_a_step(kind):
         ({"variance_type": "big"}, "variance_type='big'"),
     ],
 )
-@pytest.mark.parametrize("kind", GRIDS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_refused(kind, options, words):
     with pytest.raises(ValueError, match=words):
         getattr(minidiff, kind)(**options)
