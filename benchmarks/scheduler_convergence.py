@@ -9,7 +9,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from benchmarks.from_tests import from_tests
+from tests.schedulers import convergence
 
 COUNTS = (5, 7, 10, 14, 20, 28, 40, 57, 80, 113, 160)
 DIVISORS = (5, 8, 10, 16, 20, 32, 40, 80, 160)  # of the training steps, for the classes spaced in whole timesteps
@@ -29,7 +29,6 @@ SHOWN = (  # what each line shows that no other does
 
 def line(case: Any) -> tuple[list[int], list[float]]:
     """Return evaluations and errors of runs of more and more steps."""
-    convergence = from_tests("schedulers.convergence")
     counts = COUNTS if "use_exponential_sigmas" in case.options else DIVISORS
     if case.options.get("solver_order", 2) > 1 and "Singlestep" in case.kind:
         counts = [3 * (count // 3) + 1 for count in COUNTS]  # whole groups
@@ -48,7 +47,7 @@ def main(arguments: list[str] | None = None) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(8, 5.5), dpi=90)
-    cases = {case.name: case for case in from_tests("schedulers.convergence").existing()}
+    cases = {case.name: case for case in convergence.existing()}
     for name in SHOWN:
         if name in cases:
             axes.loglog(*line(cases[name]), marker="o", markersize=3, label=f"{name} ({cases[name].measured:.1f})")

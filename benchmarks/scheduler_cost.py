@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 import minidiff
-from benchmarks.from_tests import from_tests
+from tests.theirs import diffusers
 
 STEPS, TIMED = 50, range(15, 35)
 
@@ -39,7 +39,7 @@ def measure(scheduler: Any, x: Tensor, out: Tensor) -> float:
 
 def compare(kind: str, repeats: int) -> dict[str, float]:
     """Return the median microseconds of both sides and the median ratio."""
-    sides = [getattr(minidiff, kind)(), getattr(from_tests("theirs").diffusers, kind)()]
+    sides = [getattr(minidiff, kind)(), getattr(diffusers, kind)()]
     x, out = torch.randn(2, 1, 4, 64, 64, generator=torch.Generator().manual_seed(0))
     for scheduler in sides:
         measure(scheduler, x, out)  # warm up

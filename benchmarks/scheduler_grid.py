@@ -14,7 +14,7 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 import minidiff
-from benchmarks.from_tests import from_tests
+from tests.schedulers import grid
 
 
 class Figures(NamedTuple):
@@ -30,7 +30,7 @@ class Figures(NamedTuple):
 
 def check(kind: str, share: float, seconds: float) -> Figures:
     """Check a random ``share`` of the grid of a class, for at most so many seconds."""
-    grid, source, start = from_tests("schedulers.grid"), random.Random(0), time.monotonic()
+    source, start = random.Random(0), time.monotonic()
     options_of = list(grid.every_option(kind))
     size = len(options_of) * len(grid.COUNTS)
     planned = refused = ran = 0

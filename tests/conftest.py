@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-sys.path.append(str(Path(__file__).parents[1]))  # for benchmarks/; last, so that minidiff stays the installed one
+sys.path.append(str(Path(__file__).parents[1]))  # last: minidiff is the installed one
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

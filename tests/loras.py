@@ -4,8 +4,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from theirs import relative_error
 from torch import Tensor, nn
+
+from tests.theirs import relative_error
 
 Tensors = dict[str, Tensor]
 Matrices = dict[str, dict[str, tuple[Tensor, Tensor]]]  # component -> layer of theirs -> A, B

@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from theirs import diffusers, randomize, transformers
-from tiny import SCHEDULER, TEXT, UNET, VAE, save_tiny
-from tiny_xl import save_base, save_refiner, vocabulary
 
 import minidiff
+from tests.theirs import diffusers, randomize, transformers
+from tests.tiny import SCHEDULER, TEXT, UNET, VAE, save_tiny
+from tests.tiny_xl import save_base, save_refiner, vocabulary
 
 SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8}
 

@@ -12,12 +12,12 @@ import pytest
 import torch
 from minidiff.configuration_utils import ConfigMixin, FrozenDict, register_to_config
 from minidiff.schedulers.scheduling_utils import AysSchedules, KarrasDiffusionSchedulers, SchedulerMixin
-from theirs import diffusers
 from torch import nn
 
 import minidiff
 from minidiff.config import Config
 from minidiff.errors import CheckpointNotFoundError, ConfigError
+from tests.theirs import diffusers
 
 FIELDS = {"width": 3, "names": ["a", "b"], "deep": {"x": 1}}
 

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from theirs import diffusers
 
 from minidiff.noise import randn
+from tests.theirs import diffusers
 
 
 def generators(count: int) -> list[torch.Generator]:

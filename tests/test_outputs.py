@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from theirs import diffusers
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -25,6 +24,7 @@ from minidiff.pipelines.stable_diffusion_xl import StableDiffusionXLPipelineOutp
 from minidiff.schedulers.base import SchedulerOutput
 from minidiff.schedulers.lcm import LCMSchedulerOutput
 from minidiff.schedulers.tcd import TCDSchedulerOutput
+from tests.theirs import diffusers
 
 
 @dataclass

@@ -9,12 +9,12 @@ import diffusers.training_utils as theirs
 import numpy as np
 import pytest
 import torch
-from tiny import UNET
 from torch import Tensor, nn
 
 import minidiff
 import minidiff.training_utils as ours
 from minidiff.optimization import get_cosine_schedule_with_warmup, get_scheduler
+from tests.tiny import UNET
 
 
 def parameters() -> list[nn.Parameter]:

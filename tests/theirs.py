@@ -1,6 +1,6 @@
 """The reference (diffusers, transformers) and the few tools that compare with it.
 
-``from theirs import diffusers`` imports the reference on first use, so tests that do not need it do not wait for it.
+``from tests.theirs import diffusers`` imports the reference on first use: tests that do not need it do not wait for it.
 """
 
 from collections.abc import Callable

@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from theirs import diffusers, randomize, transformers
-from vocabulary import load_script
+from tests.theirs import diffusers, randomize, transformers
+from tests.vocabulary import load_script
 
 WORDS = ["a smiling face", "red heart", "the red dragon's face", "two cats and 3 dogs", "blue sky over green hills"]
 

@@ -4,9 +4,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from theirs import diffusers, randomize, transformers
-from tiny import SCHEDULER, TEXT, UNET, VAE, WORDS
-from vocabulary import load_script
+from tests.theirs import diffusers, randomize, transformers
+from tests.tiny import SCHEDULER, TEXT, UNET, VAE, WORDS
+from tests.vocabulary import load_script
 
 POOLED, FEATURES = 20, 8  # width of the pooled text, and of each encoded size
 SECOND = TEXT | {"hidden_size": 16, "hidden_act": "gelu", "projection_dim": POOLED, "num_hidden_layers": 4}

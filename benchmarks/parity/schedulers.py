@@ -14,33 +14,33 @@ import itertools
 import math
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 from tqdm import tqdm
 
 import minidiff
-from benchmarks.from_tests import TESTS, from_tests
+from tests.schedulers import runs
+from tests.schedulers.options import GRIDS, LEARNED, spell, valid
+from tests.schedulers.runs import Options
+from tests.theirs import diffusers
 
-Options = dict[str, Any]
-LEARNED = ("learned", "learned_range")
 
-
-def sample(grid: Grid, count: int, seed: int) -> Iterator[Options]:
+def sample(kind: str, count: int, seed: int) -> Iterator[Options]:
     """Yield ``count`` different valid combinations in random order, or all of them if there are fewer."""
-    source, seen = random.Random(seed), set()
-    size = math.prod(map(len, grid.values.values()))
+    grid, source, seen = GRIDS[kind], random.Random(seed), set()
+    size = math.prod(map(len, grid.values()))
     if size <= 20_000:
-        combinations = list(itertools.product(*grid.values.values()))
+        combinations = list(itertools.product(*grid.values()))
         source.shuffle(combinations)
     else:
-        combinations = (tuple(map(source.choice, grid.values.values())) for _ in itertools.count())
+        combinations = (tuple(map(source.choice, grid.values())) for _ in itertools.count())
     for values in combinations:
         if len(seen) == count:
             return
-        options = dict(zip(grid.values, values, strict=True))
-        if str(values) not in seen and grid.valid(options):
+        options = dict(zip(grid, values, strict=True))
+        if str(values) not in seen and valid(kind, options):
             seen.add(str(values))
             yield options
 
@@ -57,8 +57,7 @@ class Comparison(NamedTuple):
 
 def compare(kind: str, options: Options, learned: bool) -> Comparison:
     """Run all trajectories on both sides."""
-    runs = from_tests("scheduler_runs")
-    reference = getattr(from_tests("theirs").diffusers, kind)
+    reference = getattr(diffusers, kind)
     how: dict[str, Any] = {
         "denoise": runs.network_with_variance if learned else runs.network,
         "seeded": "generator" in inspect.signature(reference.step).parameters,
@@ -96,15 +95,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Return class -> figures."""
     kinds = [name for name in minidiff.__all__ if name.endswith("Scheduler")]
-    result, grid_of = {}, grids()
+    result = {}
     for kind in options.classes or kinds:
-        grid, start = grid_of[kind], time.monotonic()
+        start = time.monotonic()
         found: list[tuple[Comparison, Options]] = []
-        for combination in tqdm(sample(grid, options.limit, options.seed), kind, options.limit, disable=None):
+        for combination in tqdm(sample(kind, options.limit, options.seed), kind, options.limit, disable=None):
             if time.monotonic() - start > options.seconds:
                 break
             learned = combination.get("variance_type") in LEARNED
-            found.append((compare(kind, grid.spell(combination), learned), combination))
+            found.append((compare(kind, spell(combination), learned), combination))
         result[kind] = _figures(found)
     return result
 

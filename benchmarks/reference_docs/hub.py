@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from benchmarks.from_tests import from_tests
 from benchmarks.reference_tests.fake_hub import place
+from tests import tiny, tiny_ddpm, tiny_xl
 
 IDS = {
     "sd": (
@@ -58,7 +58,6 @@ WORDS = {  # repository -> file, token
 def make(cache: Path) -> None:
     """Fill ``cache``, the folder that HF_HUB_CACHE names. Every weight is there in float32 and as the variant fp16."""
     made = cache / "made"
-    tiny, tiny_xl, parity = from_tests("tiny"), from_tests("tiny_xl"), from_tests("pipelines.test_ddpm")
     v = {"prediction_type": "v_prediction"}
     folders = {
         "sd": tiny.save_tiny(made / "sd"),
@@ -70,7 +69,7 @@ def make(cache: Path) -> None:
         "refiner": tiny_xl.save_refiner(made / "refiner"),
         "xl inpaint": tiny_xl.save_base(made / "xl_inpaint", unet={"in_channels": 9}),
         "xl pix2pix": tiny_xl.save_base(made / "xl_pix2pix", unet={"in_channels": 8}),
-        "ddpm": parity.save_tiny(made / "ddpm"),
+        "ddpm": tiny_ddpm.save_tiny(made / "ddpm"),
     }
     folders |= {"vae": folders["xl"] / "vae", "xl unet": folders["xl"] / "unet"}
     _name_classes(folders)

@@ -7,7 +7,8 @@ cache, so the comparison is fair: a published value that depends on the real voc
 import shutil
 from pathlib import Path
 
-from benchmarks.from_tests import from_tests
+from tests.tiny import save_tiny
+from tests.tiny_xl import save_base
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 PIPELINES = ("tiny-stable-diffusion-torch", "tiny-stable-diffusion-pipe", "tiny-sd-pipe")
@@ -16,8 +17,8 @@ PIPELINES_XL = ("tiny-stable-diffusion-xl-pipe",)
 
 def make(cache: Path) -> None:
     """Fill ``cache``, the folder that HF_HUB_CACHE names."""
-    tiny = from_tests("tiny").save_tiny(cache / "made/tiny")
-    base = from_tests("tiny_xl").save_base(cache / "made/base")
+    tiny = save_tiny(cache / "made/tiny")
+    base = save_base(cache / "made/base")
     for repo in PIPELINES:
         place(cache, f"hf-internal-testing/{repo}", tiny)
     for repo in PIPELINES_XL:

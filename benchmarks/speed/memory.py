@@ -14,12 +14,12 @@ from typing import Any
 import torch
 
 import minidiff
-from benchmarks.from_tests import from_tests
 from benchmarks.memory import live_tensors
 from benchmarks.speed.networks import WORKS, size
 from benchmarks.speed.settings import EAGER, peak_of
 from benchmarks.speed.timing import Measured, in_fresh_processes
 from benchmarks.speed.whole import draw, pipelines
+from tests import theirs
 
 KINDS = {
     "unet": "guided UNet step",
@@ -84,9 +84,8 @@ def import_memory(rounds: int) -> Iterator[Measured | str]:
 
 def scheduler_memory() -> Iterator[Measured]:
     """Count the bytes of the tensors that a step in the middle of a run makes and has alive at one time."""
-    theirs = from_tests("theirs").diffusers
     kinds = [name for name in minidiff.__all__ if name.endswith("Scheduler")]
-    both = {"ours": minidiff, "theirs": theirs}
+    both = {"ours": minidiff, "theirs": theirs.diffusers}
     figures = {
         side: [statistics.median(step_bytes(getattr(one, k)()) / 1e3 for k in kinds)] for side, one in both.items()
     }

@@ -12,10 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from hub_server import HubServer, Repository, run_with
 from safetensors.torch import save_file
-from tiny import save_tiny
-from tiny_xl import save_base
 from torch import Tensor
 
 from minidiff import (
@@ -31,6 +28,9 @@ from minidiff.adapters.lora_names import Names
 from minidiff.checkpoints.load import OnMeta
 from minidiff.config import read_json
 from minidiff.errors import CheckpointError, CheckpointNotFoundError
+from tests.hub_server import HubServer, Repository, run_with
+from tests.tiny import save_tiny
+from tests.tiny_xl import save_base
 
 Tensors = dict[str, Tensor]
 CONFIGS = Path(__file__).parents[1] / "data" / "hub_configs"

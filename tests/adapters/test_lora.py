@@ -7,7 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from loras import (
+from safetensors.torch import save_file
+from torch import Tensor
+
+import minidiff
+from minidiff.checkpoints.names import UNET_PREFIX
+from tests.loras import (
     BOUND,
     Matrices,
     Pipes,
@@ -25,14 +30,9 @@ from loras import (
     seeded,
     spell,
 )
-from safetensors.torch import save_file
-from theirs import diffusers, relative_error
-from tiny import save_tiny
-from tiny_xl import save_base
-from torch import Tensor
-
-import minidiff
-from minidiff.checkpoints.names import UNET_PREFIX
+from tests.theirs import diffusers, relative_error
+from tests.tiny import save_tiny
+from tests.tiny_xl import save_base
 
 KINDS = {"sd": "StableDiffusionPipeline", "xl": "StableDiffusionXLPipeline"}
 

@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from loras import Pipes, Tensors, assert_same, attention, cleaned, draw, every, load_both, outputs, peft, seeded
 from safetensors.torch import load_file, save_file
-from theirs import diffusers, relative_error
-from tiny import save_tiny
 from torch import Tensor
 
 import minidiff
 from minidiff.errors import CheckpointError
+from tests.loras import Pipes, Tensors, assert_same, attention, cleaned, draw, every, load_both, outputs, peft, seeded
+from tests.theirs import diffusers, relative_error
+from tests.tiny import save_tiny
 
 
 @pytest.fixture(scope="module")

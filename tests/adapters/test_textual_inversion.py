@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
-from theirs import diffusers, relative_error
-from tiny import save_tiny
-from tiny_xl import save_base
 from torch import Tensor
 
 import minidiff
+from tests.theirs import diffusers, relative_error
+from tests.tiny import save_tiny
+from tests.tiny_xl import save_base
 
 Pipes = tuple[Any, Any]
 BOUND = 1e-10  # measured: at most 3.5e-15 everywhere below

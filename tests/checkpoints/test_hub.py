@@ -12,11 +12,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from hub_server import HubServer, Repository, run_with
 
 from minidiff.checkpoints.hub import MissingFileError, Repo, find_file, weight_names
 from minidiff.checkpoints.save import save_json, write_atomically
 from minidiff.errors import CheckpointError, CheckpointNotFoundError
+from tests.hub_server import HubServer, Repository, run_with
 
 
 def touch(folder: Path, *names: str) -> Path:

@@ -7,15 +7,15 @@ from typing import Any
 
 import pytest
 import torch
-from hub_server import HubServer, Repository, run_with
 from safetensors import safe_open
-from theirs import diffusers, transformers
-from tiny import save_tiny
 from torch import Tensor, nn
 
 import minidiff
 from minidiff.checkpoints.remap import translate
 from minidiff.pipelines import base
+from tests.hub_server import HubServer, Repository, run_with
+from tests.theirs import diffusers, transformers
+from tests.tiny import save_tiny
 
 NETWORKS = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL", "text_encoder": "CLIPTextModel"}
 

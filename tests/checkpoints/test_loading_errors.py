@@ -9,8 +9,6 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import save_tiny
-from tiny_xl import save_base
 from torch import Tensor
 
 import minidiff
@@ -18,6 +16,8 @@ from minidiff import AutoencoderKL
 from minidiff.checkpoints.load import as_dtype
 from minidiff.checkpoints.save import parse_size, save_json, split
 from minidiff.errors import CheckpointError, CheckpointNotFoundError, ConfigError
+from tests.tiny import save_tiny
+from tests.tiny_xl import save_base
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 CONFIG = {

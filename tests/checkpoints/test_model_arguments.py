@@ -8,12 +8,12 @@ import pytest
 import torch
 from minidiff.configuration_utils import ConfigMixin, register_to_config
 from minidiff.models import ModelMixin
-from theirs import diffusers
 from torch import nn
 
 import minidiff
 from minidiff.checkpoints.arguments import HARMLESS, device_of
 from minidiff.errors import ConfigError
+from tests.theirs import diffusers
 
 VAE = {"block_out_channels": [8], "norm_num_groups": 4}
 TEXT = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "vocab_size": 9}

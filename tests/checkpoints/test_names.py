@@ -20,9 +20,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from theirs import diffusers, randomize, transformers
 from torch import Tensor, nn
-from vocabulary import load_script
 
 from minidiff.checkpoints.model import Model
 from minidiff.checkpoints.names import (
@@ -37,6 +35,8 @@ from minidiff.checkpoints.remap import Row, translate
 from minidiff.networks.clip import CLIPTextModel, CLIPTextModelWithProjection
 from minidiff.networks.unet import UNet2DConditionModel
 from minidiff.networks.vae import AutoencoderKL
+from tests.theirs import diffusers, randomize, transformers
+from tests.vocabulary import load_script
 
 CONFIGS = Path(__file__).parents[1] / "data" / "hub_configs"
 SD = [

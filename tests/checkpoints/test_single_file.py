@@ -14,14 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hub_server import HubServer, Repository, run_with
 from safetensors.torch import load_file, save_file
-from single_files import TWINS, Twin, draw, sparse_file, states_equal
-from theirs import diffusers, transformers
-from tiny import VAE
-from tiny_xl import vocabulary
-from vocabulary import PUBLISHED as TOKENIZERS
-from vocabulary import load_script, write_folder
 
 import minidiff
 from minidiff import (
@@ -47,6 +40,13 @@ from minidiff.errors import CheckpointError, CheckpointNotFoundError, ConfigErro
 from minidiff.networks.clip import clip_config
 from minidiff.networks.unet import unet_config
 from minidiff.networks.vae import vae_config
+from tests.hub_server import HubServer, Repository, run_with
+from tests.single_files import TWINS, Twin, draw, sparse_file, states_equal
+from tests.theirs import diffusers, transformers
+from tests.tiny import VAE
+from tests.tiny_xl import vocabulary
+from tests.vocabulary import PUBLISHED as TOKENIZERS
+from tests.vocabulary import load_script, write_folder
 
 headers = load_script("headers")
 NETWORKS = ("unet", "vae", "text_encoder", "text_encoder_2")

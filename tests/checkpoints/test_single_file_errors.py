@@ -7,15 +7,15 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from single_files import sparse_file, states_equal
-from tiny import save_tiny
-from vocabulary import load_script
 
 from minidiff import StableDiffusionPipeline, UNet2DConditionModel
 from minidiff.checkpoints.original.read import Contents
 from minidiff.checkpoints.stream import Group, write_stream
 from minidiff.checkpoints.tools.checkpoint import open_checkpoint
 from minidiff.errors import CheckpointError
+from tests.single_files import sparse_file, states_equal
+from tests.tiny import save_tiny
+from tests.vocabulary import load_script
 
 headers = load_script("headers")
 NETWORKS = ("unet", "vae", "text_encoder")

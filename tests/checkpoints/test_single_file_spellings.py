@@ -8,9 +8,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from single_files import Twin, sparse_file, states_equal
 from torch import Tensor
-from vocabulary import load_script
 
 from minidiff import (
     AutoencoderKL,
@@ -25,6 +23,8 @@ from minidiff.checkpoints.original.read import Contents
 from minidiff.checkpoints.original.single_file import load_part
 from minidiff.checkpoints.tools.checkpoint import open_checkpoint
 from minidiff.errors import CheckpointError
+from tests.single_files import Twin, sparse_file, states_equal
+from tests.vocabulary import load_script
 
 headers = load_script("headers")
 NETWORKS = ("unet", "vae", "text_encoder", "text_encoder_2")

@@ -10,9 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from single_files import sparse_file
-from tiny import save_tiny
-from vocabulary import load_script
 
 import minidiff
 from minidiff.checkpoints.original.write import original_tables
@@ -21,6 +18,9 @@ from minidiff.checkpoints.tools.convert import convert
 from minidiff.checkpoints.tools.inspect import report
 from minidiff.cli.main import main
 from minidiff.errors import CheckpointError
+from tests.single_files import sparse_file
+from tests.tiny import save_tiny
+from tests.vocabulary import load_script
 
 headers = load_script("headers")
 

@@ -8,10 +8,10 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
-from theirs import diffusers
 
 import minidiff
 from minidiff.compat.paths import NAMES, PATHS
+from tests.theirs import diffusers
 
 MODULES = [path for path in PATHS if path != "logging"]  # which is an attribute of the package there
 

@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 from minidiff.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
-from theirs import carry_over, diffusers, randomize, relative_error, transformers
-from tiny import TEXT, UNET, VAE
 from torch import Tensor, nn
 
 import minidiff
 from minidiff.fast import optimize
+from tests.theirs import carry_over, diffusers, randomize, relative_error, transformers
+from tests.tiny import TEXT, UNET, VAE
 
 BOUND = 1e-12  # measured: at most 2e-15 over all cases of this file
 PIXELS = {

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from theirs import diffusers
 
 import minidiff
+from tests.theirs import diffusers
 
 LIBRARIES = ("minidiff", "diffusers")
 

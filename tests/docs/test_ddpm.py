@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from theirs import diffusers, randomize, relative_error
+
+from tests.theirs import diffusers, randomize, relative_error
 
 PAGE = Path(__file__).parents[2] / "docs/ddpm.md"
 CHECKPOINT = '"google/ddpm-cat-256"'

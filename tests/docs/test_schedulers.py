@@ -5,9 +5,9 @@ import re
 from pathlib import Path
 
 import pytest
-from schedulers.convergence import CASES
 
 import minidiff
+from tests.schedulers.convergence import CASES
 
 PAGE = (Path(__file__).parents[2] / "docs" / "schedulers.md").read_text(encoding="utf-8")
 SCHEDULERS = sorted(name for name in minidiff.__all__ if name.endswith("Scheduler"))

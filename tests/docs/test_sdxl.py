@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from theirs import diffusers
-from tiny_xl import save_base, save_refiner
 
 import minidiff
+from tests.theirs import diffusers
+from tests.tiny_xl import save_base, save_refiner
 
 PAGE = Path(__file__).parents[2] / "docs/sdxl.md"
 IMPORT = "from minidiff import DiffusionPipeline\n"

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from theirs import diffusers
 
 from minidiff import DDIMPipeline, DDPMScheduler
+from tests.theirs import diffusers
 
 PAGE = Path(__file__).parents[2] / "docs/training.md"
 SIZES, SMALL = "STEPS, BATCH, SIDE = 600, 32, 16\n", "STEPS, BATCH, SIDE = 24, 8, 8\n"

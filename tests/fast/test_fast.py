@@ -12,10 +12,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from fast_ways import UNET, VAE, error, random
-from theirs import diffusers
-from tiny import save_tiny
-from tiny_xl import save_base
 
 import minidiff
 from minidiff.fast import attention, convolutions, feed_forward, optimize, packed, restore, strips, winograd
@@ -23,6 +19,10 @@ from minidiff.fast.convolutions import FastConv, FastUpsample, four_kernels
 from minidiff.fast.memo import Memo
 from minidiff.networks.layers import GEGLU, Attention, TransformerBlock, Upsample, repeated
 from minidiff.networks.vae import Level
+from tests.fast_ways import UNET, VAE, error, random
+from tests.theirs import diffusers
+from tests.tiny import save_tiny
+from tests.tiny_xl import save_base
 
 TOPOLOGIES = {
     "SD 1": UNET,

@@ -10,8 +10,6 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
-from fast_ways import UNET, error, random
-from tiny import save_tiny
 from torch import nn
 from torch.autograd import forward_ad
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
@@ -22,6 +20,8 @@ import minidiff
 from minidiff.fast import optimize, restore
 from minidiff.networks.layers import GEGLU, Attention, TransformerBlock, Upsample
 from minidiff.networks.vae import Level
+from tests.fast_ways import UNET, error, random
+from tests.tiny import save_tiny
 
 LAYERS = {
     "linear": lambda: nn.Linear(24, 24),

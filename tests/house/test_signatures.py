@@ -10,7 +10,6 @@ from importlib import import_module
 from typing import Any
 
 import pytest
-from theirs import diffusers, transformers
 
 import minidiff
 from minidiff.pipelines.latent import LatentPipeline
@@ -19,6 +18,7 @@ from minidiff.pipelines.request_image import ImageRequest, InpaintRequest
 from minidiff.pipelines.request_xl import XLImageRequest, XLInpaintRequest, XLRequest
 from minidiff.pipelines.stable_diffusion_instruct_pix2pix import EditRequest
 from minidiff.pipelines.stable_diffusion_xl_instruct_pix2pix import XLEditRequest
+from tests.theirs import diffusers, transformers
 
 NAMES = [name for name in minidiff.__all__ if name.startswith("StableDiffusion")]
 OURS = {"seed", "seeds", "long_prompt", "not_implemented"}  # beyond the reference

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from theirs import diffusers
 
 from minidiff import VaeImageProcessor, load_image
 from minidiff.images.processor import mask_tensor, to_tensor
 from minidiff.images.regions import RESIZE_MODES
+from tests.theirs import diffusers
 
 RNG = np.random.default_rng(0)
 PIXELS = RNG.integers(0, 256, (37, 45, 4), dtype=np.uint8)

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from theirs import diffusers
 
 from minidiff import make_image_grid
 from minidiff.images.tensors import read_metadata, save_png, to_numpy, to_pil, to_unit
+from tests.theirs import diffusers
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 

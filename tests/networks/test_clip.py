@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from theirs import assert_same_start, carry_over, randomize, relative_error, transformers
 from torch import Tensor, nn
 
 import minidiff
 from minidiff.networks.clip import CLIPTextConfig, CLIPTextModel
+from tests.theirs import assert_same_start, carry_over, randomize, relative_error, transformers
 
 CONFIGS = Path(__file__).parents[1] / "data" / "hub_configs"
 PUBLISHED = [

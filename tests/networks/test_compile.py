@@ -1,9 +1,9 @@
 """torch.compile takes the UNet and the decoder as one graph each; what a compiler makes of it is torch's business."""
 
 import torch
-from tiny import UNET, VAE
 
 import minidiff
+from tests.tiny import UNET, VAE
 
 
 @torch.no_grad()

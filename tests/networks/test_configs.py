@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from theirs import diffusers, transformers
 
 from minidiff.checkpoints.model import Model
 from minidiff.config import Config
@@ -15,6 +14,7 @@ from minidiff.errors import ConfigError
 from minidiff.networks.clip import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 from minidiff.networks.unet import UNet2DConditionModel, unet_config
 from minidiff.networks.vae import AutoencoderKL, vae_config
+from tests.theirs import diffusers, transformers
 
 CONFIGS = Path(__file__).parents[1] / "data" / "hub_configs"
 SD = [

@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from theirs import carry_over, diffusers, randomize, transformers
-from tiny import TEXT, UNET, VAE
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import minidiff
+from tests.theirs import carry_over, diffusers, randomize, transformers
+from tests.tiny import TEXT, UNET, VAE
 
 PLAIN_UNET = {
     "block_out_channels": [8, 16],

@@ -8,10 +8,18 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from theirs import assert_same_order, assert_same_start, carry_over, diffusers, randomize, relative_error, transformers
 from torch import Tensor, nn
 
 from minidiff import CLIPTextModelWithProjection, UNet2DConditionModel
+from tests.theirs import (
+    assert_same_order,
+    assert_same_start,
+    carry_over,
+    diffusers,
+    randomize,
+    relative_error,
+    transformers,
+)
 
 CONFIGS = Path(__file__).parents[1] / "data" / "hub_configs"
 BOUND = 1e-10  # measured: at most 1.1e-15 over all cases of this file

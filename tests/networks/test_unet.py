@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from theirs import assert_same_order, assert_same_start, carry_over, diffusers, randomize, relative_error
 from torch import Tensor, nn
 
 import minidiff.fast
 from minidiff.networks.layers import guidance_embedding
 from minidiff.networks.unet import UNet2DConditionModel
+from tests.theirs import assert_same_order, assert_same_start, carry_over, diffusers, randomize, relative_error
 
 CONFIGS = Path(__file__).parents[1] / "data" / "hub_configs"
 PUBLISHED = [

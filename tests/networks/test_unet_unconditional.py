@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from theirs import assert_same_order, assert_same_start, carry_over, diffusers, randomize, relative_error
 from torch import Tensor, nn
 
 from minidiff.checkpoints.remap import translate
 from minidiff.errors import CheckpointError, ConfigError
 from minidiff.networks.unet_unconditional import UNet2DModel, unconditional_unet_config
+from tests.theirs import assert_same_order, assert_same_start, carry_over, diffusers, randomize, relative_error
 
 CONFIGS = Path(__file__).parents[1] / "data" / "hub_configs"
 PUBLISHED = ["google--ddpm-cat-256", "google--ddpm-celebahq-256", "google--ddpm-cifar10-32"]

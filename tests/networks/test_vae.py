@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from theirs import assert_same_order, assert_same_start, carry_over, diffusers, randomize, relative_error
 from torch import Tensor, nn
 
 from minidiff.networks.vae import AutoencoderKL, DiagonalGaussian
+from tests.theirs import assert_same_order, assert_same_start, carry_over, diffusers, randomize, relative_error
 
 CONFIGS = Path(__file__).parents[1] / "data" / "hub_configs"
 PUBLISHED = [

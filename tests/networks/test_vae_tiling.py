@@ -4,11 +4,11 @@ from typing import Any
 
 import pytest
 import torch
-from theirs import carry_over, diffusers, randomize
 from torch import Tensor, nn
 
 from minidiff import AutoencoderKL
 from minidiff.networks.tiles import Tiles
+from tests.theirs import carry_over, diffusers, randomize
 
 BOUND = 1e-10  # measured: 0 over all cases of this file; the weights of the blend are rounded as the reference's are
 FIELDS = {  # tiles of 16 pixels and 8 latents, of which the next tile shares 4 and 2

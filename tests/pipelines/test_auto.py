@@ -3,12 +3,12 @@
 from pathlib import Path
 
 import pytest
-from theirs import diffusers
-from tiny import save_tiny
 
 import minidiff
 from minidiff.errors import ConfigError
 from minidiff.pipelines.auto import FAMILIES, TASKS
+from tests.theirs import diffusers
+from tests.tiny import save_tiny
 
 AUTO = ("AutoPipelineForText2Image", "AutoPipelineForImage2Image", "AutoPipelineForInpainting")
 MAPPINGS = {name: f"AUTO_{name.removeprefix('AutoPipelineFor').upper()}_PIPELINES_MAPPING" for name in AUTO}

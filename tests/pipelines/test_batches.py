@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny import save_tiny
-from tiny_xl import save_base
 
 import minidiff
 from minidiff import StableDiffusionPipeline, StableDiffusionXLPipeline
+from tests.tiny import save_tiny
+from tests.tiny_xl import save_base
 
 SCHEDULERS = [name for name in minidiff.__all__ if name.endswith("Scheduler")]
 PROMPTS = ["a red heart over two cats", "sky", "the red dragon's face " * 30, ""]

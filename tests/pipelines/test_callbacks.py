@@ -11,14 +11,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from theirs import diffusers, relative_error
-from tiny import save_tiny
-from tiny_xl import save_base
 
 import minidiff
 from minidiff import StableDiffusionPipeline
 from minidiff.callbacks import SDCFGCutoffCallback
 from minidiff.pipelines.base import DiffusionPipeline
+from tests.theirs import diffusers, relative_error
+from tests.tiny import save_tiny
+from tests.tiny_xl import save_base
 
 CALL = {"prompt": "red heart", "num_inference_steps": 4, "output_type": "latent", "height": 32, "width": 32}
 FACTS = ("guidance_scale", "guidance_rescale", "clip_skip", "num_timesteps", "interrupt", "cross_attention_kwargs")

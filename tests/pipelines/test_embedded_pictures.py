@@ -5,10 +5,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from theirs import diffusers
 
 import minidiff
 from minidiff.embedded import embedded_checkpoint
+from tests.theirs import diffusers
 
 SCHEDULERS = [name for name in minidiff.__all__ if name.endswith("Scheduler")]
 

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny import UNET, save_tiny
 
 from minidiff import (
     DiffusionPipeline,
@@ -24,6 +23,7 @@ from minidiff import (
 from minidiff.errors import ConfigError
 from minidiff.images.processor import mask_tensor, to_tensor
 from minidiff.images.regions import crop_region, overlay
+from tests.tiny import UNET, save_tiny
 
 PROMPT = "a red heart"
 PICTURE = torch.full((1, 3, 32, 32), 0.5)

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from theirs import diffusers, relative_error
-from tiny import SCHEDULER, save_tiny
 
 import minidiff
 from minidiff import StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
 from minidiff.pipelines.strength import begin
+from tests.theirs import diffusers, relative_error
+from tests.tiny import SCHEDULER, save_tiny
 
 SCHEDULERS = [name for name in minidiff.__all__ if name.endswith("Scheduler")]
 IN_FLOAT32 = (  # within whose steps the reference rounds to float32, whatever the dtype of the latents

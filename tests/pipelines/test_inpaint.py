@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageDraw
-from theirs import diffusers, relative_error
-from tiny import save_tiny
 
 import minidiff
 from minidiff import StableDiffusionInpaintPipeline, StableDiffusionPipeline
+from tests.theirs import diffusers, relative_error
+from tests.tiny import save_tiny
 
 SCHEDULERS = [name for name in minidiff.__all__ if name.endswith("Scheduler")]
 IN_FLOAT32 = (  # within whose steps the reference rounds to float32, whatever the dtype of the latents

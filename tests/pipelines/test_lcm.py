@@ -6,11 +6,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from theirs import diffusers, randomize
-from tiny import save_tiny
-from tiny_xl import save_base
 
 import minidiff
+from tests.theirs import diffusers, randomize
+from tests.tiny import save_tiny
+from tests.tiny_xl import save_base
 
 WIDTH = 9
 PICTURE = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(1), dtype=torch.float64)

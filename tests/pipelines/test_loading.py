@@ -5,11 +5,11 @@ from typing import Any
 
 import pytest
 import torch
-from theirs import diffusers
-from tiny import save_tiny
 
 import minidiff
 from minidiff import AutoPipelineForImage2Image, DiffusionPipeline, StableDiffusionPipeline
+from tests.theirs import diffusers
+from tests.tiny import save_tiny
 
 
 @pytest.fixture(scope="module")

@@ -19,13 +19,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from theirs import randomize
 from torch import Tensor, nn
 
 import minidiff
 from minidiff.embedded import embedded_checkpoint
 from minidiff.pipelines import offload
 from minidiff.pipelines.base import DiffusionPipeline
+from tests.theirs import randomize
 
 KINDS = ["model", "sequential"]
 LEVELS = {

@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 import torch
-from scheduler_runs import check_same_run
-from theirs import diffusers, relative_error
-from tiny import SCHEDULER, UNET, save_tiny
-from tiny_xl import save_base
 
 import minidiff
+from tests.schedulers.runs import check_same_run
+from tests.theirs import diffusers, relative_error
+from tests.tiny import SCHEDULER, UNET, save_tiny
+from tests.tiny_xl import save_base
 
 SCHEDULERS = [name for name in minidiff.__all__ if name.endswith("Scheduler")]
 PIPELINES = [f"StableDiffusion{task}Pipeline" for task in ("", "Img2Img", "Inpaint", "InstructPix2Pix")]

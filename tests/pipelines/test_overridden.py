@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from theirs import diffusers
-from tiny import save_tiny
 from torch import Tensor, nn
 
 import minidiff
+from tests.theirs import diffusers
+from tests.tiny import save_tiny
 
 CALL = {"prompt": "red heart", "num_inference_steps": 4, "output_type": "latent", "height": 32, "width": 32}
 PICTURE = Image.linear_gradient("L").resize((32, 32)).convert("RGB")
@@ -208,7 +208,7 @@ def test_patched_arguments_of_step(folder: Path) -> None:
 
 
 def test_encode_prompt_of_sdxl(tmp_path: Path) -> None:
-    from tiny_xl import save_base
+    from tests.tiny_xl import save_base
 
     folder, made = save_base(tmp_path), []
     for module in (minidiff, diffusers):
@@ -230,7 +230,7 @@ def test_what_no_call_would_reach_is_refused(folder: Path, name: str) -> None:
 @pytest.fixture(scope="module")
 def eight(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Return all pipelines over latents, and what each of them is called with besides ``CALL``."""
-    from tiny_xl import save_base
+    from tests.tiny_xl import save_base
 
     made, made_of = {}, {}
     image, mask = {"image": PICTURE}, {"image": PICTURE, "mask_image": MASK}

@@ -15,12 +15,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from theirs import diffusers, relative_error
-from tiny import save_tiny
-from tiny_xl import POOLED, save_base, save_refiner
 
 import minidiff
 from minidiff.errors import ConfigError
+from tests.theirs import diffusers, relative_error
+from tests.tiny import save_tiny
+from tests.tiny_xl import POOLED, save_base, save_refiner
 
 PROMPT, NEGATIVE = ["a red heart", "two cats"], ["blue sky", ""]
 SD = "pipelines.stable_diffusion.pipeline_stable_diffusion"

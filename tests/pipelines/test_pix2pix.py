@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from theirs import diffusers
-from tiny import save_tiny
-from tiny_xl import POOLED, save_base
 
 import minidiff
 from minidiff.pipelines.editing import guide_twice
+from tests.theirs import diffusers
+from tests.tiny import save_tiny
+from tests.tiny_xl import POOLED, save_base
 
 SCHEDULERS = [  # one of each kind: the three passes meet a scheduler as the two of text to image do
     "DDIMScheduler",

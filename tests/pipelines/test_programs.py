@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from theirs import diffusers, relative_error, transformers
-from tiny import save_tiny
-from tiny_xl import save_base
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import minidiff
+from tests.theirs import diffusers, relative_error, transformers
+from tests.tiny import save_tiny
+from tests.tiny_xl import save_base
 
 Program = Callable[[ModuleType, Path], list[Tensor]]
 PROMPT = "two cats and a red heart"

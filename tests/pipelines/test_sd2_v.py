@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from theirs import diffusers, randomize, transformers
-from tiny_xl import vocabulary
 
 import minidiff
+from tests.theirs import diffusers, randomize, transformers
+from tests.tiny_xl import vocabulary
 
 CONFIGS = Path(__file__).parents[1] / "data" / "hub_configs"
 LIBRARIES = (minidiff, diffusers)

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from theirs import diffusers
-from tiny_xl import POOLED, save_base
 
 import minidiff
 from minidiff import StableDiffusionXLPipeline
+from tests.theirs import diffusers
+from tests.tiny_xl import POOLED, save_base
 
 SCHEDULERS = [name for name in minidiff.__all__ if name.endswith("Scheduler")]
 PROMPT = "a red heart over two cats"

@@ -6,8 +6,6 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from tiny import UNET
-from tiny_xl import BASE_UNET, SECOND, TEXT, save_base, save_refiner
 
 import minidiff
 from minidiff import (
@@ -19,6 +17,8 @@ from minidiff import (
 )
 from minidiff.errors import ConfigError
 from minidiff.images.processor import to_tensor
+from tests.tiny import UNET
+from tests.tiny_xl import BASE_UNET, SECOND, TEXT, save_base, save_refiner
 
 PROMPT = "a red heart"
 EMBEDS, POOLED = torch.zeros(1, 77, 40), torch.zeros(1, 20)

@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from tiny import UNET, save_tiny
-from tiny_xl import BASE_UNET, save_base, save_refiner
 
 import minidiff
 from minidiff import AutoencoderKL, UNet2DConditionModel
 from minidiff.errors import ConfigError
+from tests.tiny import UNET, save_tiny
+from tests.tiny_xl import BASE_UNET, save_base, save_refiner
 
 PROMPT = "a red heart"
 PICTURE, MASK = torch.zeros(1, 3, 32, 32), torch.ones(1, 1, 32, 32)

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from theirs import diffusers, relative_error
-from tiny_xl import save_base, save_refiner
 
 import minidiff
 from minidiff import StableDiffusionXLImg2ImgPipeline
 from minidiff.images.processor import to_tensor
+from tests.theirs import diffusers, relative_error
+from tests.tiny_xl import save_base, save_refiner
 
 SCHEDULERS = [name for name in minidiff.__all__ if name.endswith("Scheduler")]
 PROMPT = "a red heart over two cats"

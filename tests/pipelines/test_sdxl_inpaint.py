@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from theirs import diffusers
-from tiny_xl import POOLED, save_base, save_refiner
 
 import minidiff
 from minidiff import StableDiffusionXLInpaintPipeline
+from tests.theirs import diffusers
+from tests.tiny_xl import POOLED, save_base, save_refiner
 
 LIBRARIES = (minidiff, diffusers)
 SCHEDULERS = [name for name in minidiff.__all__ if name.endswith("Scheduler")]

@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from theirs import diffusers
-from tiny import save_tiny
 
 import minidiff
 from minidiff import StableDiffusionPipeline
+from tests.theirs import diffusers
+from tests.tiny import save_tiny
 
 SCHEDULERS = ["DDPMScheduler", "PNDMScheduler", "UniPCMultistepScheduler"]
 PROMPT = "a red heart over two cats"

@@ -5,11 +5,11 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import TEXT, UNET, save_tiny
 
 import minidiff
 from minidiff import CLIPTextModel, StableDiffusionPipeline, UNet2DConditionModel
 from minidiff.errors import CheckpointNotFoundError, ConfigError
+from tests.tiny import TEXT, UNET, save_tiny
 
 PROMPT = "a red heart"
 EMBEDS = torch.zeros(1, 77, 24)

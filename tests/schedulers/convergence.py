@@ -10,9 +10,9 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
-from schedulers.mixture import SHARES, TWO_PEAKS
 
 import minidiff
+from tests.schedulers.mixture import SHARES, TWO_PEAKS
 
 LOW, HIGH, TRAINING_STEPS = 0.1, 100.0, 1600
 EVEN = {"use_exponential_sigmas": True}

@@ -13,12 +13,12 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from scheduler_runs import network, noise
 from torch import Tensor
 
 import minidiff
 from minidiff.errors import ConfigError
 from minidiff.schedulers import noise_schedule
+from tests.schedulers.runs import network, noise
 
 COUNTS = (*range(1, 61), 100, 999, 1000)
 T = 1000

@@ -7,7 +7,8 @@ from functools import partial
 from typing import Any
 
 import torch
-from scheduler_runs import Options, pairwise
+
+from tests.schedulers.runs import Options, pairwise
 
 SCHEDULES = ["linear", "scaled_linear", "squaredcos_cap_v2"]
 TRAINED_BETAS = torch.linspace(0.001, 0.03, 1000).tolist()

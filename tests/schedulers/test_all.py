@@ -4,11 +4,11 @@ import inspect
 
 import pytest
 import torch
-from scheduler_runs import check_same_run, error, name, network, noise
-from schedulers.options import SPACINGS, TRAINED_BETAS
-from theirs import diffusers
 
 import minidiff
+from tests.schedulers.options import SPACINGS, TRAINED_BETAS
+from tests.schedulers.runs import check_same_run, error, name, network, noise
+from tests.theirs import diffusers
 
 KINDS = [name for name in minidiff.__all__ if name.endswith("Scheduler")]
 # Before set_timesteps these look up a training timestep in tables that run in opposite directions.

@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from scheduler_runs import network, noise
-from theirs import diffusers
 
 import minidiff
+from tests.schedulers.runs import network, noise
+from tests.theirs import diffusers
 
 KINDS = [name for name in minidiff.__all__ if name.endswith("Scheduler")]
 SIGMA_SPACE = [name for name in KINDS if "Discrete" in name]

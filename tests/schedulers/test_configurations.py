@@ -3,9 +3,9 @@
 import json
 
 import pytest
-from theirs import diffusers
 
 import minidiff
+from tests.theirs import diffusers
 
 KINDS = [name for name in minidiff.__all__ if name.endswith("Scheduler")]
 STABLE_DIFFUSION = {  # the scheduler file of Stable Diffusion 1.5

@@ -4,10 +4,10 @@ import math
 
 import pytest
 import torch
-from schedulers.convergence import CASES, RANDOM, existing, slope
-from schedulers.mixture import SHARES, TWO_PEAKS, signal_and_noise
 
 import minidiff
+from tests.schedulers.convergence import CASES, RANDOM, existing, slope
+from tests.schedulers.mixture import SHARES, TWO_PEAKS, signal_and_noise
 
 SCHEDULERS = [name for name in minidiff.__all__ if name.endswith("Scheduler")]
 

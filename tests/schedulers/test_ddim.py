@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from scheduler_runs import check_same_run, name, network, noise
-from schedulers.options import SCHEDULES, pairs
-from theirs import diffusers
 
 import minidiff
+from tests.schedulers.options import SCHEDULES, pairs
+from tests.schedulers.runs import check_same_run, name, network, noise
+from tests.theirs import diffusers
 
 STEP_OPTIONS = [
     {},

@@ -1,11 +1,11 @@
 """DEIS against the reference, over whole trajectories with any two options together."""
 
 import pytest
-from scheduler_runs import check_same_run, name
-from schedulers.options import pairs, spell
-from theirs import diffusers
 
 import minidiff
+from tests.schedulers.options import pairs, spell
+from tests.schedulers.runs import check_same_run, name
+from tests.theirs import diffusers
 
 
 def pair(options: dict) -> tuple:

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from scheduler_runs import check_same_run, name, network, network_with_variance, noise
-from schedulers.options import LEARNED, pairs, spell
-from theirs import diffusers
 
 import minidiff
+from tests.schedulers.options import LEARNED, pairs, spell
+from tests.schedulers.runs import check_same_run, name, network, network_with_variance, noise
+from tests.theirs import diffusers
 
 MULTI, SINGLE = KINDS = ["DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler"]
 

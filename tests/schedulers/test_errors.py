@@ -4,11 +4,11 @@ import json
 
 import pytest
 import torch
-from scheduler_runs import noise
 
 import minidiff
 from minidiff.errors import CheckpointNotFoundError, ConfigError
 from minidiff.noise import randn
+from tests.schedulers.runs import noise
 
 DDPM, PNDM, UNIPC = minidiff.DDPMScheduler, minidiff.PNDMScheduler, minidiff.UniPCMultistepScheduler
 

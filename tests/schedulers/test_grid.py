@@ -3,10 +3,10 @@
 import inspect
 
 import pytest
-from scheduler_runs import by_hand, pairwise
-from schedulers.grid import CLASSES, COUNTS, T, build, check_plan, check_runs, every_option, grid_of, some_options
 
 import minidiff
+from tests.schedulers.grid import CLASSES, COUNTS, T, build, check_plan, check_runs, every_option, grid_of, some_options
+from tests.schedulers.runs import by_hand, pairwise
 
 SCHEDULERS = [name for name in minidiff.__all__ if name.endswith("Scheduler")]
 FEW_STEPS = (1, 2, 3, 7, 24)

@@ -7,11 +7,11 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
-from scheduler_runs import by_hand, error, network, noise, pairwise, through_core
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import minidiff
+from tests.schedulers.runs import by_hand, error, network, noise, pairwise, through_core
 
 SCHEDULERS = {
     "deis": minidiff.DEISMultistepScheduler(solver_order=3),

@@ -5,11 +5,11 @@ import math
 import numpy as np
 import pytest
 import torch
-from scheduler_runs import check_same_run, error, name, network, noise
-from schedulers.options import GRIDS, SPACINGS, pairs, spell
-from theirs import diffusers
 
 import minidiff
+from tests.schedulers.options import GRIDS, SPACINGS, pairs, spell
+from tests.schedulers.runs import check_same_run, error, name, network, noise
+from tests.theirs import diffusers
 
 KINDS = [kind for kind in GRIDS if kind.startswith(("Euler", "Heun", "KDPM2", "LMS"))]
 REFUSES_INDICES = {"EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler"}

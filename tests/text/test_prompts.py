@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from theirs import diffusers
-from tiny import save_tiny
-from tiny_xl import save_base, save_refiner
 
 import minidiff
 from minidiff import StableDiffusionPipeline, StableDiffusionXLImg2ImgPipeline, prompts
 from minidiff.text.windows import pack_windows as pack
+from tests.theirs import diffusers
+from tests.tiny import save_tiny
+from tests.tiny_xl import save_base, save_refiner
 
 Pair = tuple[Any, Any]  # ours and theirs
 PAGE = Path(__file__).parents[2] / "docs/prompts.md"

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import save_tiny
 
 from minidiff import StableDiffusionPipeline, prompts
 from minidiff.pipelines.request import Request
+from tests.tiny import save_tiny
 
 PIECES = {
     "": [("", 1.0)],

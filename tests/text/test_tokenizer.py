@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from theirs import transformers
 from tokenizers import AddedToken
-from vocabulary import PUBLISHED, clip_vocabulary, load_script, write_folder
 
 from minidiff import CLIPTokenizer
+from tests.theirs import transformers
+from tests.vocabulary import PUBLISHED, clip_vocabulary, load_script, write_folder
 
 CAPTIONS = [
     "a smiling face",

@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from vocabulary import PUBLISHED, clip_vocabulary, load_script, write_folder
 
 from minidiff import CLIPTokenizer
 from minidiff.errors import CheckpointError, CheckpointNotFoundError, ConfigError
+from tests.vocabulary import PUBLISHED, clip_vocabulary, load_script, write_folder
 
 CAPTIONS = ["a smiling face", "red heart", "the red dragon's face", "two cats and 3 dogs"]
 Vocabulary = tuple[dict[str, int], list[tuple[str, str]]]

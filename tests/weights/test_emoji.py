@@ -1,18 +1,14 @@
 """The embedded checkpoint: complete, small, described, true to its names, and loaded by diffusers."""
 
 import re
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-from minidiff import DDPMScheduler, PNDMScheduler, StableDiffusionPipeline
-from minidiff.embedded import GUIDANCE, embedded_checkpoint
-
-sys.path.append(str(Path(__file__).resolve().parents[2]))  # last, so that minidiff stays the installed one
 from benchmarks.emoji_quality import measure
 from benchmarks.emoji_reference import groups_of, read_reference
+from minidiff import DDPMScheduler, PNDMScheduler, StableDiffusionPipeline
+from minidiff.embedded import GUIDANCE, embedded_checkpoint
 
 FOLDER = embedded_checkpoint("emoji64")
 # Right with each of the seeds 0, 100 and 200 at 12 steps, and the second nearest at least 1.5 times as far.
@@ -56,7 +52,7 @@ def test_its_configuration_suits_the_other_schedulers(pipe, scheduler):
 
 
 def test_diffusers_loads_the_folder_and_draws_the_same(pipe):
-    from theirs import diffusers
+    from tests.theirs import diffusers
 
     # left to itself, transformers keeps the float16 of the text encoder's file and diffusers does not
     theirs = diffusers.StableDiffusionPipeline.from_pretrained(FOLDER, torch_dtype=torch.float32)

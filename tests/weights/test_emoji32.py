@@ -1,8 +1,6 @@
 """The embedded unconditional checkpoint: small, described, and the same pictures with the reference, seed for seed."""
 
 import re
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,13 +8,11 @@ import torch
 from PIL import Image
 
 import minidiff
+from benchmarks.emoji32_quality import RUNS, contact_sheet, measure, nearest, shrink
+from benchmarks.emoji_reference import Reference
 from minidiff.cli import main as cli
 from minidiff.embedded import embedded_checkpoint, embedded_names
 from minidiff.images.tensors import read_metadata
-
-sys.path.append(str(Path(__file__).resolve().parents[2]))  # last, so that minidiff stays the installed one
-from benchmarks.emoji32_quality import RUNS, contact_sheet, measure, nearest, shrink
-from benchmarks.emoji_reference import Reference
 
 FOLDER = embedded_checkpoint("emoji32-ddpm")
 PIPELINES = ["DDPMPipeline", "DDIMPipeline"]
@@ -52,7 +48,7 @@ def test_card_is_complete_and_agrees_with_the_weights():
 
 @pytest.mark.parametrize("name", PIPELINES)
 def test_the_pictures_are_those_of_the_reference(name):
-    from theirs import diffusers
+    from tests.theirs import diffusers
 
     shown = []
     for library in (minidiff, diffusers):

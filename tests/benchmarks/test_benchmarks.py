@@ -3,19 +3,12 @@
 import copy
 import dataclasses
 import json
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
-from theirs import carry_over, diffusers, randomize, transformers
-from tiny import TEXT, UNET, VAE, save_tiny
-from tiny_xl import BASE_UNET, SECOND
 
 import minidiff
-
-sys.path.append(str(Path(__file__).resolve().parent.parent))  # last, so that minidiff stays the installed one
 from benchmarks import load
 from benchmarks.parity import components, locate, page, pictures
 from benchmarks.parity.__main__ import main as parity
@@ -23,6 +16,9 @@ from benchmarks.parity.both import Both
 from benchmarks.speed import __main__ as speed
 from benchmarks.speed import growth, host, memory, networks, plots, processes, report, settings, whole
 from benchmarks.speed.timing import Measured, in_turn, name_of
+from tests.theirs import carry_over, diffusers, randomize, transformers
+from tests.tiny import TEXT, UNET, VAE, save_tiny
+from tests.tiny_xl import BASE_UNET, SECOND
 
 
 @dataclasses.dataclass
