@@ -319,7 +319,7 @@ def test_dynamic_thresholding_keeps_pictures_apart():
 
 
 def test_the_beta_quantile_inverts_the_beta_distribution():
-    from minidiff.schedulers.noise_schedule import beta_cdf, beta_quantile
+    from minidiff.schedulers.beta_distribution import beta_cdf, beta_quantile
 
     q = np.linspace(0.001, 0.999, 101)
     for a, b in ((0.6, 0.6), (2.0, 3.5), (0.6, 2.0)):
