@@ -88,7 +88,7 @@ class UnconditionalPipeline(DiffusionPipeline):
     def _generate(self, request: Request, output_type: str, return_dict: bool) -> ImagePipelineOutput | tuple[Any]:
         check_choice("output_type", output_type, _OUTPUT_TYPES)
         run = self._start(request)
-        with self.progress_bar(total=len(run.plan.steps)) as bar:
+        with self.progress_bar(total=len(run.plan.coefficients)) as bar:
             for _ in self._denoise(run):
                 bar.update()
         images = self.decode(run.x, output_type)
@@ -121,7 +121,7 @@ class UnconditionalPipeline(DiffusionPipeline):
     def _denoise(self, run: Run) -> Iterator[tuple[int, Tensor, Tensor]]:
         """Take every step of the run; yield its index, the x it started from and the prediction ``out``."""
         scheduler, plan, past = run.core, run.plan, ()
-        for i in range(plan.start, len(plan.steps)):
+        for i in range(plan.start, len(plan.coefficients)):
             x = run.x
             out = first(self.unet(scheduler.scale_input(plan, i, x), plan.timesteps[i]), "sample")
             noise = scheduler.draw_noise(plan, i, x, run.generator)

@@ -186,5 +186,5 @@ def levels_after(scheduler: Scheduler | ByFace, plan: Plan) -> list[tuple[float,
     x0, noise = torch.eye(2, dtype=torch.float64)
     return [
         tuple(scheduler.noised(plan._replace(start=i), x0, noise).tolist())
-        for i in range(plan.start + 1, len(plan.steps))
+        for i in range(plan.start + 1, len(plan.coefficients))
     ]

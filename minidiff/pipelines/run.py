@@ -97,7 +97,7 @@ class Run:
     @property
     def indices(self) -> range:
         """The steps of the plan that this run takes."""
-        return range(self.plan.start, len(self.plan.steps) if self.stop is None else self.stop)
+        return range(self.plan.start, len(self.plan.coefficients) if self.stop is None else self.stop)
 
     @property
     def guided(self) -> bool:
@@ -247,7 +247,7 @@ class LatentGeneration(Callbacks):
     def _counted(self, run: Run) -> list[int]:
         """Return the evaluations that end a step for the progress bar: solvers may take several, or some to warm up."""
         order, plan = run.core.order, run.plan
-        warmup = max(len(plan.steps) - plan.num_inference_steps * order, 0)
+        warmup = max(len(plan.coefficients) - plan.num_inference_steps * order, 0)
         indices = run.indices
         return [i for k, i in enumerate(indices, start=1) if k == len(indices) or (k > warmup and k % order == 0)]
 

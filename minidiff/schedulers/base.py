@@ -11,6 +11,6 @@ __all__ = ["Grid", "Plan", "Scheduler", "SchedulerOutput", "Stochastic", "Update
 
 
 class Scheduler(ByHand):
-    """Base of the schedulers. A solver provides ``_grid``, ``_steps``, ``_update`` and ``denoised``."""
+    """Base of the schedulers. A solver provides ``_grid``, ``_coefficients``, ``_update`` and ``denoised``."""
 
     _compatibles: ClassVar[Sequence[str]] = tuple(KarrasDiffusionSchedulers.__members__)

@@ -20,7 +20,7 @@ from minidiff.schedulers.place import SHOWN, OfPlace, Place, place_of
 class ByHand(Core):
     """A scheduler that knows where it is in a run; see ``minidiff.schedulers.place``."""
 
-    looks_up: ClassVar[bool] = False  # step() finds its place by the timestep each time; others count
+    finds_by_timestep: ClassVar[bool] = False  # step() finds its place by the timestep each time; others count
     any_time: ClassVar[bool] = False  # step() may be asked for a timestep that the run does not visit
     starts_ready: ClassVar[bool] = False  # step() works before set_timesteps, over every training timestep
     time_dtype: ClassVar[torch.dtype] = torch.int64  # of the timesteps before set_timesteps
@@ -131,9 +131,10 @@ class ByHand(Core):
     ) -> SchedulerOutput | tuple[Tensor, ...]:
         plan = self._ready_plan()
         i = self._clock(timestep)
-        if i >= len(plan.steps):
-            raise ValueError(f"all {len(plan.steps)} steps are done: call set_timesteps to begin another run")
-        late = self._step_index is None and not self.looks_up and i != plan.start  # the run begins in the middle
+        if i >= len(plan.coefficients):
+            raise ValueError(f"all {len(plan.coefficients)} steps are done: call set_timesteps to begin another run")
+        # Whether the run begins in the middle.
+        late = self._step_index is None and not self.finds_by_timestep and i != plan.start
         if late or (options and options != plan.options):
             plan = plan._replace(options={**plan.options, **options})
             plan = self._plan = self.start_at(plan, i if late else plan.start)
@@ -175,7 +176,7 @@ class ByHand(Core):
     def _clock(self, timestep: float | Tensor) -> int:
         """Return the index of the step at ``timestep``."""
         known = self._begin_index if self._step_index is None else self._step_index
-        return self._index_of(timestep) if known is None or self.looks_up else known
+        return self._index_of(timestep) if known is None or self.finds_by_timestep else known
 
     def _index_of(self, timestep: float | Tensor, times: tuple[float, ...] | None = None) -> int:
         """Find a timestep in the run, or in other ``times``.

@@ -77,5 +77,5 @@ class ConsistencyScheduler(Scheduler):
         return i == plan.num_inference_steps - 1
 
     def _raw_x0(self, plan: Plan, i: int, x: Tensor, out: Tensor) -> Tensor:
-        step = plan.steps[i]
+        step = plan.coefficients[i]
         return predict_x0(self._predicts, x, out, step.alpha, step.sigma)

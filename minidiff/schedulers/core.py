@@ -4,7 +4,7 @@ The core is three pure functions. Any number of threads may use one scheduler th
 
     plan = scheduler.plan(20)
     x, past = plan.init_noise_sigma * noise, ()
-    for i in range(plan.start, len(plan.steps)):
+    for i in range(plan.start, len(plan.coefficients)):
         out = network(scheduler.scale_input(plan, i, x), plan.timesteps[i])
         x, past = scheduler.advance(plan, i, x, out, past, scheduler.draw_noise(plan, i, x, generator))
 
@@ -27,7 +27,7 @@ from minidiff.noise import randn
 from minidiff.schedulers import noise_schedule
 from minidiff.schedulers.mixin import SchedulerMixin
 from minidiff.schedulers.place import Place
-from minidiff.schedulers.prediction import Clip
+from minidiff.schedulers.prediction import Thresholding
 
 
 class Plan(NamedTuple):
@@ -35,7 +35,7 @@ class Plan(NamedTuple):
 
     timesteps: Tensor  # (N,)      what the network is told, on the run's device
     sigmas: Tensor  # (N + 1,)     noise level before each step and after the last, float32 on the CPU
-    steps: tuple[Any, ...]  # N    the solver's own numbers for each step
+    coefficients: tuple[Any, ...]  # N  the solver's own numbers for each step
     times: tuple[float, ...]  # N  the timesteps as Python numbers
     num_inference_steps: int  #    what was asked for; N differs from it in solvers that evaluate more than once
     init_noise_sigma: float = 1.0  # standard deviation of the x that a run starts from
@@ -59,7 +59,7 @@ class Update(NamedTuple):
 
 
 class Core(SchedulerMixin, ConfigMixin):
-    """A scheduler without state. A solver provides ``_grid``, ``_steps``, ``_update`` and ``denoised``."""
+    """A scheduler without state. A solver provides ``_grid``, ``_coefficients``, ``_update`` and ``denoised``."""
 
     order: ClassVar[int] = 1  # network evaluations per step that the caller asked for
     beta_schedules: ClassVar[tuple[str, ...]] = noise_schedule.BETA_SCHEDULES
@@ -91,9 +91,9 @@ class Core(SchedulerMixin, ConfigMixin):
         return self.config.prediction_type
 
     @property
-    def _clip(self) -> Clip:
+    def _thresholding(self) -> Thresholding:
         # Made when it is needed: a pipeline corrects outdated configurations after the scheduler is built.
-        return Clip.of(self._own())
+        return Thresholding.of(self._own())
 
     # ---- the pure core ------------------------------------------------------------------------------------------
 
@@ -184,8 +184,8 @@ class Core(SchedulerMixin, ConfigMixin):
         """Return the timesteps and noise levels of a run of ``count`` steps."""
         raise NotImplementedError
 
-    def _steps(self, plan: Plan) -> tuple[Any, ...]:
-        """Return the numbers of each step of ``plan`` (whose own ``steps`` are still empty)."""
+    def _coefficients(self, plan: Plan) -> tuple[Any, ...]:
+        """Return the numbers of each step of ``plan`` (whose own ``coefficients`` are still empty)."""
         raise NotImplementedError
 
     def _update(
@@ -207,7 +207,7 @@ class Core(SchedulerMixin, ConfigMixin):
         timesteps = grid.timesteps if device is None else grid.timesteps.to(device)
         sigma = self._init_noise_sigma(grid.sigmas)
         plan = Plan(timesteps, grid.sigmas, (), times, count, sigma, start, {**self.run_options, **options})
-        return plan._replace(steps=self._steps(plan))
+        return plan._replace(coefficients=self._coefficients(plan))
 
     # ---- what solvers share: tables of training -----------------------------------------------------------------
 
@@ -226,7 +226,7 @@ class Core(SchedulerMixin, ConfigMixin):
         index = torch.tensor(times, dtype=torch.int64)
         return torch.where(index < 0, self.final_alpha_cumprod, self.alphas_cumprod[index.clamp(min=0)])
 
-    def _require_signal(self, alpha_bar: Tensor, clip: Clip) -> None:
+    def _require_signal(self, alpha_bar: Tensor, clip: Thresholding) -> None:
         """Refuse runs in which x0 = (x - sigma eps) / sqrt(alpha_bar) divides by 0 with nothing to bound it."""
         if self.config.prediction_type == "epsilon" and clip.limit is None and not bool(alpha_bar.all()):
             raise ValueError(

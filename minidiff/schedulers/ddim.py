@@ -19,10 +19,10 @@ from torch import Generator, Tensor
 from minidiff.configured import register_to_config
 from minidiff.schedulers import noise_schedule
 from minidiff.schedulers.base import Grid, Plan, Scheduler, SchedulerOutput, Update
-from minidiff.schedulers.prediction import Scalar, linear, predict_eps, predict_x0
+from minidiff.schedulers.prediction import Scalar, predict_eps, predict_x0, weighted_sum
 
 
-class Step(NamedTuple):
+class DDIMStep(NamedTuple):
     """The numbers of one DDIM step."""
 
     alpha: Scalar  # sqrt(alpha_bar_t)
@@ -38,7 +38,7 @@ class DDIMScheduler(Scheduler):
     The next timestep is always ``T // steps`` below this one, as in the reference, even where the spacing is not.
     """
 
-    looks_up = any_time = True
+    finds_by_timestep = any_time = True
     run_options: ClassVar[Mapping[str, Any]] = {"eta": 0.0, "use_clipped_model_output": False}
 
     @register_to_config
@@ -71,14 +71,14 @@ class DDIMScheduler(Scheduler):
         alpha_bar = torch.cat([self.alphas_cumprod[times], self.final_alpha_cumprod[None]])
         return Grid(times, ((1 - alpha_bar) / alpha_bar) ** 0.5)
 
-    def _steps(self, plan: Plan) -> tuple[Step, ...]:
+    def _coefficients(self, plan: Plan) -> tuple[DDIMStep, ...]:
         eta = plan.options["eta"]
         if not 0 <= eta <= 1:
             raise ValueError(f"eta should lie between 0 (DDIM) and 1 (DDPM), found {eta}")
         stride = self.config.num_train_timesteps // plan.num_inference_steps
         alpha_bar_t = self._alpha_bar(plan.times)
         alpha_bar_s = self._alpha_bar([t - stride for t in plan.times])
-        self._require_signal(alpha_bar_t, self._clip)
+        self._require_signal(alpha_bar_t, self._thresholding)
         std = eta * ((1 - alpha_bar_s) / (1 - alpha_bar_t) * (1 - alpha_bar_t / alpha_bar_s)) ** 0.5
         columns = (
             alpha_bar_t**0.5,
@@ -88,7 +88,7 @@ class DDIMScheduler(Scheduler):
             (1 - alpha_bar_s - std**2).clamp(min=0) ** 0.5,
             std,
         )
-        return tuple(Step(*numbers) for numbers in zip(*map(torch.unbind, columns), strict=True))
+        return tuple(DDIMStep(*numbers) for numbers in zip(*map(torch.unbind, columns), strict=True))
 
     def _get_variance(self, timestep: int, prev_timestep: int) -> Tensor:
         """Return the variance of the noise between two timesteps at eta = 1, by the name that programs call."""
@@ -99,13 +99,13 @@ class DDIMScheduler(Scheduler):
         return plan.options["eta"] > 0
 
     def denoised(self, plan: Plan, i: int, x: Tensor, out: Tensor) -> Tensor:
-        step = plan.steps[i]
-        return self._clip(predict_x0(self._predicts, x, out, step.alpha, step.sigma))
+        step = plan.coefficients[i]
+        return self._thresholding(predict_x0(self._predicts, x, out, step.alpha, step.sigma))
 
     def _update(
         self, plan: Plan, i: int, x: Tensor, out: Tensor, past: tuple[Any, ...], noise: Tensor | None
     ) -> Update:
-        step = plan.steps[i]
+        step = plan.coefficients[i]
         x0 = self.denoised(plan, i, x, out)
         if plan.options["use_clipped_model_output"]:
             eps = predict_eps("sample", x, x0, step.alpha, step.sigma)
@@ -114,7 +114,7 @@ class DDIMScheduler(Scheduler):
         terms = [(step.to_x0, x0), (step.to_eps, eps)]
         if self.wants_noise(plan, i):
             terms.append((step.std, noise))
-        return Update(linear(*terms), (), x0)
+        return Update(weighted_sum(*terms), (), x0)
 
     def step(
         self,

@@ -24,7 +24,7 @@ from minidiff.schedulers.prediction import Scalar, predict_x0
 VARIANCES = ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", "learned", "learned_range")
 
 
-class Step(NamedTuple):
+class DDPMStep(NamedTuple):
     """The numbers of one DDPM step."""
 
     alpha: Scalar  # sqrt(alpha_bar_t)
@@ -40,7 +40,7 @@ class DDPMScheduler(Stochastic, Scheduler):
     """Sample by the reversed diffusion process of DDPM, drawing noise at every step but the last."""
 
     beta_schedules = (*noise_schedule.BETA_SCHEDULES, "laplace", "sigmoid")
-    looks_up = starts_ready = True
+    finds_by_timestep = starts_ready = True
     plan_inputs = ("timesteps",)
 
     @register_to_config
@@ -87,10 +87,10 @@ class DDPMScheduler(Stochastic, Scheduler):
         alpha_bar = self.alphas_cumprod[times]
         return Grid(times, torch.cat([((1 - alpha_bar) / alpha_bar) ** 0.5, torch.zeros(1)]))
 
-    def _steps(self, plan: Plan) -> tuple[Step, ...]:
+    def _coefficients(self, plan: Plan) -> tuple[DDPMStep, ...]:
         alpha_bar_t = self.alphas_cumprod[list(plan.times)]
         alpha_bar_s = torch.cat([alpha_bar_t[1:], torch.ones(1)])
-        self._require_signal(alpha_bar_t, self._clip)
+        self._require_signal(alpha_bar_t, self._thresholding)
         beta_bar_t, beta_bar_s = 1 - alpha_bar_t, 1 - alpha_bar_s
         alpha = alpha_bar_t / alpha_bar_s
         beta = 1 - alpha
@@ -104,7 +104,7 @@ class DDPMScheduler(Stochastic, Scheduler):
             small.log(),
             beta.log(),
         )
-        return tuple(Step(*numbers) for numbers in zip(*map(torch.unbind, columns), strict=True))
+        return tuple(DDPMStep(*numbers) for numbers in zip(*map(torch.unbind, columns), strict=True))
 
     def _std(self, small: Tensor, large: Tensor) -> Tensor:
         """Return the standard deviation of the noise; what a network predicts is worked out at each step instead."""
@@ -121,15 +121,15 @@ class DDPMScheduler(Stochastic, Scheduler):
         return plan.times[i] > 0
 
     def denoised(self, plan: Plan, i: int, x: Tensor, out: Tensor) -> Tensor:
-        return self._x0(plan.steps[i], x, self._split(out, x)[0])
+        return self._x0(plan.coefficients[i], x, self._split(out, x)[0])
 
-    def _x0(self, step: Step, x: Tensor, out: Tensor) -> Tensor:
-        return self._clip(predict_x0(self._predicts, x, out, step.alpha, step.sigma))
+    def _x0(self, step: DDPMStep, x: Tensor, out: Tensor) -> Tensor:
+        return self._thresholding(predict_x0(self._predicts, x, out, step.alpha, step.sigma))
 
     def _update(
         self, plan: Plan, i: int, x: Tensor, out: Tensor, past: tuple[Any, ...], noise: Tensor | None
     ) -> Update:
-        step = plan.steps[i]
+        step = plan.coefficients[i]
         out, predicted = self._split(out, x)
         x0 = self._x0(step, x, out)
         x = step.to_x0 * x0 + step.to_x * x
@@ -150,7 +150,7 @@ class DDPMScheduler(Stochastic, Scheduler):
             )
         return tuple(out.split(channels, dim=1))
 
-    def _scaled(self, noise: Tensor, step: Step, predicted: Tensor | None) -> Tensor:
+    def _scaled(self, noise: Tensor, step: DDPMStep, predicted: Tensor | None) -> Tensor:
         """Return the noise of the step, with the network's own variance if it predicts one."""
         if predicted is None:
             return step.std * noise

@@ -20,10 +20,10 @@ from minidiff.schedulers import noise_schedule
 from minidiff.schedulers.base import Grid, Plan, Update
 from minidiff.schedulers.dpm_solver import remembered
 from minidiff.schedulers.log_snr import LogSnrScheduler
-from minidiff.schedulers.prediction import Scalar, linear, predict_eps, predict_x0
+from minidiff.schedulers.prediction import Scalar, predict_eps, predict_x0, weighted_sum
 
 
-class Step(NamedTuple):
+class DEISStep(NamedTuple):
     """The numbers of one DEIS step."""
 
     alpha: Scalar  # x = alpha x0 + sigma eps
@@ -117,7 +117,7 @@ class DEISMultistepScheduler(LogSnrScheduler):
         ).numpy()
         return self._closed(times, np.interp(times, np.arange(len(training)), training), training[0])
 
-    def _steps(self, plan: Plan) -> tuple[Step, ...]:
+    def _coefficients(self, plan: Plan) -> tuple[DEISStep, ...]:
         alpha, sigma = self._alpha_sigma(plan.sigmas)
         h = (alpha.log() - sigma.log()).diff()
         to_x, first = alpha[1:] / alpha[:-1], -(sigma[1:] * (torch.exp(h) - 1.0))
@@ -127,7 +127,7 @@ class DEISMultistepScheduler(LogSnrScheduler):
         for k in range(len(plan.times)):
             order = self._order(plan, h, k)
             c = self._weights(rho, k, order) if order > 1 else (first[k],)
-            steps.append(Step(alpha[k], seen[k], to_x[k], alpha[k + 1], c))
+            steps.append(DEISStep(alpha[k], seen[k], to_x[k], alpha[k + 1], c))
         return tuple(steps)
 
     def _order(self, plan: Plan, h: Sequence[float], k: int) -> int:
@@ -147,16 +147,16 @@ class DEISMultistepScheduler(LogSnrScheduler):
         return torch.from_numpy(np.array(weights)).unbind()
 
     def denoised(self, plan: Plan, i: int, x: Tensor, out: Tensor) -> Tensor:
-        step = plan.steps[i]
-        return self._clip(predict_x0(self._predicts, x, out, step.alpha, step.sigma))
+        step = plan.coefficients[i]
+        return self._thresholding(predict_x0(self._predicts, x, out, step.alpha, step.sigma))
 
     def _update(
         self, plan: Plan, i: int, x: Tensor, out: Tensor, past: tuple[Any, ...], noise: Tensor | None
     ) -> Update:
-        step = plan.steps[i]
+        step = plan.coefficients[i]
         eps = predict_eps("sample", x, self.denoised(plan, i, x, out), step.alpha, step.sigma)
         predictions = (eps, *past)[: self.config.solver_order]
         if len(step.c) == 1:
-            return Update(linear((step.to_x, x), (step.c[0], eps)), predictions)
-        y = linear((1.0, x / step.alpha), *zip(step.c, predictions, strict=False))
+            return Update(weighted_sum((step.to_x, x), (step.c[0], eps)), predictions)
+        y = weighted_sum((1.0, x / step.alpha), *zip(step.c, predictions, strict=False))
         return Update(step.following * y, predictions)

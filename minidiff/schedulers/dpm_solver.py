@@ -43,7 +43,7 @@ class Weights(NamedTuple):
     std: Scalar
 
 
-class Step(NamedTuple):
+class DPMSolverStep(NamedTuple):
     """The numbers of one step of DPM-Solver."""
 
     alpha: Scalar  # x = alpha x0 + sigma eps
@@ -183,19 +183,19 @@ class DpmSolver(LogSnrScheduler):
     # ---- what the network predicts ------------------------------------------------------------------------------
 
     def denoised(self, plan: Plan, i: int, x: Tensor, out: Tensor) -> Tensor:
-        step = plan.steps[i]
+        step = plan.coefficients[i]
         out = self._without_variance(out, x)
-        return self._clip(predict_x0(self._predicts, x, out, step.alpha, step.sigma))
+        return self._thresholding(predict_x0(self._predicts, x, out, step.alpha, step.sigma))
 
     def _prediction(self, plan: Plan, i: int, x: Tensor, out: Tensor) -> Tensor:
         """Return x0, or eps for the algorithms that integrate it."""
         if self._predicts_x0:
             return self.denoised(plan, i, x, out)
-        alpha, sigma = plan.steps[i].alpha, plan.steps[i].sigma
+        alpha, sigma = plan.coefficients[i].alpha, plan.coefficients[i].sigma
         eps = predict_eps(self._predicts, x, self._without_variance(out, x), alpha, sigma)
-        if self._clip.ratio is None:
+        if self._thresholding.ratio is None:
             return eps
-        x0 = self._clip(predict_x0("epsilon", x, eps, alpha, sigma))
+        x0 = self._thresholding(predict_x0("epsilon", x, eps, alpha, sigma))
         return predict_eps("sample", x, x0, alpha, sigma)  # the eps of the x0 that dynamic thresholding leaves
 
     def _without_variance(self, out: Tensor, x: Tensor) -> Tensor:

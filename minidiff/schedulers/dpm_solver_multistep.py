@@ -24,9 +24,9 @@ from torch import Generator, Tensor
 from minidiff.configured import register_to_config
 from minidiff.noise import randn
 from minidiff.schedulers.base import Plan, SchedulerOutput, Update
-from minidiff.schedulers.dpm_solver import DpmSolver, Step, Transitions, remembered
-from minidiff.schedulers.prediction import Scalar, linear
-from minidiff.schedulers.sigma_space import wide
+from minidiff.schedulers.dpm_solver import DpmSolver, DPMSolverStep, Transitions, remembered
+from minidiff.schedulers.prediction import Scalar, weighted_sum
+from minidiff.schedulers.sigma_space import upcast
 
 
 def differences(ms: Sequence[Tensor], ratios: Sequence[Scalar]) -> tuple[Tensor, ...]:
@@ -86,14 +86,14 @@ class DPMSolverMultistepScheduler(DpmSolver):
         even = self.config.use_karras_sigmas or self.config.use_lu_lambdas
         return bool(even) and self.config.beta_schedule != "squaredcos_cap_v2"
 
-    def _steps(self, plan: Plan) -> tuple[Step, ...]:
+    def _coefficients(self, plan: Plan) -> tuple[DPMSolverStep, ...]:
         transitions = self._transitions(plan)
         h = transitions.lam.diff().tolist()
         alpha, sigma = transitions.alpha, self._seen_sigma(plan, transitions.sigma)
         steps = []
         for k in range(len(plan.times)):
             order = self._order(plan, h, k) if h[k] else 1  # the higher ones divide by h
-            steps.append(Step(alpha[k], sigma[k], order, *self._coefficients(transitions, k, order)))
+            steps.append(DPMSolverStep(alpha[k], sigma[k], order, *self._terms(transitions, k, order)))
         return tuple(steps)
 
     def _order(self, plan: Plan, h: Sequence[float], k: int) -> int:
@@ -105,7 +105,7 @@ class DPMSolverMultistepScheduler(DpmSolver):
         order = min(config.solver_order, 2 if k == count - 2 and short else 3)
         return min(order, remembered(h, plan.start, k) + 1)
 
-    def _coefficients(
+    def _terms(
         self, transitions: Transitions, k: int, order: int
     ) -> tuple[Scalar, tuple[Scalar, ...], tuple[Scalar, ...], Scalar]:
         """Return the coefficients of x and of the differences, what these are made with, and that of the noise."""
@@ -130,13 +130,13 @@ class DPMSolverMultistepScheduler(DpmSolver):
     def _update(
         self, plan: Plan, i: int, x: Tensor, out: Tensor, past: tuple[Any, ...], noise: Tensor | None
     ) -> Update:
-        step = plan.steps[i]
+        step = plan.coefficients[i]
         m = self._prediction(plan, i, x, out)
         ms = (m, *past)[: self.config.solver_order]
-        terms = [(step.to_x, wide(x)), *zip(step.d, differences(ms, step.ratios), strict=True)]
+        terms = [(step.to_x, upcast(x)), *zip(step.d, differences(ms, step.ratios), strict=True)]
         if self.wants_noise(plan, i):
             terms.append((step.std, noise))
-        return Update(linear(*terms).to(m.dtype), ms)
+        return Update(weighted_sum(*terms).to(m.dtype), ms)
 
     def step(
         self,

@@ -22,11 +22,11 @@ from torch import Tensor
 
 from minidiff.configured import register_to_config
 from minidiff.schedulers.base import Plan, Stochastic, Update
-from minidiff.schedulers.dpm_solver import DpmSolver, Step, Transitions, remembered
-from minidiff.schedulers.prediction import Scalar, linear
+from minidiff.schedulers.dpm_solver import DpmSolver, DPMSolverStep, Transitions, remembered
+from minidiff.schedulers.prediction import Scalar, weighted_sum
 
 
-class Past(NamedTuple):
+class SinglestepPast(NamedTuple):
     """What the singlestep solver remembers."""
 
     x: Tensor | None = None  # where the group began
@@ -84,7 +84,7 @@ class DPMSolverSinglestepScheduler(Stochastic, DpmSolver):
     ) -> None:
         super().__init__()
 
-    def _steps(self, plan: Plan) -> tuple[Step, ...]:
+    def _coefficients(self, plan: Plan) -> tuple[DPMSolverStep, ...]:
         transitions = self._transitions(plan)
         h = transitions.lam.diff().tolist()
         alpha, sigma = transitions.alpha, self._seen_sigma(plan, transitions.sigma)
@@ -92,7 +92,7 @@ class DPMSolverSinglestepScheduler(Stochastic, DpmSolver):
         for k, place in enumerate(self._places(len(plan.times))):
             # A run that begins within a group has less to go by; so have predictions at equal levels.
             order = min(place, remembered(h, plan.start, k) + 1)
-            steps.append(Step(alpha[k], sigma[k], order, *self._coefficients(transitions, k, order)))
+            steps.append(DPMSolverStep(alpha[k], sigma[k], order, *self._terms(transitions, k, order)))
         return tuple(steps)
 
     def _places(self, count: int) -> list[int]:
@@ -108,7 +108,7 @@ class DPMSolverSinglestepScheduler(Stochastic, DpmSolver):
             places = full * (count // order - 1) + ([1, 2, 1] if order == 3 else [1, 1])
         return [*places[:-1], 1] if zero else places
 
-    def _coefficients(
+    def _terms(
         self, transitions: Transitions, k: int, order: int
     ) -> tuple[Scalar, tuple[Scalar, ...], tuple[Scalar, ...], Scalar]:
         """Return the coefficients of x and of the differences, what these are made with, and that of the noise."""
@@ -129,10 +129,10 @@ class DPMSolverSinglestepScheduler(Stochastic, DpmSolver):
     def _update(
         self, plan: Plan, i: int, x: Tensor, out: Tensor, past: tuple[Any, ...], noise: Tensor | None
     ) -> Update:
-        step, past = plan.steps[i], Past(*past)
+        step, past = plan.coefficients[i], SinglestepPast(*past)
         ms = (self._prediction(plan, i, x, out), *past.m)[: self.config.solver_order]
         begin = x if step.order == 1 else past.x
         terms = [(step.to_x, begin), *zip(step.d, differences(ms[: step.order], step.ratios), strict=True)]
         if self.wants_noise(plan, i):
             terms.append((step.std, noise))
-        return Update(linear(*terms), Past(begin, ms))
+        return Update(weighted_sum(*terms), SinglestepPast(begin, ms))

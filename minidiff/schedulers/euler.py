@@ -20,13 +20,13 @@ from minidiff.configured import register_to_config
 from minidiff.schedulers import noise_schedule
 from minidiff.schedulers.base import Grid, Plan, SchedulerOutput, Update
 from minidiff.schedulers.prediction import Scalar
-from minidiff.schedulers.sigma_space import Level, SigmaSpaceScheduler, levels, wide
+from minidiff.schedulers.sigma_space import NoiseLevel, SigmaSpaceScheduler, noise_levels, upcast
 
 
-class Step(NamedTuple):
+class EulerStep(NamedTuple):
     """The numbers of one Euler step."""
 
-    level: Level
+    level: NoiseLevel
     sigma_hat: Scalar  # after churn
     churn: Scalar  # sqrt(sigma_hat² - sigma²)
     move: Scalar  # sigma' - sigma_hat
@@ -105,22 +105,22 @@ class EulerDiscreteScheduler(SigmaSpaceScheduler):
     def _tells_log_sigma(self) -> bool:
         return self.config.timestep_type == "continuous" and self.config.prediction_type == "v_prediction"
 
-    def _steps(self, plan: Plan) -> tuple[Step, ...]:
+    def _coefficients(self, plan: Plan) -> tuple[EulerStep, ...]:
         options, count = plan.options, len(plan.times)
         sigma, following = plan.sigmas[:count], plan.sigmas[1 : count + 1]
         churned = (options["s_tmin"] <= sigma) & (sigma <= options["s_tmax"])
         gamma = torch.where(churned, min(options["s_churn"] / (len(plan.sigmas) - 1), 2**0.5 - 1), 0.0)
         hat = sigma * (gamma + 1)
         columns = (hat, (hat**2 - sigma**2) ** 0.5, following - hat)
-        return tuple(map(Step, levels(sigma), *columns, (hat > sigma).tolist()))
+        return tuple(map(EulerStep, noise_levels(sigma), *columns, (hat > sigma).tolist()))
 
     def wants_noise(self, plan: Plan, i: int) -> bool:
-        return plan.steps[i].churns
+        return plan.coefficients[i].churns
 
     def _update(
         self, plan: Plan, i: int, x: Tensor, out: Tensor, past: tuple[Any, ...], noise: Tensor | None
     ) -> Update:
-        step, y = plan.steps[i], wide(x)
+        step, y = plan.coefficients[i], upcast(x)
         if self.wants_noise(plan, i):
             y = y + noise * plan.options["s_noise"] * step.churn
         # eps belongs to the churned level, v (which the reference does not move) to the one before.

@@ -18,13 +18,13 @@ from torch import Tensor
 from minidiff.configured import register_to_config
 from minidiff.schedulers.base import Grid, Plan, Stochastic, Update
 from minidiff.schedulers.prediction import Scalar
-from minidiff.schedulers.sigma_space import Level, SigmaSpaceScheduler, levels, wide
+from minidiff.schedulers.sigma_space import NoiseLevel, SigmaSpaceScheduler, noise_levels, upcast
 
 
-class Step(NamedTuple):
+class EulerAncestralStep(NamedTuple):
     """The numbers of one Euler ancestral step."""
 
-    level: Level
+    level: NoiseLevel
     move: Scalar  # sigma_down - sigma
     up: Scalar  # sigma_up
 
@@ -64,10 +64,10 @@ class EulerAncestralDiscreteScheduler(Stochastic, SigmaSpaceScheduler):
         times, sigmas = self._spaced(count)
         return Grid(torch.from_numpy(times), torch.from_numpy(np.append(sigmas, 0.0).astype(np.float32)))
 
-    def _steps(self, plan: Plan) -> tuple[Step, ...]:
+    def _coefficients(self, plan: Plan) -> tuple[EulerAncestralStep, ...]:
         sigma = plan.sigmas[:-1]
         down, up = ancestral(sigma, plan.sigmas[1:])
-        return tuple(map(Step, levels(sigma), down - sigma, up))
+        return tuple(map(EulerAncestralStep, noise_levels(sigma), down - sigma, up))
 
     def wants_noise(self, plan: Plan, i: int) -> bool:
         return True
@@ -75,7 +75,7 @@ class EulerAncestralDiscreteScheduler(Stochastic, SigmaSpaceScheduler):
     def _update(
         self, plan: Plan, i: int, x: Tensor, out: Tensor, past: tuple[Any, ...], noise: Tensor | None
     ) -> Update:
-        step, y = plan.steps[i], wide(x)
+        step, y = plan.coefficients[i], upcast(x)
         x0 = self._x0(step.level, y, out)
         slope = (y - x0) / step.level.sigma
         return Update((y + slope * step.move + noise * step.up).to(out.dtype), (), x0)

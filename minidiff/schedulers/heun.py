@@ -19,14 +19,14 @@ from torch import Tensor
 from minidiff.configured import register_to_config
 from minidiff.schedulers import noise_schedule
 from minidiff.schedulers.base import Grid, Plan, Update
-from minidiff.schedulers.prediction import Clip, Scalar
-from minidiff.schedulers.sigma_space import Level, SigmaSpaceScheduler, levels
+from minidiff.schedulers.prediction import Scalar, Thresholding
+from minidiff.schedulers.sigma_space import NoiseLevel, SigmaSpaceScheduler, noise_levels
 
 
-class Step(NamedTuple):
+class HeunStep(NamedTuple):
     """The numbers of one evaluation."""
 
-    level: Level
+    level: NoiseLevel
     corrects: bool  # the second evaluation of a step
     move: Scalar  # sigma' - sigma of the whole step
 
@@ -69,8 +69,8 @@ class HeunDiscreteScheduler(SigmaSpaceScheduler):
         self._begin(self.plan(num_inference_steps, device=device, timesteps=timesteps))
 
     @property
-    def _clip(self) -> Clip:
-        return Clip(limit=self.config.clip_sample_range if self.config.clip_sample else None)
+    def _thresholding(self) -> Thresholding:
+        return Thresholding(limit=self.config.clip_sample_range if self.config.clip_sample else None)
 
     def _grid(self, count: int, timesteps: Sequence[float] | None = None) -> Grid:
         times, spaced = self._spaced(count, timesteps)
@@ -81,23 +81,23 @@ class HeunDiscreteScheduler(SigmaSpaceScheduler):
             torch.cat([sigmas[:1], sigmas[1:-1].repeat_interleave(2), sigmas[-1:]]),
         )
 
-    def _steps(self, plan: Plan) -> tuple[Step, ...]:
+    def _coefficients(self, plan: Plan) -> tuple[HeunStep, ...]:
         moves = plan.sigmas.diff().unbind()
         corrects = [(i - plan.start) % 2 == 1 for i in range(len(moves))]
         moves = [moves[i - 1] if second else moves[i] for i, second in enumerate(corrects)]
-        return tuple(map(Step, levels(plan.sigmas[:-1]), corrects, moves))
+        return tuple(map(HeunStep, noise_levels(plan.sigmas[:-1]), corrects, moves))
 
     @cached_property
     def _training_plan(self) -> Plan:
         return self.plan(len(self))
 
-    def _x0(self, level: Level, y: Tensor, out: Tensor) -> Tensor:
-        return self._clip(super()._x0(level, y, out))
+    def _x0(self, level: NoiseLevel, y: Tensor, out: Tensor) -> Tensor:
+        return self._thresholding(super()._x0(level, y, out))
 
     def _update(
         self, plan: Plan, i: int, x: Tensor, out: Tensor, past: tuple[Any, ...], noise: Tensor | None
     ) -> Update:
-        step = plan.steps[i]
+        step = plan.coefficients[i]
         x0 = self._x0(step.level, x, out)
         slope = (x - x0) / step.level.sigma
         if not step.corrects:

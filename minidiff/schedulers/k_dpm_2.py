@@ -25,13 +25,13 @@ from minidiff.schedulers import noise_schedule
 from minidiff.schedulers.base import Grid, Plan, Stochastic, Update
 from minidiff.schedulers.euler_ancestral import ancestral
 from minidiff.schedulers.prediction import Scalar
-from minidiff.schedulers.sigma_space import Level, SigmaSpaceScheduler, levels
+from minidiff.schedulers.sigma_space import NoiseLevel, SigmaSpaceScheduler, noise_levels
 
 
-class Step(NamedTuple):
+class KDPM2Step(NamedTuple):
     """The numbers of one evaluation."""
 
-    level: Level  # of the network's input: sigma, then sigma_mid
+    level: NoiseLevel  # of the network's input: sigma, then sigma_mid
     finishes: bool  # the second evaluation of a step
     move: Scalar  # from sigma to sigma_mid, then from sigma to sigma_to
     up: Scalar  # sigma_up
@@ -95,26 +95,28 @@ class KDPM2DiscreteScheduler(SigmaSpaceScheduler):
         """Return sigma_mid of the steps between noise levels (N + 1,)."""
         return sigmas[1:].log().lerp(sigmas[:-1].log(), 0.5).exp()
 
-    def _steps(self, plan: Plan) -> tuple[Step, ...]:
+    def _coefficients(self, plan: Plan) -> tuple[KDPM2Step, ...]:
         sigmas = torch.cat([plan.sigmas[:1], plan.sigmas[1:-1:2]])  # each level once: (N + 1,)
         to, up = self._targets(sigmas)
         middle = self._middles(sigmas)
         middle[-1] = 0.0  # the last step goes all the way at once
-        start, middle_at = levels(sigmas[:-1]), levels(middle)
+        start, middle_at = noise_levels(sigmas[:-1]), noise_levels(middle)
         first, whole, nothing = middle - sigmas[:-1], to - sigmas[:-1], torch.zeros(())
         steps = []
         for i in range(len(plan.times)):
             n = (i + 1) // 2 if (i - plan.start) % 2 == 0 else (i - 1) // 2
             finishes = (i - plan.start) % 2 == 1
             steps.append(
-                Step(middle_at[n], True, whole[n], up[n]) if finishes else Step(start[n], False, first[n], nothing)
+                KDPM2Step(middle_at[n], True, whole[n], up[n])
+                if finishes
+                else KDPM2Step(start[n], False, first[n], nothing)
             )
         return tuple(steps)
 
     def _update(
         self, plan: Plan, i: int, x: Tensor, out: Tensor, past: tuple[Any, ...], noise: Tensor | None
     ) -> Update:
-        step = plan.steps[i]
+        step = plan.coefficients[i]
         x0 = self._x0(step.level, x, out)
         slope = (x - x0) / step.level.sigma
         if not step.finishes:
@@ -153,4 +155,4 @@ class KDPM2AncestralDiscreteScheduler(Stochastic, KDPM2DiscreteScheduler):
         return sigmas[:-1].log().lerp(self._targets(sigmas)[0].log(), 0.5).exp()
 
     def wants_noise(self, plan: Plan, i: int) -> bool:
-        return plan.steps[i].finishes
+        return plan.coefficients[i].finishes

@@ -19,12 +19,12 @@ from minidiff.configured import register_to_config
 from minidiff.outputs import Output
 from minidiff.schedulers.base import Plan, Stochastic, Update
 from minidiff.schedulers.consistency import ConsistencyScheduler
-from minidiff.schedulers.prediction import Scalar, linear
+from minidiff.schedulers.prediction import Scalar, weighted_sum
 
 SIGMA_DATA = 0.5
 
 
-class Step(NamedTuple):
+class LCMStep(NamedTuple):
     """The numbers of one LCM step."""
 
     alpha: Scalar  # sqrt(alpha_bar_t)
@@ -74,10 +74,10 @@ class LCMScheduler(Stochastic, ConsistencyScheduler):
         scaled = timestep * self.config.timestep_scaling
         return SIGMA_DATA**2 / (scaled**2 + SIGMA_DATA**2), scaled / (scaled**2 + SIGMA_DATA**2) ** 0.5
 
-    def _steps(self, plan: Plan) -> tuple[Step, ...]:
+    def _coefficients(self, plan: Plan) -> tuple[LCMStep, ...]:
         alpha_bar_t = self._alpha_bar(plan.times)
         alpha_bar_s = self._alpha_bar([*plan.times[1:], plan.times[-1]])
-        self._require_signal(alpha_bar_t, self._clip)
+        self._require_signal(alpha_bar_t, self._thresholding)
         columns = (
             alpha_bar_t.sqrt(),
             (1 - alpha_bar_t).sqrt(),
@@ -85,22 +85,22 @@ class LCMScheduler(Stochastic, ConsistencyScheduler):
             alpha_bar_s.sqrt(),
             (1 - alpha_bar_s).sqrt(),
         )
-        return tuple(Step(*numbers) for numbers in zip(*map(torch.unbind, columns), strict=True))
+        return tuple(LCMStep(*numbers) for numbers in zip(*map(torch.unbind, columns), strict=True))
 
     def wants_noise(self, plan: Plan, i: int) -> bool:
         return not self._is_last(plan, i)
 
     def denoised(self, plan: Plan, i: int, x: Tensor, out: Tensor) -> Tensor:
-        step = plan.steps[i]
-        return linear((step.out, self._clip(self._raw_x0(plan, i, x, out))), (step.skip, x))
+        step = plan.coefficients[i]
+        return weighted_sum((step.out, self._thresholding(self._raw_x0(plan, i, x, out))), (step.skip, x))
 
     def _update(
         self, plan: Plan, i: int, x: Tensor, out: Tensor, past: tuple[Any, ...], noise: Tensor | None
     ) -> Update:
-        step, denoised = plan.steps[i], self.denoised(plan, i, x, out)
+        step, denoised = plan.coefficients[i], self.denoised(plan, i, x, out)
         if not self.wants_noise(plan, i):
             return Update(denoised, (), denoised)
-        return Update(linear((step.to_denoised, denoised), (step.to_noise, noise)), (), denoised)
+        return Update(weighted_sum((step.to_denoised, denoised), (step.to_noise, noise)), (), denoised)
 
     def _output(self, update: Update) -> LCMSchedulerOutput:
         return LCMSchedulerOutput(update.x, update.x0)

@@ -19,14 +19,14 @@ from torch import Tensor
 
 from minidiff.configured import register_to_config
 from minidiff.schedulers.base import Grid, Plan, SchedulerOutput, Update
-from minidiff.schedulers.prediction import linear
-from minidiff.schedulers.sigma_space import Level, SigmaSpaceScheduler, levels
+from minidiff.schedulers.prediction import weighted_sum
+from minidiff.schedulers.sigma_space import NoiseLevel, SigmaSpaceScheduler, noise_levels
 
 
-class Step(NamedTuple):
+class LMSStep(NamedTuple):
     """The numbers of one LMS step."""
 
-    level: Level
+    level: NoiseLevel
     weights: tuple[float, ...]  # of the slopes, newest first; float64
 
 
@@ -98,21 +98,21 @@ class LMSDiscreteScheduler(SigmaSpaceScheduler):
         closed = np.append(sigmas, 0.0).astype(np.float32)
         return Grid(torch.from_numpy(times.astype(np.float32)), torch.from_numpy(closed))
 
-    def _steps(self, plan: Plan) -> tuple[Step, ...]:
+    def _coefficients(self, plan: Plan) -> tuple[LMSStep, ...]:
         order = plan.options["order"]
         if not isinstance(order, int) or order < 1:
             raise ValueError(f"order should be a positive integer, found {order!r}")
         sigmas = plan.sigmas.numpy()
         weights = (tuple(lms_weights(sigmas, i, min(i + 1, order)).tolist()) for i in range(len(plan.times)))
-        return tuple(map(Step, levels(plan.sigmas[:-1]), weights))
+        return tuple(map(LMSStep, noise_levels(plan.sigmas[:-1]), weights))
 
     def _update(
         self, plan: Plan, i: int, x: Tensor, out: Tensor, past: tuple[Any, ...], noise: Tensor | None
     ) -> Update:
-        step = plan.steps[i]
+        step = plan.coefficients[i]
         x0 = self._x0(step.level, x, out)
         slopes = ((x - x0) / step.level.sigma, *past)[: plan.options["order"]]
-        return Update(x + linear(*zip(step.weights, slopes, strict=False)), slopes, x0)
+        return Update(x + weighted_sum(*zip(step.weights, slopes, strict=False)), slopes, x0)
 
     def step(
         self,

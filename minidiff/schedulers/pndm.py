@@ -24,7 +24,7 @@ from torch import Tensor
 from minidiff.configured import register_to_config
 from minidiff.schedulers import noise_schedule
 from minidiff.schedulers.base import Grid, Plan, Scheduler, Update
-from minidiff.schedulers.prediction import Scalar, linear, predict_eps, predict_x0
+from minidiff.schedulers.prediction import Scalar, predict_eps, predict_x0, weighted_sum
 
 ADAMS_BASHFORTH = tuple(  # of two, three and four outputs, newest first; their sum is divided by 2, 12 and 24
     torch.tensor(numerators).unbind() for numerators in ((3.0, -1.0), (23.0, -16.0, 5.0), (55.0, -59.0, 37.0, -9.0))
@@ -33,7 +33,10 @@ A_24TH = torch.tensor(1 / 24, dtype=torch.float64)
 RUNGE_KUTTA = torch.tensor((1 / 6, 1 / 3, 1 / 3, 1 / 6), dtype=torch.float64).unbind()
 
 
-class Step(NamedTuple):
+Move = tuple[int | None, bool, int, int]  # a step's stage, whether it repeats, the timesteps it goes from and to
+
+
+class PNDMStep(NamedTuple):
     """The numbers of one PNDM step: a transfer from t to s, by a stage of Runge-Kutta or by PLMS."""
 
     stage: int | None  # 0-3 of a Runge-Kutta step, None in PLMS
@@ -47,7 +50,7 @@ class Step(NamedTuple):
     seen_sigma: Scalar  # in the later stages of Runge-Kutta
 
 
-class Past(NamedTuple):
+class PNDMPast(NamedTuple):
     """What PNDM remembers."""
 
     outs: tuple[Tensor, ...] = ()  # network outputs, oldest first, at most 4
@@ -59,7 +62,7 @@ def adams_bashforth(outs: Sequence[Tensor]) -> Tensor:
     """Return the combination of the last outputs, oldest first, that extrapolates them over the next step."""
     if len(outs) == 1:
         return outs[0]
-    total = linear(*zip(ADAMS_BASHFORTH[len(outs) - 2], reversed(outs), strict=True))
+    total = weighted_sum(*zip(ADAMS_BASHFORTH[len(outs) - 2], reversed(outs), strict=True))
     return total * A_24TH if len(outs) == 4 else total / (2 if len(outs) == 2 else 12)  # the reference's last bits
 
 
@@ -122,16 +125,16 @@ class PNDMScheduler(Scheduler):
             last = lower
         return np.array(stages)
 
-    def _steps(self, plan: Plan) -> tuple[Step, ...]:
+    def _coefficients(self, plan: Plan) -> tuple[PNDMStep, ...]:
         moves = [(None, False, t, t) for t in plan.times[: plan.start]]  # never taken
         moves += [self._move(plan, k, int(t)) for k, t in enumerate(plan.times[plan.start :])]
         return self._numbers(moves, plan.times)
 
     def _at(self, plan: Plan, i: int, timestep: int) -> Plan:
         step = self._numbers([self._move(plan, i - plan.start, timestep)], [timestep])
-        return plan._replace(steps=(*plan.steps[:i], *step, *plan.steps[i + 1 :]))
+        return plan._replace(coefficients=(*plan.coefficients[:i], *step, *plan.coefficients[i + 1 :]))
 
-    def _numbers(self, moves: Sequence[tuple[int | None, bool, int, int]], told: Sequence[float]) -> tuple[Step, ...]:
+    def _numbers(self, moves: Sequence[Move], told: Sequence[float]) -> tuple[PNDMStep, ...]:
         stages, repeats, from_t, to_s = zip(*moves, strict=True)
         a_t, a_s, a_seen = self._alpha_bar(from_t), self._alpha_bar(to_s), self._alpha_bar(told)
         columns = (
@@ -143,10 +146,10 @@ class PNDMScheduler(Scheduler):
             a_seen**0.5,
             (1 - a_seen) ** 0.5,
         )
-        return tuple(map(Step, stages, repeats, *columns))
+        return tuple(map(PNDMStep, stages, repeats, *columns))
 
-    def _move(self, plan: Plan, k: int, t: int) -> tuple[int | None, bool, int, int]:
-        """Return the stage of the run's k-th step, told t, whether it repeats, and the timesteps it goes from and to.
+    def _move(self, plan: Plan, k: int, t: int) -> Move:
+        """Return the run's k-th step, told t.
 
         The stride is ``T // steps`` whatever the spacing, and the roles are counted from where the run starts: both
         are the reference's, and matter in runs that begin in the middle.
@@ -184,40 +187,40 @@ class PNDMScheduler(Scheduler):
     @property
     def ets(self) -> list[Tensor]:
         """The outputs of the network that are remembered, oldest first, at most 4; they may be assigned."""
-        return list(Past(*self._past).outs)
+        return list(PNDMPast(*self._past).outs)
 
     @ets.setter
     def ets(self, outs: Sequence[Tensor]) -> None:
-        self._past = Past(*self._past)._replace(outs=tuple(outs))
+        self._past = PNDMPast(*self._past)._replace(outs=tuple(outs))
 
     # ---- the step ---------------------------------------------------------------------------------------------------
 
     def denoised(self, plan: Plan, i: int, x: Tensor, out: Tensor) -> Tensor:
-        step = plan.steps[i]
+        step = plan.coefficients[i]
         return predict_x0(self._predicts, x, out, step.seen_alpha, step.seen_sigma)
 
     def _update(
         self, plan: Plan, i: int, x: Tensor, out: Tensor, past: tuple[Any, ...], noise: Tensor | None
     ) -> Update:
-        step, past = plan.steps[i], Past(*past)
+        step, past = plan.coefficients[i], PNDMPast(*past)
         if step.stage is not None:
             e, x, past = self._runge_kutta(step.stage, x, out, past)
         elif step.repeats:
-            e, x, past = (out + past.outs[-1]) / 2, past.x, Past(past.outs)
+            e, x, past = (out + past.outs[-1]) / 2, past.x, PNDMPast(past.outs)
         else:
             outs = (*past.outs[-3:], out)
             e = adams_bashforth(outs)
-            past = Past(outs, x if len(outs) == 1 else None)
+            past = PNDMPast(outs, x if len(outs) == 1 else None)
         eps = predict_eps(self._predicts, x, e, step.alpha, step.sigma)
         return Update(step.to_x * x - step.gap * eps / step.divisor, past)
 
     @staticmethod
-    def _runge_kutta(stage: int, x: Tensor, out: Tensor, past: Past) -> tuple[Tensor, Tensor, Past]:
+    def _runge_kutta(stage: int, x: Tensor, out: Tensor, past: PNDMPast) -> tuple[Tensor, Tensor, PNDMPast]:
         """Return the noise estimate of a stage, the x that its step began with, and what to remember."""
         if stage == 0:
-            past = Past((*past.outs, out), x, out * RUNGE_KUTTA[0])
+            past = PNDMPast((*past.outs, out), x, out * RUNGE_KUTTA[0])
             return out, x, past
         total = past.total + out * RUNGE_KUTTA[stage]
         if stage < 3:
             return out, past.x, past._replace(total=total)
-        return total, past.x, Past(past.outs)
+        return total, past.x, PNDMPast(past.outs)

@@ -22,7 +22,7 @@ from torch import Tensor
 Scalar = Tensor
 
 
-class Clip(NamedTuple):
+class Thresholding(NamedTuple):
     """What to do with a predicted x0 that leaves the range of the data."""
 
     limit: float | None = None  # clamp to [-limit, limit]
@@ -30,7 +30,7 @@ class Clip(NamedTuple):
     ceiling: float = 1.0  # the largest threshold that dynamic thresholding may take
 
     @classmethod
-    def of(cls, config: Mapping[str, Any]) -> "Clip":
+    def of(cls, config: Mapping[str, Any]) -> "Thresholding":
         """Return what the configuration of a scheduler asks for; thresholding goes before clamping."""
         if config["thresholding"]:
             return cls(ratio=config["dynamic_thresholding_ratio"], ceiling=config["sample_max_value"])
@@ -95,7 +95,7 @@ def predict_eps(kind: str, x: Tensor, out: Tensor, alpha: Scalar, sigma: Scalar)
     raise ValueError(f"prediction_type {kind!r} has no eps")
 
 
-def linear(*terms: tuple[Scalar | float, Tensor]) -> Tensor:
+def weighted_sum(*terms: tuple[Scalar | float, Tensor]) -> Tensor:
     """Return the sum of ``coefficient * tensor``, from left to right: what every solver's step comes down to.
 
     Each product is rounded before it is added, as in the reference. ``total.add_(tensor, alpha=coefficient)`` is one

@@ -22,7 +22,7 @@ from minidiff.schedulers.base import Plan, Scheduler
 from minidiff.schedulers.prediction import Scalar, predict_x0_unscaled
 
 
-class Level(NamedTuple):
+class NoiseLevel(NamedTuple):
     """A noise level and what is worked out from it, in float32 as in the reference."""
 
     sigma: Scalar
@@ -31,14 +31,14 @@ class Level(NamedTuple):
     ratio: Scalar  # sigma / sqrt(sigma² + 1)
 
 
-def levels(sigmas: Tensor) -> list[Level]:
-    """Return the ``Level`` of each of sigmas (N,)."""
+def noise_levels(sigmas: Tensor) -> list[NoiseLevel]:
+    """Return the ``NoiseLevel`` of each of sigmas (N,)."""
     square = sigmas**2 + 1
     columns = (sigmas, square**0.5, square, sigmas / square**0.5)
-    return [Level(*numbers) for numbers in zip(*map(torch.unbind, columns), strict=True)]
+    return [NoiseLevel(*numbers) for numbers in zip(*map(torch.unbind, columns), strict=True)]
 
 
-def wide(x: Tensor) -> Tensor:
+def upcast(x: Tensor) -> Tensor:
     """Return half precision as float32: samples are as large as sigma, which leaves half precision few digits."""
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
@@ -119,12 +119,12 @@ class SigmaSpaceScheduler(Scheduler):
     # ---- samples, clean and noisy -------------------------------------------------------------------------------
 
     def scale_input(self, plan: Plan, i: int, x: Tensor) -> Tensor:
-        return x / plan.steps[i].level.scale
+        return x / plan.coefficients[i].level.scale
 
     def denoised(self, plan: Plan, i: int, x: Tensor, out: Tensor) -> Tensor:
-        return self._x0(plan.steps[i].level, wide(x), out)
+        return self._x0(plan.coefficients[i].level, upcast(x), out)
 
-    def _x0(self, level: Level, y: Tensor, out: Tensor) -> Tensor:
+    def _x0(self, level: NoiseLevel, y: Tensor, out: Tensor) -> Tensor:
         return predict_x0_unscaled(self._predicts, y, out, *level)
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:

@@ -21,10 +21,10 @@ from minidiff.configured import register_to_config
 from minidiff.outputs import Output
 from minidiff.schedulers.base import Plan, Update
 from minidiff.schedulers.consistency import ConsistencyScheduler
-from minidiff.schedulers.prediction import Clip, Scalar, linear, predict_eps
+from minidiff.schedulers.prediction import Scalar, Thresholding, predict_eps, weighted_sum
 
 
-class Step(NamedTuple):
+class TCDStep(NamedTuple):
     """The numbers of one TCD step."""
 
     alpha: Scalar  # sqrt(alpha_bar_t)
@@ -76,14 +76,14 @@ class TCDScheduler(ConsistencyScheduler):
             return super()._distilled(None, strength)
         return np.arange(int(self.config.num_train_timesteps * strength))  # given, it means all of them
 
-    def _steps(self, plan: Plan) -> tuple[Step, ...]:
+    def _coefficients(self, plan: Plan) -> tuple[TCDStep, ...]:
         eta = plan.options["eta"]
         if not 0 <= eta <= 1:
             raise ValueError(f"eta should lie between 0 (no noise) and 1 (all of it), found {eta}")
         following = torch.tensor([*plan.times[1:], 0])
         below = torch.floor((1 - eta) * following).long()
         a_t, a_s, a_below = self._alpha_bar(plan.times), self.alphas_cumprod[following], self.alphas_cumprod[below]
-        self._require_signal(a_t, Clip())
+        self._require_signal(a_t, Thresholding())
         columns = (
             a_t.sqrt(),
             (1 - a_t).sqrt(),
@@ -92,7 +92,7 @@ class TCDScheduler(ConsistencyScheduler):
             (a_s / a_below).sqrt(),
             (1 - a_s / a_below).sqrt(),
         )
-        return tuple(Step(*numbers) for numbers in zip(*map(torch.unbind, columns), strict=True))
+        return tuple(TCDStep(*numbers) for numbers in zip(*map(torch.unbind, columns), strict=True))
 
     def wants_noise(self, plan: Plan, i: int) -> bool:
         return plan.options["eta"] > 0 and not self._is_last(plan, i)
@@ -103,12 +103,12 @@ class TCDScheduler(ConsistencyScheduler):
     def _update(
         self, plan: Plan, i: int, x: Tensor, out: Tensor, past: tuple[Any, ...], noise: Tensor | None
     ) -> Update:
-        step, x0 = plan.steps[i], self.denoised(plan, i, x, out)
+        step, x0 = plan.coefficients[i], self.denoised(plan, i, x, out)
         eps = predict_eps(self._predicts, x, out, step.alpha, step.sigma)
-        noised = linear((step.to_x0, x0), (step.to_eps, eps))
+        noised = weighted_sum((step.to_x0, x0), (step.to_eps, eps))
         if not self.wants_noise(plan, i):
             return Update(noised, (), noised)
-        return Update(linear((step.to_noised, noised), (step.to_noise, noise)), (), noised)
+        return Update(weighted_sum((step.to_noised, noised), (step.to_noise, noise)), (), noised)
 
     def _output(self, update: Update) -> TCDSchedulerOutput:
         return TCDSchedulerOutput(update.x, update.x0)

@@ -28,7 +28,7 @@ from minidiff.errors import ConfigError
 from minidiff.schedulers import noise_schedule
 from minidiff.schedulers.base import Grid, Plan, Update
 from minidiff.schedulers.log_snr import LogSnrScheduler
-from minidiff.schedulers.prediction import Scalar, linear, predict_eps, predict_x0
+from minidiff.schedulers.prediction import Scalar, predict_eps, predict_x0, weighted_sum
 
 
 class Transition(NamedTuple):
@@ -46,10 +46,10 @@ class Transition(NamedTuple):
         if m_t is not None:
             differences.append(m_t - ms[0])
         x = self.to_x * x - self.to_m * ms[0]
-        return x - self.to_rest * linear(*zip(self.rho, differences, strict=True)) if differences else x
+        return x - self.to_rest * weighted_sum(*zip(self.rho, differences, strict=True)) if differences else x
 
 
-class Step(NamedTuple):
+class UniPCStep(NamedTuple):
     """The numbers of one UniPC step."""
 
     alpha: Scalar  # x = alpha x0 + sigma eps
@@ -58,7 +58,7 @@ class Step(NamedTuple):
     predictor: Transition  # to the next
 
 
-class Past(NamedTuple):
+class UniPCPast(NamedTuple):
     """What UniPC remembers."""
 
     x: Tensor | None = None  # the corrected sample that the last step began with
@@ -189,7 +189,7 @@ class UniPCMultistepScheduler(LogSnrScheduler):
 
     # ---- the numbers of its steps -------------------------------------------------------------------------------
 
-    def _steps(self, plan: Plan) -> tuple[Step, ...]:
+    def _coefficients(self, plan: Plan) -> tuple[UniPCStep, ...]:
         count = len(plan.times)
         alpha, sigma = self._alpha_sigma(plan.sigmas)
         transitions = _Transitions(alpha, sigma, self.config.predict_x0, self.config.solver_type)
@@ -200,7 +200,7 @@ class UniPCMultistepScheduler(LogSnrScheduler):
         for k in range(count):
             corrects = k > plan.start and k - 1 not in self.config.disable_corrector
             steps.append(
-                Step(
+                UniPCStep(
                     alpha[k],
                     seen[k],
                     transitions.corrector(k - 1, orders[k - 1]) if corrects else None,
@@ -228,14 +228,14 @@ class UniPCMultistepScheduler(LogSnrScheduler):
     # ---- the step -----------------------------------------------------------------------------------------------
 
     def denoised(self, plan: Plan, i: int, x: Tensor, out: Tensor) -> Tensor:
-        step = plan.steps[i]
+        step = plan.coefficients[i]
         x0 = predict_x0(self._predicts, x, out, step.alpha, step.sigma)
-        return self._clip(x0) if self.config.predict_x0 else x0
+        return self._thresholding(x0) if self.config.predict_x0 else x0
 
     def _update(
         self, plan: Plan, i: int, x: Tensor, out: Tensor, past: tuple[Any, ...], noise: Tensor | None
     ) -> Update:
-        step, past = plan.steps[i], Past(*past)
+        step, past = plan.coefficients[i], UniPCPast(*past)
         if self.config.predict_x0:
             m = self.denoised(plan, i, x, out)
         else:
@@ -243,7 +243,7 @@ class UniPCMultistepScheduler(LogSnrScheduler):
         ms = (m, *past.m)[: self.config.solver_order]
         if step.corrector is not None:
             x = step.corrector(past.x, past.m, m)
-        return Update(step.predictor(x, ms), Past(x, ms))
+        return Update(step.predictor(x, ms), UniPCPast(x, ms))
 
 
 class _Transitions:

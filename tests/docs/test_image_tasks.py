@@ -48,7 +48,7 @@ def test_the_table_counts_evaluations(row: tuple[str, ...]) -> None:
                 begin(scheduler, plan, request)
         else:
             part = begin(scheduler, plan, request)
-            assert len(part.steps) - part.start == int(expected)
+            assert len(part.coefficients) - part.start == int(expected)
 
 
 def test_there_is_a_table():

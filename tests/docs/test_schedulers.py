@@ -34,8 +34,8 @@ def test_rows_say_what_is_so(kind):
     _, _, order, deterministic, evaluations, *_ = CLASSES[kind]
     scheduler = getattr(minidiff, kind)()
     plan = scheduler.plan(20)
-    assert len(plan.steps) in EVALUATIONS[evaluations]
-    draws = any(scheduler.wants_noise(plan, i) for i in range(len(plan.steps)))
+    assert len(plan.coefficients) in EVALUATIONS[evaluations]
+    draws = any(scheduler.wants_noise(plan, i) for i in range(len(plan.coefficients)))
     if deterministic in ("yes", "no"):
         assert draws == (deterministic == "no")
     orders = [case.order for case in CASES if case.kind == kind]

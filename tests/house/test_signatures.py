@@ -139,7 +139,7 @@ LACKING = {  # what schedulers of the reference have and ours do not: the reason
     "get_order_list": "a part of its set_timesteps",
     "push_to_hub": "uploading is huggingface_hub's",
     "register_for_auto_class": "for code that is loaded from the Hub",
-    "state_in_first_order": "where its step is; plan.steps[i].corrects and .finishes",
+    "state_in_first_order": "where its step is; plan.coefficients[i].corrects and .finishes",
     "stretch_shift_to_terminal": "a part of its set_timesteps",
     "time_shift": "a part of its set_timesteps",
     **dict.fromkeys(
@@ -147,7 +147,7 @@ LACKING = {  # what schedulers of the reference have and ours do not: the reason
         "dpm_solver_first_order_update multistep_dpm_solver_second_order_update multistep_uni_c_bh_update "
         "multistep_dpm_solver_third_order_update singlestep_dpm_solver_second_order_update multistep_uni_p_bh_update "
         "singlestep_dpm_solver_third_order_update singlestep_dpm_solver_update".split(),
-        "a part of its step; ours are advance() and the coefficients in plan.steps",
+        "a part of its step; ours are advance() and the coefficients in plan.coefficients",
     ),
 }
 

@@ -132,10 +132,10 @@ class Run(NamedTuple):
 def solve(scheduler: Any, count: int, **options: Any) -> Run:
     """Move quantiles of pure noise to ``LOW`` in a run of ``count`` steps; the error is the largest of any sample."""
     plan = scheduler.plan(count, **options)
-    calls = len(plan.steps) - 1  # without the step to 0
+    calls = len(plan.coefficients) - 1  # without the step to 0
     start, end = plan.sigmas[0].item(), plan.sigmas[calls].item()
     first = TWO_PEAKS.quantile(SHARES, start)
-    unscaled = hasattr(plan.steps[0], "level")  # solvers on y = x sqrt(sigma² + 1)
+    unscaled = hasattr(plan.coefficients[0], "level")  # solvers on y = x sqrt(sigma² + 1)
     x, past = first * (math.sqrt(1 + start**2) if unscaled else 1), ()
     for i in range(calls):
         out = TWO_PEAKS.eps(scheduler.scale_input(plan, i, x), level_seen(scheduler, plan, i))

@@ -190,9 +190,9 @@ def check_plan(kind: str, options: Options, n: int) -> Any:
     plan = scheduler.plan(n)
     calls = CLASSES[kind].calls(n, options)
     unvisited = stops_early(options)
-    assert len(plan.timesteps) == len(plan.times) == len(plan.steps) == calls
+    assert len(plan.timesteps) == len(plan.times) == len(plan.coefficients) == calls
     assert len(plan.sigmas) == calls + CLASSES[kind].beyond + unvisited
-    assert plan.timesteps.isfinite().all() and all(map(math.isfinite, _numbers(plan.steps)))
+    assert plan.timesteps.isfinite().all() and all(map(math.isfinite, _numbers(plan.coefficients)))
     sigmas = plan.sigmas.double()
     first_is_pure_noise = scheduler.alphas_cumprod[-1] == 0 and plan.times[0] == T - 1
     assert sigmas[first_is_pure_noise:].isfinite().all()
@@ -248,7 +248,7 @@ def run(scheduler: Any, plan: Any, denoise: Callable[[int, Tensor], Tensor]) -> 
     """Sample with the pure core; the network is given the step's index and what it is shown."""
     generator = torch.Generator().manual_seed(1)
     x, past = noise() * plan.init_noise_sigma, ()
-    for i in range(len(plan.steps)):
+    for i in range(len(plan.coefficients)):
         out = denoise(i, scheduler.scale_input(plan, i, x))
         x, past = scheduler.advance(plan, i, x, out, past, scheduler.draw_noise(plan, i, x, generator))
     return x
@@ -256,7 +256,7 @@ def run(scheduler: Any, plan: Any, denoise: Callable[[int, Tensor], Tensor]) -> 
 
 def perfect(scheduler: Any, plan: Any, i: int, x: Tensor, picture: Tensor) -> Tensor:
     """Return the output that means ``picture``, whatever the network predicts: x0 = a x + b out, solved for out."""
-    y = x * plan.steps[i].level.scale if hasattr(plan.steps[i], "level") else x
+    y = x * plan.coefficients[i].level.scale if hasattr(plan.coefficients[i], "level") else x
     a_x = scheduler.denoised(plan, i, y, torch.zeros_like(y))
     b = scheduler.denoised(plan, i, torch.zeros_like(y), torch.ones_like(y))
     return (picture - a_x) / b

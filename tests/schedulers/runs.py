@@ -67,7 +67,7 @@ def through_core(
     plan, generator = scheduler.plan(steps, **options), torch.Generator().manual_seed(1)
     x, past = noise() * plan.init_noise_sigma, ()
     way = [x]
-    for i in range(plan.start, len(plan.steps)):
+    for i in range(plan.start, len(plan.coefficients)):
         out = denoise(scheduler.scale_input(plan, i, x), plan.timesteps[i])
         x, past = scheduler.advance(plan, i, x, out, past, scheduler.draw_noise(plan, i, x, generator))
         way.append(x)

@@ -26,7 +26,7 @@ def test_every_scheduler_converges_or_has_a_reason_not_to(kind):
     if kind in RANDOM:
         scheduler = getattr(minidiff, kind)()
         plan = scheduler.plan(4)
-        assert any(scheduler.wants_noise(plan, i) for i in range(len(plan.steps)))
+        assert any(scheduler.wants_noise(plan, i) for i in range(len(plan.coefficients)))
 
 
 @pytest.mark.parametrize("level", [0.1, 1.0, 30.0])

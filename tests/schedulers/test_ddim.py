@@ -54,7 +54,7 @@ def test_all_of_the_noise_and_none_of_the_signal():
     for schedule in SCHEDULES:
         scheduler = minidiff.DDIMScheduler(**options, beta_schedule=schedule)
         for steps in range(1, 60):
-            first = scheduler.plan(steps, eta=1.0).steps[0]
+            first = scheduler.plan(steps, eta=1.0).coefficients[0]
             assert 0 <= first.to_eps < 1e-3
 
 

@@ -57,7 +57,7 @@ def test_interleaved_runs_are_separate_runs(scheduler):
     def run(steps, first):
         plan, generator = scheduler.plan(steps), torch.Generator().manual_seed(steps)
         x, past = first, ()
-        for i in range(len(plan.steps)):
+        for i in range(len(plan.coefficients)):
             out = network(x, plan.timesteps[i])
             x, past = scheduler.advance(plan, i, x, out, past, scheduler.draw_noise(plan, i, x, generator))
             yield x
@@ -82,7 +82,7 @@ def test_threads_share_a_scheduler(scheduler):
 def test_a_step_changes_nothing_that_it_was_given(scheduler):
     plan = scheduler.plan(9)
     x, past = noise(), ()
-    for i in range(len(plan.steps)):
+    for i in range(len(plan.coefficients)):
         out = network(x, plan.timesteps[i])
         before = [tensor.clone() for tensor in (x, out, *_tensors(past))]
         after, next_past = scheduler.advance(plan, i, x, out, past, noise())
@@ -126,7 +126,7 @@ def test_nothing_in_a_step_waits_for_the_device(scheduler):
     x, past = noise().to("meta"), ()
     learned = str(scheduler.config.get("variance_type")).startswith("learned")
     with NothingWaits():
-        for i in range(len(plan.steps)):
+        for i in range(len(plan.coefficients)):
             shown = scheduler.scale_input(plan, i, x)
             out = torch.cat([shown, shown], dim=1) if learned else shown
             assert scheduler.denoised(plan, i, x, out).device.type == "meta"
@@ -143,7 +143,7 @@ def test_gradients_pass_through_a_run(scheduler):
     start = noise().requires_grad_()
     plan = scheduler.plan(5)
     x, past = start, ()
-    for i in range(len(plan.steps)):
+    for i in range(len(plan.coefficients)):
         x, past = scheduler.advance(plan, i, x, network(x, plan.timesteps[i]), past, noise())
     (gradient,) = torch.autograd.grad(x.sum(), start)
     assert gradient.isfinite().all() and gradient.abs().max() > 0
@@ -297,10 +297,10 @@ def test_previews_are_what_the_output_means(scheduler):
     """``denoised`` is the x0 that the network's output implies, by definition, for the x that it was shown."""
     plan = scheduler.plan(8)
     x, past = noise() * plan.init_noise_sigma, ()
-    for i in range(len(plan.steps)):
+    for i in range(len(plan.coefficients)):
         shown = scheduler.scale_input(plan, i, x)
         out = network(shown, plan.timesteps[i])
-        sigma = plan.steps[i].level.sigma if hasattr(plan.steps[i], "level") else plan.sigmas[i].item()
+        sigma = plan.coefficients[i].level.sigma if hasattr(plan.coefficients[i], "level") else plan.sigmas[i].item()
         alpha_bar = torch.as_tensor(1 / (1 + sigma**2), dtype=torch.float64)
         x0 = (shown - (1 - alpha_bar).sqrt() * out) / alpha_bar.sqrt()
         if type(scheduler).__name__ in ("DDPMScheduler", "DDIMScheduler"):
