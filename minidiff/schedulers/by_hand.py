@@ -12,7 +12,7 @@ import torch
 from torch import Generator, Tensor
 
 from minidiff.outputs import Output
-from minidiff.schedulers.core import Core, Grid, Plan, Update
+from minidiff.schedulers.core import Core, Grid, Plan, Update, alpha_sigma
 from minidiff.schedulers.mixin import SchedulerOutput
 from minidiff.schedulers.place import SHOWN, OfPlace, Place, place_of
 
@@ -215,8 +215,7 @@ class ByHand(Core):
         if key not in self._tables:  # one copy per device: a training loop must not upload the table at each step
             self._tables[key] = self.alphas_cumprod.to(*key)
         # Cast first and root after, as the reference does: in float16 the order decides the last bits.
-        alpha_bar = self._tables[key][timesteps.to(like.device).long()].reshape(-1, *[1] * (like.ndim - 1))
-        return alpha_bar**0.5, (1 - alpha_bar) ** 0.5
+        return alpha_sigma(self._tables[key][timesteps.to(like.device).long()].reshape(-1, *[1] * (like.ndim - 1)))
 
 
 class Stochastic:

@@ -1,6 +1,7 @@
 """The pure core of a scheduler: what a run will do, and one step of it.
 
-The core is three pure functions. Any number of threads may use one scheduler through them::
+Every function here is one of its arguments and the configuration alone, so any number of threads may use one scheduler
+through them. A run is ``plan``, then ``scale_input``, ``draw_noise`` and ``advance`` at each step::
 
     plan = scheduler.plan(20)
     x, past = plan.init_noise_sigma * noise, ()
@@ -10,10 +11,10 @@ The core is three pure functions. Any number of threads may use one scheduler th
 
 The step index i is the clock. A ``Plan`` holds every number a run will need, on the CPU and worked out before the run
 starts, so that a step is a few tensor operations and never waits for a device. ``past`` is an immutable tuple: what a
-multistep or multi-evaluation solver remembers.
+multistep or multi-evaluation solver remembers. Besides, ``start_at`` makes the plan of the rest of a run, ``denoised``
+says what clean sample the network means, ``level`` and ``noised`` how much noise a step begins with.
 """
 
-import copy
 import operator
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
@@ -26,7 +27,6 @@ from minidiff.configured import ConfigMixin
 from minidiff.noise import randn
 from minidiff.schedulers import noise_schedule
 from minidiff.schedulers.mixin import SchedulerMixin
-from minidiff.schedulers.place import Place
 from minidiff.schedulers.prediction import Thresholding
 
 
@@ -149,11 +149,20 @@ class Core(SchedulerMixin, ConfigMixin):
         """Return the clean x0 that the network's output ``out`` at step ``i`` implies (for previews)."""
         raise NotImplementedError
 
+    def level(self, plan: Plan, i: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+        """Return alpha and sigma, x = alpha x0 + sigma noise, where step ``i`` begins; N is after the last.
+
+        Both are () on the CPU and worked out in ``dtype``, as the reference does in that of the sample: rounded from
+        float64 to float32, sigma would be another number at 250 of 1000 timesteps (of linear betas; by 1e-7).
+        """
+        ended = i == len(plan.times)
+        alpha_bar = 1 / (plan.sigmas[i] ** 2 + 1) if ended else self.alphas_cumprod[int(plan.times[i])]
+        return alpha_sigma(alpha_bar.to(dtype))
+
     def noised(self, plan: Plan, x0: Tensor, noise: Tensor) -> Tensor:
         """Return the x (B, ...) that the run begins with when it begins at step ``plan.start`` from the clean x0."""
-        begun = copy.copy(self)  # the second face knows how to; a copy, because other threads may use this scheduler
-        begun._place = Place(plan, _begin_index=plan.start)
-        return begun.add_noise(x0, noise, plan.timesteps[plan.start].expand(len(x0)))
+        alpha, sigma = self.level(plan, plan.start, x0.dtype)
+        return alpha * x0 + sigma * noise
 
     def scale_input(self, plan: Plan, i: int, x: Tensor) -> Tensor:
         """Return what the network is shown at step ``i``: x itself unless the solver works on unscaled samples."""
@@ -237,6 +246,11 @@ class Core(SchedulerMixin, ConfigMixin):
 
     def __len__(self) -> int:
         return self.config.num_train_timesteps
+
+
+def alpha_sigma(alpha_bar: Tensor) -> tuple[Tensor, Tensor]:
+    """Return alpha and sigma, x = alpha x0 + sigma noise, of alpha_bar, in its type: in half precision it matters."""
+    return alpha_bar**0.5, (1 - alpha_bar) ** 0.5
 
 
 def _index(value: Any) -> int | None:

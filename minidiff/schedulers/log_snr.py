@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from minidiff.schedulers import noise_schedule
-from minidiff.schedulers.base import Grid, Scheduler
+from minidiff.schedulers.base import Grid, Plan, Scheduler
 
 
 class LogSnrScheduler(Scheduler):
@@ -63,6 +63,9 @@ class LogSnrScheduler(Scheduler):
         last = 0.0 if self._own().get("final_sigmas_type") == "zero" else sigma_min
         closed = np.append(sigmas, last).astype(np.float32)
         return Grid(torch.from_numpy(timesteps.astype(np.int64)), torch.from_numpy(closed))
+
+    def level(self, plan: Plan, i: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+        return self._alpha_sigma(plan.sigmas[i].to(dtype))
 
     def _alpha_sigma(self, sigma: Tensor) -> tuple[Tensor, Tensor]:
         """Return alpha_t and sigma_t of noise levels."""

@@ -127,6 +127,9 @@ class SigmaSpaceScheduler(Scheduler):
     def _x0(self, level: NoiseLevel, y: Tensor, out: Tensor) -> Tensor:
         return predict_x0_unscaled(self._predicts, y, out, *level)
 
+    def level(self, plan: Plan, i: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+        return torch.ones((), dtype=dtype), plan.sigmas[i].to(dtype)
+
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """Return x0 + sigma noise at timesteps (B,): those of the run, or before ``set_timesteps`` of training."""
         return original_samples + noise * self._levels_at(timesteps, original_samples)

@@ -12,6 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import minidiff
 from tests.schedulers.runs import by_hand, error, network, noise, pairwise, through_core
+from minidiff.schedulers.by_hand import ByHand
+from minidiff.schedulers.place import OfPlace
 
 SCHEDULERS = {
     "deis": minidiff.DEISMultistepScheduler(solver_order=3),
@@ -307,6 +309,44 @@ def test_previews_are_what_the_output_means(scheduler):
             x0 = x0.clamp(-1, 1)
         assert error(scheduler.denoised(plan, i, x, out), x0) < 1e-5  # measured 4e-7
         x, past = scheduler.advance(plan, i, x, out, past, noise())
+
+
+@every
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16])
+def test_a_level_is_what_noise_is_added_at(scheduler, dtype):
+    """In the type of the sample, as ``add_noise`` does it; and the level after the last step is that of the plan."""
+    scheduler.set_timesteps(8)
+    plan, x0, eps = scheduler.plan(8), noise(dtype), noise(dtype).flip(0)
+    for i in range(len(plan.times)):
+        alpha, sigma = scheduler.level(plan, i, dtype)
+        scheduler.set_begin_index(i)
+        added = scheduler.add_noise(x0, eps, plan.timesteps[[i, i]])
+        assert torch.equal(added, alpha * x0 + sigma * eps)
+        assert torch.equal(added, scheduler.noised(plan._replace(start=i), x0, eps))
+    alpha, sigma = scheduler.level(plan, len(plan.times))
+    assert (sigma / alpha).item() == pytest.approx(plan.sigmas[len(plan.times)].item(), rel=1e-7)  # measured 1e-8
+
+
+@every
+def test_the_core_knows_nothing_of_the_face(scheduler, monkeypatch):
+    """A whole run by the core's functions, with everything forbidden that loops by hand use."""
+    kind = type(scheduler)
+
+    def forbidden(self, *args):
+        raise AssertionError("the core used the face")
+
+    expected = through_core(scheduler, 9)
+    for cls in kind.__mro__:
+        for name in set(vars(cls)) & (set(vars(ByHand)) | {"timesteps", "sigmas"}):
+            if not name.startswith("__"):
+                value = property(forbidden) if isinstance(vars(cls)[name], property | OfPlace) else forbidden
+                monkeypatch.setattr(cls, name, value)
+    assert torch.equal(through_core(scheduler, 9), expected)
+    plan = scheduler.start_at(scheduler.plan(9), 4)
+    assert scheduler.noised(plan, noise(), noise()).isfinite().all()
+    assert scheduler.denoised(plan, 4, noise(), noise()).isfinite().all()
+    with pytest.raises(AssertionError, match="used the face"):
+        scheduler.set_timesteps(9)
 
 
 def test_dynamic_thresholding_keeps_pictures_apart():
