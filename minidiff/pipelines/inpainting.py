@@ -177,14 +177,8 @@ class Inpainting(InpaintByHand, FromImage):
 def levels_after(scheduler: Scheduler | ByFace, plan: Plan) -> list[tuple[float, float]] | None:
     """Return α and σ of the noise levels after each step of a plan, from ``plan.start``, but the last.
 
-    All schedulers add noise as x = α x0 + σ noise. Two numbers per step, known before the run, spare the loop the look
-    into the scheduler's tables, which wait for the device. None if ``add_noise`` is somebody else's.
+    None if ``add_noise`` is somebody else's.
     """
     if isinstance(scheduler, ByFace):
         return None
-    plan = plan._replace(timesteps=plan.timesteps.cpu())
-    x0, noise = torch.eye(2, dtype=torch.float64)
-    return [
-        tuple(scheduler.noised(plan._replace(start=i), x0, noise).tolist())
-        for i in range(plan.start + 1, len(plan.coefficients))
-    ]
+    return [tuple(map(float, scheduler.level(plan, i))) for i in range(plan.start + 1, len(plan.coefficients))]
