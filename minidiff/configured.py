@@ -44,6 +44,9 @@ def register_to_config(init: Callable[..., None]) -> Callable[..., None]:
         given = set(bound.arguments)
         bound.apply_defaults()
         fields = {name: bound.arguments[name] for name in _parameters(init) if name not in self.ignore_for_config}
+        for name in set(fields) & set(self.renames):
+            theirs, meant = self.renames[name]
+            fields[name] = meant if fields[name] in theirs else fields[name]
         if defaults := sorted(set(fields) - given):
             fields["_use_default_values"] = defaults
         self.register_to_config(**annotations, **fields)
@@ -57,6 +60,7 @@ class ConfigMixin:
 
     config_name: ClassVar[str | None] = None  # the name of the file
     ignore_for_config: ClassVar[Sequence[str]] = ()  # arguments of the constructor that are not recorded
+    renames: ClassVar[Mapping[str, tuple[Sequence[Any], Any]]] = {}  # field: other classes' values, and what to record
     has_compatibles: ClassVar[bool] = False  # whether other classes may be made from this one's configuration
     _deprecated_kwargs: ClassVar[Sequence[str]] = ()
     _internal_dict: Config  # the reference's name, which pipelines written for it assign

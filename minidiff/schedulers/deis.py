@@ -7,8 +7,8 @@ predicted there. Zhang & Chen 2023, https://arxiv.org/abs/2204.13902, the log-rh
 ``diffusers.DEISMultistepScheduler``. Order 1 is DDIM.
 """
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -52,6 +52,10 @@ class DEISMultistepScheduler(LogSnrScheduler):
     """
 
     prediction_types = ("epsilon", "sample", "v_prediction", "flow_prediction")
+    renames: ClassVar[Mapping[str, Any]] = {  # what the files of DPM-Solver and UniPC say
+        "algorithm_type": (("dpmsolver", "dpmsolver++"), "deis"),
+        "solver_type": (("midpoint", "heun", "bh1", "bh2"), "logrho"),
+    }
 
     @register_to_config
     def __init__(
@@ -79,12 +83,6 @@ class DEISMultistepScheduler(LogSnrScheduler):
         use_dynamic_shifting: bool = False,
         time_shift_type: str = "exponential",
     ) -> None:
-        renamed = {}  # what the files of DPM-Solver and UniPC say
-        if algorithm_type in ("dpmsolver", "dpmsolver++"):
-            renamed["algorithm_type"] = "deis"
-        if solver_type in ("midpoint", "heun", "bh1", "bh2"):
-            renamed["solver_type"] = "logrho"
-        self.register_to_config(**renamed)
         self._require("algorithm_type", ("deis",))
         self._require("solver_type", ("logrho",))
         self._require("solver_order", (1, 2, 3))

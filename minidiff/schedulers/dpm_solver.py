@@ -17,8 +17,8 @@ Lu et al. 2022, https://arxiv.org/abs/2206.00927 (DPM-Solver) and https://arxiv.
 """
 
 import math
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -92,17 +92,14 @@ class DpmSolver(LogSnrScheduler):
     """Base of the two variants: the noise levels of a run and what the network predicts."""
 
     prediction_types = ("epsilon", "sample", "v_prediction", "flow_prediction")
+    renames: ClassVar[Mapping[str, Any]] = {  # what the files of DEIS and UniPC say
+        "algorithm_type": (("deis",), "dpmsolver++"),
+        "solver_type": (("logrho", "bh1", "bh2"), "midpoint"),
+    }
     plan_inputs = ("timesteps",)
     algorithms: tuple[str, ...] = ()
 
     def __init__(self) -> None:
-        # What the files of DEIS and UniPC say; register what it stands for here.
-        renamed = {}
-        if self.config.algorithm_type == "deis":
-            renamed["algorithm_type"] = "dpmsolver++"
-        if self.config.solver_type in ("logrho", "bh1", "bh2"):
-            renamed["solver_type"] = "midpoint"
-        self.register_to_config(**renamed)
         config = self.config
         self._require("algorithm_type", self.algorithms)
         self._require("solver_type", ("midpoint", "heun"))

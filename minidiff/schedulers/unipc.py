@@ -16,8 +16,8 @@ Order 1 without corrector is DDIM.
 """
 
 import math
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -73,6 +73,9 @@ class UniPCMultistepScheduler(LogSnrScheduler):
     """
 
     prediction_types = ("epsilon", "sample", "v_prediction", "flow_prediction")
+    renames: ClassVar[Mapping[str, Any]] = {
+        "solver_type": (("midpoint", "heun", "logrho"), "bh2")
+    }  # of DPM-Solver, DEIS
     plan_inputs = ("sigmas", "mu")
 
     @register_to_config
@@ -108,8 +111,6 @@ class UniPCMultistepScheduler(LogSnrScheduler):
         sigma_max: float | None = None,
         shift_terminal: float | None = None,
     ) -> None:
-        if solver_type in ("midpoint", "heun", "logrho"):  # what the files of DPM-Solver and DEIS say
-            self.register_to_config(solver_type="bh2")
         self.register_to_config(disable_corrector=list(disable_corrector))  # a list, as it comes from a file
         if not predict_x0:
             self._require("prediction_type", self.prediction_types[:3])
