@@ -161,6 +161,8 @@ class ByHand(Core):
     @cached_property
     def _training_plan(self) -> Plan:
         """Every training timestep, which ``step`` visits if ``set_timesteps`` was not called, as in the reference."""
+        if self.order > 1:  # visits most of them twice
+            return self.plan(len(self))
         return self._plan_of(self._training_grid(), len(self), None, 0, {})
 
     def _require_trained(self, timestep: float, times: Sequence[float]) -> None:
@@ -196,16 +198,6 @@ class ByHand(Core):
             raise ValueError(_absent(value, times)) from None
         twice = times[first + 1 : first + 2] == (value,)  # timesteps never ascend, so equal ones are neighbours
         return first + 1 if twice and first > 0 else first
-
-    def _levels_at(self, timesteps: Tensor, like: Tensor) -> Tensor:
-        """Return noise levels at timesteps (B,) of the run (before it: of training), shaped like ``like`` (B, ...)."""
-        if self._plan is None:
-            index = len(self) - 1 - timesteps.reshape(-1).long()  # the training grid begins with its last timestep
-        elif self._begin_index is None:
-            index = [self._index_of(t) for t in timesteps.reshape(-1).tolist()]
-        else:  # image-to-image noises to the level it begins at, inpainting to the one it has reached
-            index = [self._begin_index if self._step_index is None else self._step_index] * timesteps.numel()
-        return self.sigmas.to(like.device, like.dtype)[index].reshape(-1, *[1] * (like.ndim - 1))
 
     def _alpha_sigma_at(self, timesteps: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """Return sqrt(alpha_bar_t) and sqrt(1 - alpha_bar_t), shaped to broadcast over ``like`` (B, ...)."""

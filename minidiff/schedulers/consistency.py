@@ -23,10 +23,6 @@ class ConsistencyScheduler(Scheduler):
     plan_inputs = ("timesteps", "original_inference_steps", "strength")
     run_options: ClassVar[Mapping[str, Any]] = {}
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.final_alpha_cumprod = torch.tensor(1.0) if self.config.set_alpha_to_one else self.alphas_cumprod[0]
-
     def _grid(
         self,
         count: int,
@@ -48,8 +44,7 @@ class ConsistencyScheduler(Scheduler):
         else:
             times = noise_schedule.custom_timesteps(timesteps, self.config.num_train_timesteps)
             times = times[count - min(int(count * strength), count) :]
-        alpha_bar = torch.cat([self.alphas_cumprod[times], torch.ones(1)])
-        return Grid(times, ((1 - alpha_bar) / alpha_bar) ** 0.5)
+        return self._grid_of(times)
 
     def _distilled(self, original_steps: int | None, strength: float) -> np.ndarray:
         """Return the timesteps of distillation, smallest first, up to ``strength``."""

@@ -84,6 +84,8 @@ class Core(SchedulerMixin, ConfigMixin):
         )
         self.alphas = 1.0 - self.betas
         self.alphas_cumprod = torch.cumprod(self.alphas, dim=0)  # alpha_bar
+        if "set_alpha_to_one" in config:
+            self.final_alpha_cumprod = torch.tensor(1.0) if config.set_alpha_to_one else self.alphas_cumprod[0]
         self._tables: dict[tuple[torch.device, torch.dtype], Tensor] = {}
 
     @property
@@ -218,17 +220,26 @@ class Core(SchedulerMixin, ConfigMixin):
         plan = Plan(timesteps, grid.sigmas, (), times, count, sigma, start, {**self.run_options, **options})
         return plan._replace(coefficients=self._coefficients(plan))
 
-    # ---- what solvers share: tables of training -----------------------------------------------------------------
+    # ---- what solvers share: timesteps and tables of training ---------------------------------------------------
+
+    def _spaced_timesteps(self, count: int, **how: Any) -> Tensor:
+        """Return ``count`` timesteps as the configuration spaces them; see ``noise_schedule.spaced_timesteps``."""
+        own = self._own()
+        spacing, offset = own.get("timestep_spacing", "linspace"), own.get("steps_offset", 0)
+        return noise_schedule.spaced_timesteps(spacing, count, len(self), offset, **how)
+
+    def _grid_of(self, times: Tensor, final: Tensor | None = None) -> Grid:
+        """Return the grid of training timesteps (N,), at whose end alpha_bar is ``final``, by default 1."""
+        alpha_bar = torch.cat([self.alphas_cumprod[times], torch.ones(1) if final is None else final[None]])
+        return Grid(times, noise_schedule.noise_level(alpha_bar))
 
     def _training_grid(self) -> Grid:
         """Return every training timestep, last first."""
-        sigmas = ((1 - self.alphas_cumprod) / self.alphas_cumprod) ** 0.5
-        last_first = torch.arange(len(self.alphas_cumprod) - 1, -1, -1)
-        return Grid(last_first, torch.cat([sigmas.flip(0), torch.zeros(1)]))
+        return self._grid_of(torch.arange(len(self.alphas_cumprod) - 1, -1, -1))
 
     def _training_sigmas(self) -> np.ndarray:
         """Return the noise levels of training, smallest first (T,), float32."""
-        return (((1 - self.alphas_cumprod) / self.alphas_cumprod) ** 0.5).numpy()
+        return noise_schedule.noise_level(self.alphas_cumprod).numpy()
 
     def _alpha_bar(self, times: Sequence[float]) -> Tensor:
         """Return alpha_bar (N,) at timesteps, and ``final_alpha_cumprod`` where they have gone below 0."""

@@ -17,7 +17,6 @@ import torch
 from torch import Generator, Tensor
 
 from minidiff.configured import register_to_config
-from minidiff.schedulers import noise_schedule
 from minidiff.schedulers.base import Grid, Plan, Scheduler, SchedulerOutput, Update
 from minidiff.schedulers.prediction import Scalar, predict_eps, predict_x0, weighted_sum
 
@@ -61,15 +60,9 @@ class DDIMScheduler(Scheduler):
         rescale_betas_zero_snr: bool = False,
     ) -> None:
         super().__init__()
-        self.final_alpha_cumprod = torch.tensor(1.0) if set_alpha_to_one else self.alphas_cumprod[0]
 
     def _grid(self, count: int) -> Grid:
-        config = self.config
-        times = noise_schedule.spaced_timesteps(
-            config.timestep_spacing, count, config.num_train_timesteps, config.steps_offset
-        )
-        alpha_bar = torch.cat([self.alphas_cumprod[times], self.final_alpha_cumprod[None]])
-        return Grid(times, ((1 - alpha_bar) / alpha_bar) ** 0.5)
+        return self._grid_of(self._spaced_timesteps(count), self.final_alpha_cumprod)
 
     def _coefficients(self, plan: Plan) -> tuple[DDIMStep, ...]:
         eta = plan.options["eta"]

@@ -78,14 +78,8 @@ class DDPMScheduler(Stochastic, Scheduler):
 
     def _grid(self, count: int, timesteps: Sequence[int] | None = None) -> Grid:
         if timesteps is None:
-            config = self.config
-            times = noise_schedule.spaced_timesteps(
-                config.timestep_spacing, count, config.num_train_timesteps, config.steps_offset
-            )
-        else:
-            times = noise_schedule.custom_timesteps(timesteps, self.config.num_train_timesteps)
-        alpha_bar = self.alphas_cumprod[times]
-        return Grid(times, torch.cat([((1 - alpha_bar) / alpha_bar) ** 0.5, torch.zeros(1)]))
+            return self._grid_of(self._spaced_timesteps(count))
+        return self._grid_of(noise_schedule.custom_timesteps(timesteps, len(self)))
 
     def _coefficients(self, plan: Plan) -> tuple[DDPMStep, ...]:
         alpha_bar_t = self.alphas_cumprod[list(plan.times)]

@@ -16,10 +16,8 @@ from torch import Tensor
 
 from minidiff.configured import register_to_config
 from minidiff.errors import ConfigError
-from minidiff.schedulers import noise_schedule
-from minidiff.schedulers.base import Grid, Plan, Update
-from minidiff.schedulers.dpm_solver import remembered
-from minidiff.schedulers.log_snr import LogSnrScheduler
+from minidiff.schedulers.base import Plan, Update
+from minidiff.schedulers.log_snr import LogSnrScheduler, remembered
 from minidiff.schedulers.prediction import Scalar, predict_eps, predict_x0, weighted_sum
 
 
@@ -51,7 +49,6 @@ class DEISMultistepScheduler(LogSnrScheduler):
     nothing.
     """
 
-    prediction_types = ("epsilon", "sample", "v_prediction", "flow_prediction")
     renames: ClassVar[Mapping[str, Any]] = {  # what the files of DPM-Solver and UniPC say
         "algorithm_type": (("dpmsolver", "dpmsolver++"), "deis"),
         "solver_type": (("midpoint", "heun", "bh1", "bh2"), "logrho"),
@@ -100,27 +97,11 @@ class DEISMultistepScheduler(LogSnrScheduler):
         """Plan a run (``mu`` is refused: there is no dynamic shifting); see ``Scheduler.set_timesteps``."""
         self._begin(self.plan(num_inference_steps, device=device, mu=mu))
 
-    def _grid(self, count: int) -> Grid:
-        config, training = self.config, self._training_sigmas()
-        if config.use_flow_sigmas:
-            levels = 1.0 - np.linspace(1, 1 / config.num_train_timesteps, count + 1)
-            levels = (config.flow_shift * levels / (1 + (config.flow_shift - 1) * levels))[::-1][:-1]
-            return self._closed(levels * config.num_train_timesteps, levels, levels[-1])
-        if self._respace is not None:
-            levels = self._respaced(count)
-            times = noise_schedule.sigma_to_timestep(levels, np.log(training))
-            return self._closed(times.round() if config.use_karras_sigmas else times, levels, levels[-1])
-        times = noise_schedule.spaced_timesteps(
-            config.timestep_spacing, count, config.num_train_timesteps, config.steps_offset, extra=True
-        ).numpy()
-        return self._closed(times, np.interp(times, np.arange(len(training)), training), training[0])
-
     def _coefficients(self, plan: Plan) -> tuple[DEISStep, ...]:
         alpha, sigma = self._alpha_sigma(plan.sigmas)
         h = (alpha.log() - sigma.log()).diff()
         to_x, first = alpha[1:] / alpha[:-1], -(sigma[1:] * (torch.exp(h) - 1.0))
-        seen = plan.sigmas if self.config.prediction_type == "flow_prediction" else sigma
-        rho, h = (sigma / alpha).numpy(), h.tolist()
+        seen, rho, h = self._seen_sigma(plan, sigma), (sigma / alpha).numpy(), h.tolist()
         steps = []
         for k in range(len(plan.times)):
             order = self._order(plan, h, k)

@@ -16,7 +16,6 @@ and d_1, d_2 the further integrals of the exponential (``heun``), or d_1 = d_0 /
 Lu et al. 2022, https://arxiv.org/abs/2206.00927 (DPM-Solver) and https://arxiv.org/abs/2211.01095 (DPM-Solver++).
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
@@ -91,7 +90,6 @@ class Transitions:
 class DpmSolver(LogSnrScheduler):
     """Base of the two variants: the noise levels of a run and what the network predicts."""
 
-    prediction_types = ("epsilon", "sample", "v_prediction", "flow_prediction")
     renames: ClassVar[Mapping[str, Any]] = {  # what the files of DEIS and UniPC say
         "algorithm_type": (("deis",), "dpmsolver++"),
         "solver_type": (("logrho", "bh1", "bh2"), "midpoint"),
@@ -135,43 +133,28 @@ class DpmSolver(LogSnrScheduler):
         self._begin(self.plan(num_inference_steps, device=device, mu=mu, timesteps=timesteps))
 
     def _grid(self, count: int, timesteps: Sequence[int] | None = None) -> Grid:
-        config, training = self.config, self._training_sigmas()
-        respaced = self._respace is not None or config.get("use_lu_lambdas")
-        if timesteps is not None and (respaced or config.use_flow_sigmas):
+        lu, flow = self.config.get("use_lu_lambdas"), self.config.use_flow_sigmas
+        if timesteps is not None and (lu or flow or self._respace is not None):
             raise ValueError("timesteps= cannot be combined with Karras, exponential, beta, Lu or flow sigmas")
-        if config.use_flow_sigmas:
-            levels = 1.0 - np.linspace(1, 1 / config.num_train_timesteps, count + 1)
-            levels = (config.flow_shift * levels / (1 + (config.flow_shift - 1) * levels))[::-1][:-1]
-            return self._closed(levels * config.num_train_timesteps, levels, training[0])
-        if respaced:
-            levels = self._respaced(count) if self._respace is not None else self._lu(count, np.log(training))
-            times = noise_schedule.sigma_to_timestep(levels, np.log(training))
-            return self._closed(times.round() if self._rounds() else times, levels, training[0])
         if timesteps is not None:
-            times = noise_schedule.custom_timesteps(timesteps, config.num_train_timesteps).numpy()
-        else:
-            times = self._spaced(count)
-        return self._closed(times, np.interp(times, np.arange(len(training)), training), training[0])
+            return self._time_grid(noise_schedule.custom_timesteps(timesteps, len(self)))
+        return self._level_grid(self._lu(count, np.log(self._training_sigmas()))) if lu else super()._grid(count)
 
-    def _spaced(self, count: int) -> np.ndarray:
+    def _least(self, levels: np.ndarray) -> float:
+        return self._training_sigmas()[0]
+
+    def _spaced_timesteps(self, count: int, **how: Any) -> Tensor:
         """Return ``count`` timesteps from the noisiest that ``lambda_min_clipped`` leaves (cosine schedules)."""
-        config, alpha_bar = self.config, self.alphas_cumprod
+        alpha_bar = self.alphas_cumprod
         lam = torch.sqrt(alpha_bar).log() - torch.sqrt(1 - alpha_bar).log()
-        clipped = torch.searchsorted(lam.flip(0), config.lambda_min_clipped).item()
-        spacing, offset = self._own().get("timestep_spacing", "linspace"), self._own().get("steps_offset", 0)
-        return noise_schedule.spaced_timesteps(
-            spacing, count, config.num_train_timesteps, offset, extra=True, last=config.num_train_timesteps - clipped
-        ).numpy()
+        clipped = torch.searchsorted(lam.flip(0), self.config.lambda_min_clipped).item()
+        return super()._spaced_timesteps(count, last=len(self) - clipped, **how)
 
     @staticmethod
     def _lu(count: int, log_sigmas: np.ndarray) -> np.ndarray:
         """Return noise levels evenly spaced in lambda: Lu et al. 2022 (++), section 5.2, with rho = 1."""
         low, high = log_sigmas[0].item(), log_sigmas[-1].item()
         return np.exp(high + np.linspace(0, 1, count) * (low - high))
-
-    def _rounds(self) -> bool:
-        """Say whether timesteps of respaced levels are rounded; otherwise their fraction is cut off."""
-        return bool(self.config.use_karras_sigmas)
 
     def _transitions(self, plan: Plan) -> Transitions:
         alpha, sigma = self._alpha_sigma(plan.sigmas)
@@ -202,15 +185,3 @@ class DpmSolver(LogSnrScheduler):
 
     def wants_noise(self, plan: Plan, i: int) -> bool:
         return self.config.algorithm_type.startswith("sde")
-
-    def _seen_sigma(self, plan: Plan, sigma: Tensor) -> Tensor:
-        """Return the sigma of each input, which for a flow's prediction is the noise level itself."""
-        return plan.sigmas if self.config.prediction_type == "flow_prediction" else sigma
-
-
-def remembered(h: Sequence[float], start: int, k: int) -> int:
-    """Return how many predictions before the k-th differ in noise level, counted back from it to the run's start."""
-    count = 0
-    while k - count > start and h[k - count - 1] and not math.isnan(h[k - count - 1]):
-        count += 1
-    return count

@@ -24,7 +24,8 @@ from torch import Generator, Tensor
 from minidiff.configured import register_to_config
 from minidiff.noise import randn
 from minidiff.schedulers.base import Plan, SchedulerOutput, Update
-from minidiff.schedulers.dpm_solver import DpmSolver, DPMSolverStep, Transitions, remembered
+from minidiff.schedulers.dpm_solver import DpmSolver, DPMSolverStep, Transitions
+from minidiff.schedulers.log_snr import remembered
 from minidiff.schedulers.prediction import Scalar, weighted_sum
 from minidiff.schedulers.sigma_space import upcast
 

@@ -22,7 +22,8 @@ from torch import Tensor
 
 from minidiff.configured import register_to_config
 from minidiff.schedulers.base import Plan, Stochastic, Update
-from minidiff.schedulers.dpm_solver import DpmSolver, DPMSolverStep, Transitions, remembered
+from minidiff.schedulers.dpm_solver import DpmSolver, DPMSolverStep, Transitions
+from minidiff.schedulers.log_snr import remembered
 from minidiff.schedulers.prediction import Scalar, weighted_sum
 
 

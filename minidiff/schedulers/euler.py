@@ -17,7 +17,6 @@ import torch
 from torch import Generator, Tensor
 
 from minidiff.configured import register_to_config
-from minidiff.schedulers import noise_schedule
 from minidiff.schedulers.base import Grid, Plan, SchedulerOutput, Update
 from minidiff.schedulers.prediction import Scalar
 from minidiff.schedulers.sigma_space import NoiseLevel, SigmaSpaceScheduler, noise_levels, upcast
@@ -81,24 +80,21 @@ class EulerDiscreteScheduler(SigmaSpaceScheduler):
         self, count: int, timesteps: Sequence[float] | None = None, sigmas: Sequence[float] | None = None
     ) -> Grid:
         if sigmas is None:
-            times, spaced = self._spaced(count, timesteps)
             last = 0.0 if self.config.final_sigmas_type == "zero" else self._training_sigmas()[0]
-            closed = np.append(spaced, last).astype(np.float32)
+            grid = self._closed(*self._spaced(count, timesteps), last)
         else:
-            closed = np.asarray(sigmas, dtype=np.float32)
-            falls = np.diff(closed) < 0  # the last may be repeated, as final_sigmas_type="sigma_min" repeats it
-            if closed.ndim != 1 or not falls[:-1].all() or closed[-1] > closed[-2]:
+            given = np.asarray(sigmas, dtype=np.float32)
+            falls = np.diff(given) < 0  # the last may be repeated, as final_sigmas_type="sigma_min" repeats it
+            if given.ndim != 1 or len(given) < 2 or not falls[:-1].all() or given[-1] > given[-2]:
                 raise ValueError(f"sigmas should descend, and end with the level after the last step; found {sigmas!r}")
-            times = noise_schedule.sigma_to_timestep(closed[:-1], np.log(self._training_sigmas()))
-        closed = torch.from_numpy(closed)
-        if self._tells_log_sigma():
-            return Grid(0.25 * closed[:-1].log(), closed)
-        return Grid(torch.from_numpy(times.astype(np.float32)), closed)
+            grid = self._closed(self._times_of(given[:-1]), given[:-1], given[-1])
+        return Grid(0.25 * grid.sigmas[:-1].log(), grid.sigmas) if self._tells_log_sigma() else grid
 
-    def _interpolated(self, times: np.ndarray, training: np.ndarray) -> np.ndarray:
+    def _levels_of(self, times: np.ndarray) -> np.ndarray:
         if self.config.interpolation_type == "linear":
-            return super()._interpolated(times, training)
+            return super()._levels_of(times)
         # One level more than there are timesteps, so such a run ends one level before the last: the reference's way.
+        training = self._training_sigmas()
         ends = np.log(training[-1]).item(), np.log(training[0]).item()
         return torch.linspace(*ends, len(times) + 1).exp().numpy()
 

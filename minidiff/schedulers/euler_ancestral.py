@@ -11,7 +11,6 @@ From k-diffusion (https://github.com/crowsonkb/k-diffusion). Checked against
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -61,8 +60,7 @@ class EulerAncestralDiscreteScheduler(Stochastic, SigmaSpaceScheduler):
         super().__init__()
 
     def _grid(self, count: int) -> Grid:
-        times, sigmas = self._spaced(count)
-        return Grid(torch.from_numpy(times), torch.from_numpy(np.append(sigmas, 0.0).astype(np.float32)))
+        return self._closed(*self._spaced(count))
 
     def _coefficients(self, plan: Plan) -> tuple[EulerAncestralStep, ...]:
         sigma = plan.sigmas[:-1]

@@ -9,10 +9,8 @@ Karras et al. 2022, https://arxiv.org/abs/2206.00364, Algorithm 1. Checked again
 """
 
 from collections.abc import Sequence
-from functools import cached_property
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -73,11 +71,9 @@ class HeunDiscreteScheduler(SigmaSpaceScheduler):
         return Thresholding(limit=self.config.clip_sample_range if self.config.clip_sample else None)
 
     def _grid(self, count: int, timesteps: Sequence[float] | None = None) -> Grid:
-        times, spaced = self._spaced(count, timesteps)
-        sigmas = torch.from_numpy(np.append(spaced, 0.0).astype(np.float32))
-        twice = torch.from_numpy(times.astype(np.float32))
+        times, sigmas = self._closed(*self._spaced(count, timesteps))
         return Grid(
-            torch.cat([twice[:1], twice[1:].repeat_interleave(2)]),
+            torch.cat([times[:1], times[1:].repeat_interleave(2)]),
             torch.cat([sigmas[:1], sigmas[1:-1].repeat_interleave(2), sigmas[-1:]]),
         )
 
@@ -86,10 +82,6 @@ class HeunDiscreteScheduler(SigmaSpaceScheduler):
         corrects = [(i - plan.start) % 2 == 1 for i in range(len(moves))]
         moves = [moves[i - 1] if second else moves[i] for i, second in enumerate(corrects)]
         return tuple(map(HeunStep, noise_levels(plan.sigmas[:-1]), corrects, moves))
-
-    @cached_property
-    def _training_plan(self) -> Plan:
-        return self.plan(len(self))
 
     def _x0(self, level: NoiseLevel, y: Tensor, out: Tensor) -> Tensor:
         return self._thresholding(super()._x0(level, y, out))

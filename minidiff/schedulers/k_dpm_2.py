@@ -13,7 +13,6 @@ DPM-Solver-2 of Karras et al. 2022, https://arxiv.org/abs/2206.00364, in the for
 """
 
 from collections.abc import Sequence
-from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,7 +20,6 @@ import torch
 from torch import Tensor
 
 from minidiff.configured import register_to_config
-from minidiff.schedulers import noise_schedule
 from minidiff.schedulers.base import Grid, Plan, Stochastic, Update
 from minidiff.schedulers.euler_ancestral import ancestral
 from minidiff.schedulers.prediction import Scalar
@@ -70,17 +68,13 @@ class KDPM2DiscreteScheduler(SigmaSpaceScheduler):
         self._require_training(num_train_timesteps)
         self._begin(self.plan(num_inference_steps, device=device))
 
-    @cached_property
-    def _training_plan(self) -> Plan:
-        return self.plan(len(self))
-
     def _grid(self, count: int) -> Grid:
         times, spaced = self._spaced(count)
         if self.config.use_karras_sigmas:
             times = times.round()
         sigmas = torch.from_numpy(np.append(spaced, 0.0).astype(np.float32))
         middle = self._middles(sigmas)[:-1].numpy()  # the last step has none
-        middle = noise_schedule.sigma_to_timestep(middle, np.log(self._training_sigmas()), single=True)
+        middle = self._times_of(middle, single=True)
         told = np.stack([middle.astype(times.dtype), times[1:]], axis=1)
         return Grid(
             torch.from_numpy(np.concatenate([times[:1], told.ravel()])),
@@ -102,15 +96,15 @@ class KDPM2DiscreteScheduler(SigmaSpaceScheduler):
         middle[-1] = 0.0  # the last step goes all the way at once
         start, middle_at = noise_levels(sigmas[:-1]), noise_levels(middle)
         first, whole, nothing = middle - sigmas[:-1], to - sigmas[:-1], torch.zeros(())
-        steps = []
+        steps: list[KDPM2Step] = []
         for i in range(len(plan.times)):
-            n = (i + 1) // 2 if (i - plan.start) % 2 == 0 else (i - 1) // 2
-            finishes = (i - plan.start) % 2 == 1
-            steps.append(
-                KDPM2Step(middle_at[n], True, whole[n], up[n])
-                if finishes
-                else KDPM2Step(start[n], False, first[n], nothing)
-            )
+            # Evaluation 2 n begins step n, 2 n + 1 finishes it. A run that is started between the two begins the next.
+            if (i - plan.start) % 2 == 0:
+                n = (i + 1) // 2
+                steps.append(KDPM2Step(start[n], False, first[n], nothing))
+            else:
+                n = (i - 1) // 2
+                steps.append(KDPM2Step(middle_at[n], True, whole[n], up[n]))
         return tuple(steps)
 
     def _update(
@@ -127,23 +121,6 @@ class KDPM2DiscreteScheduler(SigmaSpaceScheduler):
 
 class KDPM2AncestralDiscreteScheduler(Stochastic, KDPM2DiscreteScheduler):
     """Sample with the midpoint method and fresh noise at every step but the last."""
-
-    @register_to_config
-    def __init__(
-        self,
-        num_train_timesteps: int = 1000,
-        beta_start: float = 0.00085,
-        beta_end: float = 0.012,
-        beta_schedule: str = "linear",
-        trained_betas: Sequence[float] | None = None,
-        use_karras_sigmas: bool = False,
-        use_exponential_sigmas: bool = False,
-        use_beta_sigmas: bool = False,
-        prediction_type: str = "epsilon",
-        timestep_spacing: str = "linspace",
-        steps_offset: int = 0,
-    ) -> None:
-        SigmaSpaceScheduler.__init__(self)
 
     def _targets(self, sigmas: Tensor) -> tuple[Tensor, Tensor]:
         down, up = ancestral(sigmas[:-1], sigmas[1:])

@@ -14,7 +14,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from minidiff.configured import register_to_config
@@ -94,9 +93,7 @@ class LMSDiscreteScheduler(SigmaSpaceScheduler):
         return (None, None) if self.config.use_karras_sigmas else super()._bounds()
 
     def _grid(self, count: int) -> Grid:
-        times, sigmas = self._spaced(count)
-        closed = np.append(sigmas, 0.0).astype(np.float32)
-        return Grid(torch.from_numpy(times.astype(np.float32)), torch.from_numpy(closed))
+        return self._closed(*self._spaced(count))
 
     def _coefficients(self, plan: Plan) -> tuple[LMSStep, ...]:
         order = plan.options["order"]

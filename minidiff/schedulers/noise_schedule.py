@@ -73,6 +73,11 @@ def rescale_zero_terminal_snr(betas: Tensor) -> Tensor:
     return 1 - torch.cat([alpha_bar[:1], alpha_bar[1:] / alpha_bar[:-1]])
 
 
+def noise_level(alpha_bar: Tensor) -> Tensor:
+    """Return sigma = sqrt((1 - alpha_bar) / alpha_bar), the ratio of noise to picture."""
+    return ((1 - alpha_bar) / alpha_bar) ** 0.5
+
+
 def training_betas(
     schedule: str,
     beta_start: float,

@@ -22,7 +22,6 @@ import torch
 from torch import Tensor
 
 from minidiff.configured import register_to_config
-from minidiff.schedulers import noise_schedule
 from minidiff.schedulers.base import Grid, Plan, Scheduler, Update
 from minidiff.schedulers.prediction import Scalar, predict_eps, predict_x0, weighted_sum
 
@@ -92,20 +91,14 @@ class PNDMScheduler(Scheduler):
         steps_offset: int = 0,
     ) -> None:
         super().__init__()
-        self.final_alpha_cumprod = torch.tensor(1.0) if set_alpha_to_one else self.alphas_cumprod[0]
 
     def _grid(self, count: int) -> Grid:
-        config = self.config
-        times = noise_schedule.spaced_timesteps(
-            config.timestep_spacing, count, config.num_train_timesteps, config.steps_offset
-        ).numpy()[::-1]  # smallest first
-        if config.skip_prk_steps:
+        times = self._spaced_timesteps(count).numpy()[::-1]  # smallest first
+        if self.config.skip_prk_steps:
             visits = np.concatenate([times[:-1], times[-2:-1], times[-1:]])[::-1]
         else:
             visits = np.concatenate([self._runge_kutta_times(times, count), times[:-3][::-1]])
-        visited = torch.from_numpy(visits.copy())
-        alpha_bar = torch.cat([self.alphas_cumprod[visited], self.final_alpha_cumprod[None]])
-        return Grid(visited, ((1 - alpha_bar) / alpha_bar) ** 0.5)
+        return self._grid_of(torch.from_numpy(visits.copy()), self.final_alpha_cumprod)
 
     def _runge_kutta_times(self, times: np.ndarray, count: int) -> np.ndarray:
         """Return the twelve timesteps of three Runge-Kutta steps over the four largest ``times``: t, t-d/2, t-d/2, t-d.

@@ -10,7 +10,7 @@ sigma' is the mean of y and x0 in the ratio of the levels:
 Karras et al. 2022, https://arxiv.org/abs/2206.00364, eq. 4 and Algorithm 1.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import ClassVar, NamedTuple
 
 import numpy as np
@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from minidiff.schedulers import noise_schedule
-from minidiff.schedulers.base import Plan, Scheduler
+from minidiff.schedulers.base import Grid, Plan
+from minidiff.schedulers.noise_levels import NoiseLevelScheduler
 from minidiff.schedulers.prediction import Scalar, predict_x0_unscaled
 
 
@@ -34,8 +35,7 @@ class NoiseLevel(NamedTuple):
 def noise_levels(sigmas: Tensor) -> list[NoiseLevel]:
     """Return the ``NoiseLevel`` of each of sigmas (N,)."""
     square = sigmas**2 + 1
-    columns = (sigmas, square**0.5, square, sigmas / square**0.5)
-    return [NoiseLevel(*numbers) for numbers in zip(*map(torch.unbind, columns), strict=True)]
+    return list(map(NoiseLevel, sigmas, square**0.5, square, sigmas / square**0.5))
 
 
 def upcast(x: Tensor) -> Tensor:
@@ -43,59 +43,35 @@ def upcast(x: Tensor) -> Tensor:
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 
-class SigmaSpaceScheduler(Scheduler):
+class SigmaSpaceScheduler(NoiseLevelScheduler):
     """Base of the solvers that work on unscaled samples. Their steps hold a ``level``: that of the network's input."""
 
     starts_ready = True
-    time_dtype = torch.float32
     refuses_indices: ClassVar[bool] = False  # step() refuses integers, which are never a timestep but often an index
-
-    def __init__(self) -> None:
-        super().__init__()
-        noise_schedule.chosen_spacing(self.config)  # raises if it asks for several
-        if self.config.get("rescale_betas_zero_snr"):
-            self.alphas_cumprod[-1] = noise_schedule.ALMOST_NO_SIGNAL  # so that the first sigma is finite
-
-    @property
-    def _respace(self) -> Callable[[float, float, int], np.ndarray] | None:
-        return noise_schedule.chosen_spacing(self._own())
 
     # ---- the noise levels of a run ------------------------------------------------------------------------------
 
     def _spaced(self, count: int, timesteps: Sequence[float] | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Return timesteps (N,) and noise levels (N,), largest first, without the last level."""
-        config = self.config
         if timesteps is not None:
             if self._respace is not None or self._tells_log_sigma():
                 raise ValueError("timesteps= cannot be combined with Karras, exponential, beta or continuous spacing")
-            times = noise_schedule.custom_timesteps(timesteps, config.num_train_timesteps, whole=False).numpy()
+            times = noise_schedule.custom_timesteps(timesteps, len(self), whole=False).numpy()
         else:
-            times = noise_schedule.spaced_timesteps(
-                config.timestep_spacing, count, config.num_train_timesteps, config.steps_offset
-            ).numpy()
-            if config.timestep_spacing == "linspace":  # these solvers do not round it
-                times = np.linspace(0, config.num_train_timesteps - 1, count, dtype=np.float32)[::-1]
+            times = self._spaced_timesteps(count).numpy()
+            if self.config.timestep_spacing == "linspace":  # these solvers do not round it
+                times = np.linspace(0, len(self) - 1, count, dtype=np.float32)[::-1]
         times = times.astype(np.float32)
-        training = self._training_sigmas()
-        sigmas = self._interpolated(times, training)
+        levels = self._levels_of(times)
         if self._respace is None:
-            return times, sigmas
-        low, high = self._bounds()
-        sigmas = self._respace(
-            sigmas[-1].item() if low is None else low, sigmas[0].item() if high is None else high, count
-        )
-        return noise_schedule.sigma_to_timestep(sigmas, np.log(training)), sigmas
+            return times, levels
+        levels = self._respaced(count, levels[-1].item(), levels[0].item())
+        return self._times_of(levels), levels
 
-    def _bounds(self) -> tuple[float | None, float | None]:
-        """Return the least and greatest noise level to respace between, None for those of the timesteps.
-
-        Only Euler has these fields; in another class's config they come from elsewhere, and count as in the reference.
-        """
-        return self.config.get("sigma_min"), self.config.get("sigma_max")
-
-    def _interpolated(self, times: np.ndarray, training: np.ndarray) -> np.ndarray:
-        """Return the noise levels (N,) at timesteps, which may lie between those of training."""
-        return np.interp(times, np.arange(len(training)), training)
+    def _closed(self, times: np.ndarray, levels: np.ndarray, last: float = 0.0) -> Grid:
+        """Add the level after the last step."""
+        closed = np.append(levels, last).astype(np.float32)
+        return Grid(torch.from_numpy(times.astype(np.float32)), torch.from_numpy(closed))
 
     def _tells_log_sigma(self) -> bool:
         """Say whether the network is told log(sigma) / 4 instead of a timestep, as in EDM."""
@@ -127,12 +103,8 @@ class SigmaSpaceScheduler(Scheduler):
     def _x0(self, level: NoiseLevel, y: Tensor, out: Tensor) -> Tensor:
         return predict_x0_unscaled(self._predicts, y, out, *level)
 
-    def level(self, plan: Plan, i: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
-        return torch.ones((), dtype=dtype), plan.sigmas[i].to(dtype)
-
-    def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """Return x0 + sigma noise at timesteps (B,): those of the run, or before ``set_timesteps`` of training."""
-        return original_samples + noise * self._levels_at(timesteps, original_samples)
+    def _alpha_sigma(self, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.ones((), dtype=sigma.dtype), sigma
 
     def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """Return v = alpha noise - sigma_t x0 at timesteps (B,).

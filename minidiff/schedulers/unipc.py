@@ -25,9 +25,8 @@ from torch import Tensor
 
 from minidiff.configured import register_to_config
 from minidiff.errors import ConfigError
-from minidiff.schedulers import noise_schedule
 from minidiff.schedulers.base import Grid, Plan, Update
-from minidiff.schedulers.log_snr import LogSnrScheduler
+from minidiff.schedulers.log_snr import LogSnrScheduler, remembered
 from minidiff.schedulers.prediction import Scalar, predict_eps, predict_x0, weighted_sum
 
 
@@ -72,7 +71,6 @@ class UniPCMultistepScheduler(LogSnrScheduler):
     reference: the last evaluation moves nothing. ``thresholding`` has an effect only with ``predict_x0``.
     """
 
-    prediction_types = ("epsilon", "sample", "v_prediction", "flow_prediction")
     renames: ClassVar[Mapping[str, Any]] = {
         "solver_type": (("midpoint", "heun", "logrho"), "bh2")
     }  # of DPM-Solver, DEIS
@@ -146,31 +144,16 @@ class UniPCMultistepScheduler(LogSnrScheduler):
             raise ValueError("sigmas= needs use_flow_sigmas=True, without Karras sigmas, which would replace them")
         if (mu is not None) != config.use_dynamic_shifting:
             raise ValueError(f"use_dynamic_shifting={config.use_dynamic_shifting}, mu={mu}: they go together")
-        if self._respace is not None:
-            return self._respaced_grid(count)
-        if config.use_flow_sigmas:
-            levels = self._flow_sigmas(count, sigmas, mu)
-            return self._closed(levels * config.num_train_timesteps, levels, levels[-1])
-        times = noise_schedule.spaced_timesteps(
-            config.timestep_spacing, count, config.num_train_timesteps, config.steps_offset, extra=True
-        ).numpy()
+        if not config.use_flow_sigmas:
+            return super()._grid(count)
+        if self._respace is None:
+            return self._flow_grid(self._flow_sigmas(count, sigmas, mu))
         training = self._training_sigmas()
-        return self._closed(times, np.interp(times, np.arange(len(training)), training), training[0])
-
-    def _respaced_grid(self, count: int) -> Grid:
-        levels = self._respaced(count)
-        if self.config.use_flow_sigmas:
-            levels = levels / (levels + 1)
-            return self._closed(levels * self.config.num_train_timesteps, levels, levels[-1])
-        times = noise_schedule.sigma_to_timestep(levels, np.log(self._training_sigmas()))
-        # The reference rounds with Karras sigmas and cuts off the fraction with the other two.
-        return self._closed(times.round() if self.config.use_karras_sigmas else times, levels, levels[-1])
+        levels = self._respaced(count, training[0].item(), training[-1].item())
+        return self._flow_grid(levels / (levels + 1))
 
     def _flow_sigmas(self, count: int, sigmas: Sequence[float] | None, mu: float | None) -> np.ndarray:
-        """Return the noise levels of flow matching, largest first, shifted towards the noisy end.
-
-        Esser et al. 2024, https://arxiv.org/abs/2403.03206, eq. 23, where ``flow_shift`` is alpha.
-        """
+        """Return the noise levels of flow matching, largest first, shifted towards the noisy end."""
         config = self.config
         if sigmas is None:
             levels = np.linspace(1, 1 / config.num_train_timesteps, count + 1)[:-1]
@@ -180,7 +163,7 @@ class UniPCMultistepScheduler(LogSnrScheduler):
             shift = math.exp(mu) if config.time_shift_type == "exponential" else mu
             levels = shift / (shift + (1 / levels - 1))
         else:
-            levels = config.flow_shift * levels / (1 + (config.flow_shift - 1) * levels)
+            levels = self._shifted(levels)
         if config.shift_terminal:
             scale = (1 - levels[-1]) / (1 - config.shift_terminal)
             levels = 1 - (1 - levels) / scale
@@ -191,23 +174,14 @@ class UniPCMultistepScheduler(LogSnrScheduler):
     # ---- the numbers of its steps -------------------------------------------------------------------------------
 
     def _coefficients(self, plan: Plan) -> tuple[UniPCStep, ...]:
-        count = len(plan.times)
         alpha, sigma = self._alpha_sigma(plan.sigmas)
         transitions = _Transitions(alpha, sigma, self.config.predict_x0, self.config.solver_type)
-        # x0 of a flow's prediction is x - sigma out with the noise level itself, whatever alpha and sigma are.
-        seen = plan.sigmas if self.config.prediction_type == "flow_prediction" else sigma
-        orders = self._orders(plan, transitions.h.tolist())
+        seen, orders = self._seen_sigma(plan, sigma), self._orders(plan, transitions.h.tolist())
         steps = []
-        for k in range(count):
+        for k, order in enumerate(orders):
             corrects = k > plan.start and k - 1 not in self.config.disable_corrector
-            steps.append(
-                UniPCStep(
-                    alpha[k],
-                    seen[k],
-                    transitions.corrector(k - 1, orders[k - 1]) if corrects else None,
-                    transitions.predictor(k, orders[k]),
-                )
-            )
+            corrector = transitions.corrector(k - 1, orders[k - 1]) if corrects else None
+            steps.append(UniPCStep(alpha[k], seen[k], corrector, transitions.predictor(k, order)))
         return tuple(steps)
 
     def _orders(self, plan: Plan, h: Sequence[float]) -> list[int]:
@@ -217,10 +191,9 @@ class UniPCMultistepScheduler(LogSnrScheduler):
         is infinitely long, is of order 1 even without ``lower_order_final``; and predictions at the two ends of a
         transition of length 0 (a timestep visited twice) are not differenced.
         """
-        orders, run = [], 0
+        orders = []
         for k in range(len(h)):
-            run = 0 if k <= plan.start else run + 1 if h[k - 1] else 0  # how many predictions lie before this one
-            order = min(self.config.solver_order, run + 1)
+            order = min(self.config.solver_order, remembered(h, plan.start, k) + 1)
             if self.config.lower_order_final:
                 order = min(order, len(h) - k)
             orders.append(1 if math.isinf(h[k]) or not h[k] else order)

@@ -14,7 +14,6 @@ from tests.theirs import diffusers
 
 KINDS = [name for name in minidiff.__all__ if name.endswith("Scheduler")]
 SIGMA_SPACE = [name for name in KINDS if "Discrete" in name]
-LOG_SNR = [name for name in KINDS if "step" in name]
 X, OUT = noise(torch.float32), network(noise(torch.float32), 500)
 
 
@@ -158,13 +157,6 @@ def test_where_a_timestep_is(name: str) -> None:
     among = torch.tensor([9.0, 5.0, 5.0, 1.0])
     for t in (9.0, 5.0, 1.0):
         assert ours.index_for_timestep(t, among) == theirs.index_for_timestep(t, among)
-
-
-@pytest.mark.parametrize("name", LOG_SNR)
-def test_tables_of_the_log_snr_solvers(name: str) -> None:
-    ours, theirs = both(name, beta_schedule="scaled_linear")
-    for table in ("alpha_t", "sigma_t", "lambda_t"):
-        assert torch.equal(getattr(ours, table), getattr(theirs, table))
 
 
 def test_noise_levels_whose_last_is_repeated() -> None:
