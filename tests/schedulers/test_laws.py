@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import minidiff
-from tests.schedulers.runs import by_hand, error, network, noise, pairwise, through_core
 from minidiff.schedulers.by_hand import ByHand
 from minidiff.schedulers.place import OfPlace
+from tests.schedulers.runs import by_hand, error, network, noise, pairwise, through_core
 
 SCHEDULERS = {
     "deis": minidiff.DEISMultistepScheduler(solver_order=3),
