@@ -28,7 +28,8 @@ from minidiff.checkpoints.model import refuse_pickles
 from minidiff.checkpoints.original.families import no_adapter
 from minidiff.config import Config
 from minidiff.errors import CheckpointError, shortened
-from minidiff.networks.clip import LEGACY_EOS, CLIPTextModel, clip_spec
+from minidiff.networks.clip import CLIPTextModel
+from minidiff.networks.specs.clip import LEGACY_EOS, clip_spec
 from minidiff.text.tokenizer import CLIPTokenizer
 
 logger = logging.getLogger("minidiff")

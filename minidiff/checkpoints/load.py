@@ -24,9 +24,9 @@ from torch.overrides import TorchFunctionMode
 from minidiff.checkpoints.hub import Weights
 from minidiff.checkpoints.names import unwrapped
 from minidiff.checkpoints.remap import Row, Spelling
-from minidiff.checkpoints.sniff import what_is
 from minidiff.compat.published import own_modules
 from minidiff.errors import CheckpointError, shortened
+from minidiff.sniff import what_is
 
 STORED_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 CHUNK = 2**20  # bytes converted at a time: a piece and its result stay in the processor's cache

@@ -17,15 +17,10 @@ up.1.resample.conv            up_blocks.1.upsamplers.0.conv            output_bl
 import itertools
 import re
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
 
 from minidiff.checkpoints.remap import CONV1X1, SAME, STACKED, TRANSPOSED, Op, Row
-
-if TYPE_CHECKING:
-    from minidiff.config import Config
-    from minidiff.networks.clip import CLIPSpec
-    from minidiff.networks.unet import UNetSpec
-    from minidiff.networks.vae import VAESpec
+from minidiff.config import Config
+from minidiff.networks.specs import CLIPSpec, UNetSpec, VAESpec
 
 UNET_PREFIX = "model.diffusion_model."
 VAE_PREFIX = "first_stage_model."
@@ -112,12 +107,12 @@ def _pixel_attention_rows(ours: str, hub: str, ldm: str, norm: bool = True) -> I
         yield from _layer(f"{ours}.self_attn.{part}", f"{hub}.{hub_part}", f"{ldm}.{ldm_part}", ldm_op=CONV1X1)
 
 
-def unet_rows(spec: "UNetSpec") -> list[Row]:
+def unet_rows(spec: UNetSpec) -> list[Row]:
     """Return the name table of a conditional UNet."""
     return list(_unet_rows(spec))
 
 
-def unconditional_unet_rows(spec: "UNetSpec", config: "Config") -> list[Row]:
+def unconditional_unet_rows(spec: UNetSpec, config: Config) -> list[Row]:
     """Return the name table of an unconditional UNet.
 
     Its column ``ldm`` repeats ``hub``: each code base these networks came from had a file format of its own, none of
@@ -127,7 +122,7 @@ def unconditional_unet_rows(spec: "UNetSpec", config: "Config") -> list[Row]:
     return [row._replace(ldm=row.hub, ldm_op=row.hub_op) for row in rows]
 
 
-def _time_and_class_rows(config: "Config") -> Iterator[Row]:
+def _time_and_class_rows(config: Config) -> Iterator[Row]:
     if config.time_embedding_type != "positional":
         yield _tensor("time_proj.weight", "time_proj.weight", "time_proj.weight")
     if config.class_embed_type == "timestep":
@@ -137,7 +132,7 @@ def _time_and_class_rows(config: "Config") -> Iterator[Row]:
         yield _tensor("class_embed.weight", "class_embedding.weight", "label_emb.weight")
 
 
-def _unet_rows(spec: "UNetSpec") -> Iterator[Row]:
+def _unet_rows(spec: UNetSpec) -> Iterator[Row]:
     p, last = UNET_PREFIX, len(spec.levels) - 1
     yield from _layer("time_embed.fc1", "time_embedding.linear_1", f"{p}time_embed.0")
     if spec.time_cond is not None:
@@ -199,7 +194,7 @@ def _unet_rows(spec: "UNetSpec") -> Iterator[Row]:
     yield from _layer("conv_out", "conv_out", f"{p}out.2")
 
 
-def _unet_middle_rows(spec: "UNetSpec") -> Iterator[Row]:
+def _unet_middle_rows(spec: UNetSpec) -> Iterator[Row]:
     ours, hub, ldm = "mid.attn.0", "mid_block.attentions.0", f"{UNET_PREFIX}middle_block"
     yield from _res_rows("mid.res.0", "mid_block.resnets.0", f"{ldm}.0", _UNET_RES, False)
     if spec.mid_depth:
@@ -234,12 +229,12 @@ def _vae_level_rows(side: str, i: int, ldm_i: int, channels: list[int], resample
         yield from _layer(f"{ours}.resample.conv", f"{hub}.{way}samplers.0.conv", f"{ldm}.{way}sample.conv")
 
 
-def vae_rows(spec: "VAESpec", config: "Config") -> list[Row]:
+def vae_rows(spec: VAESpec, config: Config) -> list[Row]:
     """Return the name table of an autoencoder."""
     return list(_vae_rows(spec, config))
 
 
-def _vae_rows(spec: "VAESpec", config: "Config") -> Iterator[Row]:
+def _vae_rows(spec: VAESpec, config: Config) -> Iterator[Row]:
     last = len(spec.channels) - 1
 
     def same(name: str) -> Iterator[Row]:
@@ -272,7 +267,7 @@ def _vae_rows(spec: "VAESpec", config: "Config") -> Iterator[Row]:
 # --- CLIP text encoder -----------------------------------------------------------------------------------------------
 
 
-def clip_rows(spec: "CLIPSpec", *, openclip: bool, prefix: str, projection: bool = False) -> list[Row]:
+def clip_rows(spec: CLIPSpec, *, openclip: bool, prefix: str, projection: bool = False) -> list[Row]:
     """Return the name table of a CLIP text encoder.
 
     Args:
@@ -289,7 +284,7 @@ def clip_rows(spec: "CLIPSpec", *, openclip: bool, prefix: str, projection: bool
     return rows
 
 
-def _clip_rows(spec: "CLIPSpec", openclip: bool, prefix: str) -> Iterator[Row]:
+def _clip_rows(spec: CLIPSpec, openclip: bool, prefix: str) -> Iterator[Row]:
     hub = "text_model."
 
     def layer(ours: str, hub_part: str, openclip_part: str) -> Iterator[Row]:

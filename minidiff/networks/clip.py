@@ -13,10 +13,9 @@ Checked against ``transformers.CLIPTextModel`` and ``CLIPTextModelWithProjection
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -31,14 +30,14 @@ from minidiff.checkpoints.names import (
     clip_rows,
 )
 from minidiff.checkpoints.remap import Row
-from minidiff.config import Config, check_types, complete
+from minidiff.config import Config
 from minidiff.errors import ConfigError
 from minidiff.networks.layers import Attention
 from minidiff.networks.recompute import GradientCheckpointing, Recomputed
+from minidiff.networks.specs import CLIPSpec
+from minidiff.networks.specs.clip import LEGACY_EOS, clip_config, clip_spec, text_half
 from minidiff.networks.vocabulary import Vocabulary
 from minidiff.outputs import Output
-
-LEGACY_EOS = 2  # published configs say eos_token_id 2, which never was the id of the end-of-text token (49407)
 
 
 def quick_gelu(x: Tensor) -> Tensor:
@@ -46,20 +45,7 @@ def quick_gelu(x: Tensor) -> Tensor:
     return x * torch.sigmoid(1.702 * x)
 
 
-_ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": F.gelu}
-
-
-class CLIPSpec(NamedTuple):
-    """What the network is built from."""
-
-    D: int
-    mlp: int  # width of the hidden layer of the feed-forward networks
-    layers: int
-    heads: int
-    vocabulary: int
-    positions: int  # the longest text, in tokens
-    activation: str
-    eps: float
+_ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": nn.functional.gelu}
 
 
 class Layer(Recomputed):
@@ -149,7 +135,7 @@ class CLIPTextModel(AdaptedNetwork, GradientCheckpointing, Vocabulary, Model):
 
     @classmethod
     def _of_fields(cls, fields: Mapping[str, Any], **overrides: Any) -> "CLIPTextModel":
-        return cls({**_text_half(fields), **overrides})
+        return cls({**text_half(fields), **overrides})
 
     def forward(
         self,
@@ -302,84 +288,3 @@ class CLIPTextModelWithProjection(CLIPTextModel):
     def canonical_hub_name(cls, name: str) -> str | None:
         """Return the modern Hub spelling of a tensor name; None if it is dropped on purpose."""
         return canonical_clip_name(name, projection=True)
-
-
-# Fields that transformers writes into config.json and that do not describe this network: provenance, initialisation,
-# and the settings of text generation that transformers 4 wrote for every model, this one included.
-# `torch_dtype` is provenance too: a load is float32 unless asked otherwise.
-_ANNOTATIONS = frozenset(
-    """
-    architectures model_type torch_dtype dtype transformers_version initializer_factor initializer_range
-    finetuning_task id2label label2id problem_type task_specific_params tokenizer_class prefix sep_token_id
-    is_encoder_decoder cross_attention_hidden_size decoder_start_token_id tie_encoder_decoder tie_word_embeddings
-    bad_words_ids begin_suppress_tokens diversity_penalty do_sample early_stopping encoder_no_repeat_ngram_size
-    exponential_decay_length_penalty forced_bos_token_id forced_eos_token_id length_penalty max_length min_length
-    no_repeat_ngram_size num_beam_groups num_beams num_return_sequences output_scores remove_invalid_values
-    repetition_penalty return_dict_in_generate suppress_tokens temperature top_k top_p typical_p use_cache
-    """.split()
-)
-
-# Settings that transformers 4 wrote for every model, with the values that ask for nothing.
-_UNUSED = {
-    "dropout": 0.0,
-    "add_cross_attention": False,
-    "is_decoder": False,
-    "chunk_size_feed_forward": 0,
-    "pruned_heads": {},
-    "output_attentions": False,
-    "output_hidden_states": False,
-    "return_dict": True,
-    "torchscript": False,
-    "use_bfloat16": False,
-}
-
-
-def _text_half(fields: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return the fields of the text encoder; the file of a whole CLIP keeps them under ``text_config``."""
-    return fields.get("text_config", fields)
-
-
-def clip_config(fields: Mapping[str, Any]) -> Config:
-    """Complete the fields of a text encoder's Hub configuration; refuse what is not implemented."""
-    fields = _text_half(fields)
-    defaults = {
-        "vocab_size": 49408,
-        "hidden_size": 512,
-        "intermediate_size": 2048,
-        "num_hidden_layers": 12,
-        "num_attention_heads": 8,
-        "max_position_embeddings": 77,
-        "hidden_act": "quick_gelu",
-        "layer_norm_eps": 1e-5,
-        "eos_token_id": 49407,
-    }
-    notes = {"bos_token_id": 49406, "pad_token_id": 1, "projection_dim": 512}  # not of the transformer itself
-    notes |= {name: fields[name] for name in (*notes, *_ANNOTATIONS) if name in fields}
-    described = {name: value for name, value in fields.items() if name not in notes}
-    only = {"attention_dropout": (0.0,), **{name: (value,) for name, value in _UNUSED.items() if name in fields}}
-    config = complete("CLIPTextModel", described, defaults, only)
-    check_types("CLIPTextModel", config, defaults)
-    if config.hidden_act not in _ACTIVATIONS:
-        raise ConfigError(
-            f"CLIPTextModel: hidden_act should be one of {', '.join(_ACTIVATIONS)}, found {config.hidden_act!r}"
-        )
-    if config.hidden_size % config.num_attention_heads:
-        raise ConfigError(
-            f"CLIPTextModel: hidden_size {config.hidden_size} should be divisible by num_attention_heads "
-            f"{config.num_attention_heads}"
-        )
-    return Config({**config, **notes})
-
-
-def clip_spec(config: Config) -> CLIPSpec:
-    """Turn the Hub's fields into the record that the network and its name table are built from."""
-    return CLIPSpec(
-        D=config.hidden_size,
-        mlp=config.intermediate_size,
-        layers=config.num_hidden_layers,
-        heads=config.num_attention_heads,
-        vocabulary=config.vocab_size,
-        positions=config.max_position_embeddings,
-        activation=config.hidden_act,
-        eps=config.layer_norm_eps,
-    )

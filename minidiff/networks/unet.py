@@ -13,7 +13,7 @@ Checked against ``diffusers.UNet2DConditionModel``.
 from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,8 +25,7 @@ from minidiff.checkpoints.names import canonical_unet_name, unet_rows
 from minidiff.checkpoints.original.single_file import SingleFileModel
 from minidiff.checkpoints.remap import Row
 from minidiff.compat.attention import Attending, processor_arguments
-from minidiff.config import Config, check_types, complete, per_level, show_fields
-from minidiff.errors import ConfigError
+from minidiff.config import Config
 from minidiff.networks.freeu import FreeU
 from minidiff.networks.layers import (
     Downsample,
@@ -42,47 +41,10 @@ from minidiff.networks.layers import (
 )
 from minidiff.networks.recompute import GradientCheckpointing
 from minidiff.networks.slicing import SlicedAttention
+from minidiff.networks.specs import LevelSpec, UNetSpec
+from minidiff.networks.specs.fields import show_fields
+from minidiff.networks.specs.unet import unet_config, unet_spec
 from minidiff.outputs import Output
-
-
-class Level(NamedTuple):
-    """One resolution of the UNet, on the way down and on the way up."""
-
-    channels: int
-    layers: int  # residual blocks on the way down; one more on the way up
-    depth: int  # transformer blocks behind each residual block on the way down; 0 = none
-    up_depth: int  # the same on the way up
-    heads: int
-    D_ctx: int  # width of the text embeddings this level attends to
-    attn_width: int | None = None  # of all heads over the pixels together; None = channels
-    pixel_attn: bool = False  # self-attention over the pixels behind each residual block on the way down
-    up_pixel_attn: bool = False  # the same on the way up
-    res_down: bool = False  # halve the resolution in a residual block instead of a strided convolution
-    res_up: bool = False  # double it in a residual block instead of before a convolution
-
-
-class UNetSpec(NamedTuple):
-    """What the network is built from; ``levels`` run from the finest to the coarsest."""
-
-    in_channels: int
-    out_channels: int
-    levels: tuple[Level, ...]
-    mid_depth: int
-    groups: int
-    eps: float
-    linear_projection: bool  # how checkpoints store proj_in / proj_out; the product is the same
-    downsample_padding: int
-    time_features: int  # width of what the time is encoded as
-    E: int  # width of the time embedding made of it
-    mid: bool = True  # whether there is a middle
-    mid_pixel_attn: bool = False
-    mid_groups: int | None = None  # of the norm before the middle's pixel attention; None = no norm
-    mid_scale: float = 1.0  # what residual blocks and pixel attention of the middle divide by
-    scale_shift: bool = False  # how residual blocks are told the time, see ResBlock
-    dropout: float = 0.0
-    added: int | None = None  # width of the added condition of SDXL, pooled text and encoded sizes; None = none
-    added_features: int = 0  # width of each encoded size in it
-    time_cond: int | None = None  # width of the encoded guidance scale that the network is told; None = it is not told
 
 
 class Block(nn.Module):
@@ -175,7 +137,7 @@ class UNet(SlicedAttention, GradientCheckpointing, Attending, Model):
         options = {"E": spec.E, "scale_shift": spec.scale_shift, "dropout": spec.dropout, "scale": scale}
         return ResBlock(C_in, C_out, groups=spec.groups, eps=spec.eps, **options)
 
-    def _attention(self, lv: Level, depth: int, pixels: bool) -> SpatialTransformer | PixelAttention | None:
+    def _attention(self, lv: LevelSpec, depth: int, pixels: bool) -> SpatialTransformer | PixelAttention | None:
         """Make what stands behind a residual block of a level."""
         C, heads, groups = lv.channels, lv.heads, self.spec.groups
         if depth:
@@ -183,7 +145,7 @@ class UNet(SlicedAttention, GradientCheckpointing, Attending, Model):
         options = {"heads": heads, "groups": groups, "eps": self.spec.eps, "width": lv.attn_width}
         return PixelAttention(C, **options) if pixels else None
 
-    def _middle(self, lv: Level) -> Block:
+    def _middle(self, lv: LevelSpec) -> Block:
         """Make two residual blocks with attention (or none) between them, at the coarsest level."""
         spec, C = self.spec, lv.channels
         first = self._res(C, C, spec.mid_scale)
@@ -415,165 +377,6 @@ class UNet2DConditionModel(AdaptedNetwork, SingleFileModel, UNet):
     def canonical_hub_name(cls, name: str) -> str | None:
         """Return the modern Hub spelling of a tensor name; None if it is dropped on purpose."""
         return canonical_unet_name(name)
-
-
-_DOWN_BLOCKS = {"DownBlock2D": False, "CrossAttnDownBlock2D": True}  # type -> has cross-attention
-_UP_BLOCKS = {"UpBlock2D": False, "CrossAttnUpBlock2D": True}
-
-
-def unet_config(fields: Mapping[str, Any]) -> Config:
-    """Complete the fields of a conditional UNet's Hub configuration; refuse what is not implemented."""
-    defaults = {
-        "sample_size": None,
-        "in_channels": 4,
-        "out_channels": 4,
-        "center_input_sample": False,
-        "flip_sin_to_cos": True,
-        "freq_shift": 0,
-        "down_block_types": ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
-        "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3,
-        "block_out_channels": [320, 640, 1280, 1280],
-        "layers_per_block": 2,
-        "downsample_padding": 1,
-        "norm_num_groups": 32,
-        "norm_eps": 1e-5,
-        "dropout": 0.0,
-        "cross_attention_dim": 1280,
-        "transformer_layers_per_block": 1,
-        "attention_head_dim": 8,
-        "use_linear_projection": False,
-        "addition_time_embed_dim": None,
-        "projection_class_embeddings_input_dim": None,
-        "time_cond_proj_dim": None,
-    }
-    each = [False] * len(fields.get("down_block_types", defaults["down_block_types"]))
-    only = {
-        "mid_block_type": ("UNetMidBlock2DCrossAttn",),
-        "only_cross_attention": (False, each, tuple(each)),
-        "mid_block_scale_factor": (1,),
-        "act_fn": ("silu",),
-        "reverse_transformer_layers_per_block": (None,),
-        "encoder_hid_dim": (None,),
-        "encoder_hid_dim_type": (None,),
-        "num_attention_heads": (None,),
-        "dual_cross_attention": (False,),
-        "class_embed_type": (None,),
-        "addition_embed_type": (None, "text_time"),
-        "num_class_embeds": (None,),
-        "resnet_time_scale_shift": ("default",),
-        "resnet_skip_time_act": (False,),
-        "resnet_out_scale_factor": (1.0,),
-        "time_embedding_type": ("positional",),
-        "time_embedding_dim": (None,),
-        "time_embedding_act_fn": (None,),
-        "timestep_post_act": (None,),
-        "conv_in_kernel": (3,),
-        "conv_out_kernel": (3,),
-        "attention_type": ("default",),
-        "class_embeddings_concat": (False,),
-        "mid_block_only_cross_attention": (None, False),
-        "cross_attention_norm": (None,),
-        "addition_embed_type_num_heads": (64,),  # of addition_embed_type "text", which is refused above
-        "upcast_attention": (False, True, None),  # the fused attention keeps its scores in float32 in any case
-    }
-    config = complete("UNet2DConditionModel", fields, defaults, only)
-    lists = ("layers_per_block", "cross_attention_dim", "transformer_layers_per_block", "attention_head_dim")
-    check_types("UNet2DConditionModel", config, defaults, lists)
-    width = config.time_cond_proj_dim
-    if width is not None and (type(width) is not int or width < 1):
-        raise ConfigError(f"UNet2DConditionModel: time_cond_proj_dim should be a positive integer, found {width!r}")
-    if not 0 <= config.dropout <= 1:
-        raise ConfigError(f"UNet2DConditionModel: dropout should be from 0 to 1, found {config.dropout}")
-    _check_added(config)
-    return config
-
-
-def _check_added(config: Config) -> None:
-    """Raise if the widths of the added condition are not there, or are there and not used."""
-    names = ("addition_time_embed_dim", "projection_class_embeddings_input_dim")
-    wanted = config.addition_embed_type == "text_time"
-    for name in names:
-        value = config[name]
-        if wanted and (type(value) is not int or value < 1):
-            raise ConfigError(f"UNet2DConditionModel: addition_embed_type 'text_time' needs {name}, found {value!r}")
-        if not wanted and value is not None:
-            raise ConfigError(
-                f"UNet2DConditionModel: {name} = {value!r} belongs to addition_embed_type 'text_time', which is not set"
-            )
-
-
-def unet_spec(config: Config) -> UNetSpec:
-    """Turn the Hub's parallel lists into one record per level.
-
-    Raises:
-        ConfigError: if a list has the wrong length, a block type is not implemented, or a width is not divisible.
-    """
-    name = "UNet2DConditionModel"
-    channels = config.block_out_channels
-    count = len(channels)
-    down = _has_attention("down_block_types", config.down_block_types, _DOWN_BLOCKS, count)
-    up = _has_attention("up_block_types", config.up_block_types, _UP_BLOCKS, count)[::-1]
-    # In the Hub's files of conditional UNets `attention_head_dim` is the number of heads, not their width: the field
-    # was misnamed in 2022, and thousands of checkpoints carry it. SD 1.x: 8 everywhere; SD 2.x: [5, 10, 20, 20].
-    heads = per_level(name, "attention_head_dim", config.attention_head_dim, count)
-    layers = per_level(name, "layers_per_block", config.layers_per_block, count)
-    depths = per_level(name, "transformer_layers_per_block", config.transformer_layers_per_block, count, least=0)
-    widths = per_level(name, "cross_attention_dim", config.cross_attention_dim, count)
-    levels = tuple(
-        Level(C, layers[i], depths[i] * down[i], depths[i] * up[i], heads[i], widths[i]) for i, C in enumerate(channels)
-    )
-    if config.downsample_padding not in (0, 1):
-        raise ConfigError(f"{name}: downsample_padding should be 0 or 1, found {config.downsample_padding}")
-    if config.norm_num_groups < 1 or any(C % config.norm_num_groups for C in channels):
-        raise ConfigError(
-            f"{name}: block_out_channels {channels} should be divisible by norm_num_groups {config.norm_num_groups}"
-        )
-    for i, lv in enumerate(levels):
-        if down[i] or up[i] or i == count - 1:  # the middle is like the coarsest level and always attends
-            _check_attention(name, lv, depths[i], widths[-1])
-    return UNetSpec(
-        in_channels=config.in_channels,
-        out_channels=config.out_channels,
-        levels=levels,
-        mid_depth=depths[-1],
-        groups=config.norm_num_groups,
-        eps=config.norm_eps,
-        dropout=config.dropout,
-        linear_projection=config.use_linear_projection,
-        downsample_padding=config.downsample_padding,
-        time_features=channels[0],
-        E=4 * channels[0],
-        added=config.projection_class_embeddings_input_dim,
-        added_features=config.addition_time_embed_dim or 0,
-        time_cond=config.time_cond_proj_dim,
-    )
-
-
-def _check_attention(name: str, level: Level, depth: int, D_ctx: int) -> None:
-    """Raise if a level that attends has no transformer blocks, heads of unequal width or a text width of its own."""
-    if level.channels % level.heads:
-        raise ConfigError(
-            f"{name}: {level.channels} channels should be divisible by the number of heads {level.heads} "
-            "(attention_head_dim)"
-        )
-    if depth < 1:
-        raise ConfigError(f"{name}: transformer_layers_per_block is 0 where a block has cross-attention")
-    if level.D_ctx != D_ctx:
-        raise ConfigError(
-            f"{name}: cross_attention_dim should be the same at all levels that attend to the one text, found "
-            f"{level.D_ctx} and {D_ctx}"
-        )
-
-
-def _has_attention(field: str, types: list[str], known: Mapping[str, bool], count: int) -> list[bool]:
-    """Return for each block type whether it has cross-attention."""
-    unknown = [block for block in types if block not in known]
-    if unknown or len(types) != count:
-        raise ConfigError(
-            f"UNet2DConditionModel: {field} should be {count} of {', '.join(known)}, one per entry of "
-            f"block_out_channels; found {types}"
-        )
-    return [known[block] for block in types]
 
 
 show_fields(UNet2DConditionModel.__init__, unet_config({}))

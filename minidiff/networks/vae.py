@@ -9,10 +9,10 @@ Checked against ``diffusers.AutoencoderKL``.
 
 import itertools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,27 +23,16 @@ from minidiff.checkpoints.original.single_file import SingleFileModel
 from minidiff.checkpoints.remap import Row
 from minidiff.compat.attention import Attending
 from minidiff.compat.published import Published
-from minidiff.config import Config, check_types, complete, show_fields
-from minidiff.errors import ConfigError
 from minidiff.networks.layers import Downsample, PixelAttention, ResBlock, Upsample, silu
 from minidiff.networks.recompute import GradientCheckpointing
+from minidiff.networks.specs import VAESpec
+from minidiff.networks.specs.fields import show_fields
+from minidiff.networks.specs.vae import vae_config, vae_spec
 from minidiff.networks.tiles import Tiles, in_tiles
 from minidiff.noise import randn
 from minidiff.outputs import Output
 
 _EPS = 1e-6  # of every normalisation in the autoencoder; not a configuration field
-
-
-class VAESpec(NamedTuple):
-    """What the two halves are built from."""
-
-    in_channels: int
-    out_channels: int
-    latent_channels: int
-    channels: tuple[int, ...]  # one entry per resolution level, finest first
-    layers: int  # residual blocks per level in the encoder; the decoder has one more
-    groups: int  # of the group normalisation
-    mid_attention: bool
 
 
 class Level(nn.Module):
@@ -190,7 +179,7 @@ class AutoencoderKL(SingleFileModel, GradientCheckpointing, Attending, Model):
     def __init__(self, **fields: Any) -> None:
         super().__init__()
         self.config = vae_config(fields)
-        spec = vae_spec(self.config)
+        self.spec = spec = vae_spec(self.config)
         self.encoder = Encoder(spec)
         self.decoder = Decoder(spec)
         Z = spec.latent_channels
@@ -313,61 +302,12 @@ class AutoencoderKL(SingleFileModel, GradientCheckpointing, Attending, Model):
 
     def rows(self) -> list[Row]:
         """Return the name table of this configuration: ours, Hub, original single file."""
-        return vae_rows(vae_spec(self.config), self.config)
+        return vae_rows(self.spec, self.config)
 
     @classmethod
     def canonical_hub_name(cls, name: str) -> str | None:
         """Return the modern Hub spelling of a tensor name; None if it is dropped on purpose."""
         return canonical_vae_name(name)
-
-
-def vae_config(fields: Mapping[str, Any]) -> Config:
-    """Complete the fields of a VAE's Hub configuration; refuse what is not implemented."""
-    defaults = {
-        "in_channels": 3,
-        "out_channels": 3,
-        "down_block_types": ["DownEncoderBlock2D"],
-        "up_block_types": ["UpDecoderBlock2D"],
-        "block_out_channels": [64],
-        "layers_per_block": 1,
-        "latent_channels": 4,
-        "norm_num_groups": 32,
-        "sample_size": 32,
-        "scaling_factor": 0.18215,
-        "force_upcast": True,
-        "use_quant_conv": True,
-        "use_post_quant_conv": True,
-        "mid_block_add_attention": True,
-    }
-    only = {"act_fn": ("silu",), "shift_factor": (None,), "latents_mean": (None,), "latents_std": (None,)}
-    config = complete("AutoencoderKL", fields, defaults, only)
-    check_types("AutoencoderKL", config, defaults, lists=("sample_size",))
-    levels = len(config.block_out_channels)
-    for name, block in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):
-        if list(config[name]) != [block] * levels:
-            raise ConfigError(
-                f"AutoencoderKL: {name} should be {levels} x {block!r}, one per entry of block_out_channels "
-                f"{config.block_out_channels}; found {config[name]}"
-            )
-    if config.norm_num_groups < 1 or any(C % config.norm_num_groups for C in config.block_out_channels):
-        raise ConfigError(
-            f"AutoencoderKL: block_out_channels {config.block_out_channels} should be divisible by norm_num_groups "
-            f"{config.norm_num_groups}"
-        )
-    return config
-
-
-def vae_spec(config: Config) -> VAESpec:
-    """Turn the Hub's fields into the record that the network and its name table are built from."""
-    return VAESpec(
-        in_channels=config.in_channels,
-        out_channels=config.out_channels,
-        latent_channels=config.latent_channels,
-        channels=tuple(config.block_out_channels),
-        layers=config.layers_per_block,
-        groups=config.norm_num_groups,
-        mid_attention=config.mid_block_add_attention,
-    )
 
 
 show_fields(AutoencoderKL.__init__, vae_config({}))

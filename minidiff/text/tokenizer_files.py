@@ -14,9 +14,9 @@ from typing import Any
 from tokenizers import AddedToken
 
 from minidiff.checkpoints.hub import Repo
-from minidiff.checkpoints.sniff import what_is
 from minidiff.config import read_json
 from minidiff.errors import CheckpointError, ConfigError
+from minidiff.sniff import what_is
 from minidiff.text.tokenizer import END_OF_WORD, NO_LIMIT, ROLES
 
 _IMPLEMENTED = {  # fields that would change the tokens -> the values that describe what CLIPTokenizer does

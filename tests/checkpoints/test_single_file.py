@@ -37,9 +37,9 @@ from minidiff.checkpoints.tools.convert import convert
 from minidiff.checkpoints.tools.inspect import report
 from minidiff.cli.main import main
 from minidiff.errors import CheckpointError, CheckpointNotFoundError, ConfigError
-from minidiff.networks.clip import clip_config
-from minidiff.networks.unet import unet_config
-from minidiff.networks.vae import vae_config
+from minidiff.networks.specs.clip import clip_config
+from minidiff.networks.specs.unet import unet_config
+from minidiff.networks.specs.vae import vae_config
 from tests.hub_server import HubServer, Repository, run_with
 from tests.single_files import TWINS, Twin, draw, sparse_file, states_equal
 from tests.theirs import diffusers, transformers

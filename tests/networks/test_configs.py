@@ -12,8 +12,10 @@ from minidiff.checkpoints.model import Model
 from minidiff.config import Config
 from minidiff.errors import ConfigError
 from minidiff.networks.clip import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
-from minidiff.networks.unet import UNet2DConditionModel, unet_config
-from minidiff.networks.vae import AutoencoderKL, vae_config
+from minidiff.networks.specs.unet import unet_config
+from minidiff.networks.specs.vae import vae_config
+from minidiff.networks.unet import UNet2DConditionModel
+from minidiff.networks.vae import AutoencoderKL
 from tests.theirs import diffusers, transformers
 
 CONFIGS = Path(__file__).parents[1] / "data" / "hub_configs"

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from minidiff.checkpoints.remap import translate
 from minidiff.errors import CheckpointError, ConfigError
-from minidiff.networks.unet_unconditional import UNet2DModel, unconditional_unet_config
+from minidiff.networks.specs.unet_unconditional import unconditional_unet_config
+from minidiff.networks.unet_unconditional import UNet2DModel
 from tests.theirs import assert_same_order, assert_same_start, carry_over, diffusers, randomize, relative_error
 
 CONFIGS = Path(__file__).parents[1] / "data" / "hub_configs"
@@ -445,8 +446,8 @@ REFUSED = {
     "width of heads": ({"attention_head_dim": 0}, "attention_head_dim should be a positive integer or null, found 0"),
     "heads per level": ({"attention_head_dim": [8, 8]}, r"attention_head_dim should be .*, found \[8, 8\]"),
     "layers": ({"layers_per_block": 0}, "layers_per_block should hold integers of at least 1, found 0"),
-    "scale": ({"mid_block_scale_factor": 0}, "mid_block_scale_factor not 0, found 0.0 and 0"),
-    "dropout": ({"dropout": 1.5}, "dropout should be from 0 to 1 .* found 1.5"),
+    "scale": ({"mid_block_scale_factor": 0}, "mid_block_scale_factor should not be 0"),
+    "dropout": ({"dropout": 1.5}, "dropout should be from 0 to 1, found 1.5"),
     "type": ({"in_channels": "3"}, r'in_channels = "3" \(expected an integer\)'),
     "field": ({"cross_attention_dim": 8}, "cross_attention_dim = 8 .unknown field"),
 }

@@ -1,0 +1,73 @@
+"""What the networks and their name tables are built from: one record each.
+
+The Hub describes an architecture by parallel lists (``block_out_channels``, ``down_block_types``,
+``attention_head_dim``, ...). The modules of this folder complete and check such a configuration (``*_config``), and
+turn it once into a record (``*_spec``), in which each level stands as a whole.
+"""
+
+from typing import NamedTuple
+
+
+class LevelSpec(NamedTuple):
+    """One resolution of a UNet, on the way down and on the way up."""
+
+    channels: int
+    layers: int  # residual blocks on the way down; one more on the way up
+    depth: int  # transformer blocks behind each residual block on the way down; 0 = none
+    up_depth: int  # the same on the way up
+    heads: int
+    D_ctx: int  # width of the text embeddings this level attends to
+    attn_width: int | None = None  # of all heads over the pixels together; None = channels
+    pixel_attn: bool = False  # self-attention over the pixels behind each residual block on the way down
+    up_pixel_attn: bool = False  # the same on the way up
+    res_down: bool = False  # halve the resolution in a residual block instead of a strided convolution
+    res_up: bool = False  # double it in a residual block instead of before a convolution
+
+
+class UNetSpec(NamedTuple):
+    """What a UNet is built from; ``levels`` run from the finest to the coarsest."""
+
+    in_channels: int
+    out_channels: int
+    levels: tuple[LevelSpec, ...]
+    mid_depth: int
+    groups: int
+    eps: float
+    linear_projection: bool  # how checkpoints store proj_in / proj_out; the product is the same
+    downsample_padding: int
+    time_features: int  # width of what the time is encoded as
+    E: int  # width of the time embedding made of it
+    mid: bool = True  # whether there is a middle
+    mid_pixel_attn: bool = False
+    mid_groups: int | None = None  # of the norm before the middle's pixel attention; None = no norm
+    mid_scale: float = 1.0  # what residual blocks and pixel attention of the middle divide by
+    scale_shift: bool = False  # how residual blocks are told the time, see ResBlock
+    dropout: float = 0.0
+    added: int | None = None  # width of the added condition of SDXL, pooled text and encoded sizes; None = none
+    added_features: int = 0  # width of each encoded size in it
+    time_cond: int | None = None  # width of the encoded guidance scale that the network is told; None = it is not told
+
+
+class VAESpec(NamedTuple):
+    """What the two halves of an autoencoder are built from."""
+
+    in_channels: int
+    out_channels: int
+    latent_channels: int
+    channels: tuple[int, ...]  # one entry per resolution level, finest first
+    layers: int  # residual blocks per level in the encoder; the decoder has one more
+    groups: int  # of the group normalisation
+    mid_attention: bool
+
+
+class CLIPSpec(NamedTuple):
+    """What a CLIP text encoder is built from."""
+
+    D: int
+    mlp: int  # width of the hidden layer of the feed-forward networks
+    layers: int
+    heads: int
+    vocabulary: int
+    positions: int  # the longest text, in tokens
+    activation: str
+    eps: float

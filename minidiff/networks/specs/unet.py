@@ -1,0 +1,148 @@
+"""The Hub configuration of ``UNet2DConditionModel`` -> ``UNetSpec``."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from minidiff.config import Config
+from minidiff.errors import ConfigError
+from minidiff.networks.specs import LevelSpec, UNetSpec
+from minidiff.networks.specs.fields import block_kinds, check_counts, check_layers, check_types, complete, per_level
+
+NAME = "UNet2DConditionModel"
+
+_DOWN_BLOCKS = {"DownBlock2D": False, "CrossAttnDownBlock2D": True}  # type -> has cross-attention
+_UP_BLOCKS = {"UpBlock2D": False, "CrossAttnUpBlock2D": True}
+_DEFAULTS = {
+    "sample_size": None,
+    "in_channels": 4,
+    "out_channels": 4,
+    "center_input_sample": False,
+    "flip_sin_to_cos": True,
+    "freq_shift": 0,
+    "down_block_types": ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
+    "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3,
+    "block_out_channels": [320, 640, 1280, 1280],
+    "layers_per_block": 2,
+    "downsample_padding": 1,
+    "norm_num_groups": 32,
+    "norm_eps": 1e-5,
+    "dropout": 0.0,
+    "cross_attention_dim": 1280,
+    "transformer_layers_per_block": 1,
+    "attention_head_dim": 8,
+    "use_linear_projection": False,
+    "addition_time_embed_dim": None,
+    "projection_class_embeddings_input_dim": None,
+    "time_cond_proj_dim": None,
+}
+_ONLY = {
+    "mid_block_type": ("UNetMidBlock2DCrossAttn",),
+    "mid_block_scale_factor": (1,),
+    "act_fn": ("silu",),
+    "reverse_transformer_layers_per_block": (None,),
+    "encoder_hid_dim": (None,),
+    "encoder_hid_dim_type": (None,),
+    "num_attention_heads": (None,),
+    "dual_cross_attention": (False,),
+    "class_embed_type": (None,),
+    "addition_embed_type": (None, "text_time"),
+    "num_class_embeds": (None,),
+    "resnet_time_scale_shift": ("default",),
+    "resnet_skip_time_act": (False,),
+    "resnet_out_scale_factor": (1.0,),
+    "time_embedding_type": ("positional",),
+    "time_embedding_dim": (None,),
+    "time_embedding_act_fn": (None,),
+    "timestep_post_act": (None,),
+    "conv_in_kernel": (3,),
+    "conv_out_kernel": (3,),
+    "attention_type": ("default",),
+    "class_embeddings_concat": (False,),
+    "mid_block_only_cross_attention": (None, False),
+    "cross_attention_norm": (None,),
+    "addition_embed_type_num_heads": (64,),  # of addition_embed_type "text", which is refused above
+    "upcast_attention": (False, True, None),  # the fused attention keeps its scores in float32 in any case
+}
+
+
+def unet_config(fields: Mapping[str, Any]) -> Config:
+    """Complete the fields of a conditional UNet's Hub configuration; refuse what is not implemented."""
+    each = [False] * len(fields.get("down_block_types", _DEFAULTS["down_block_types"]))
+    config = complete(NAME, fields, _DEFAULTS, _ONLY | {"only_cross_attention": (False, each, tuple(each))})
+    lists = ("layers_per_block", "cross_attention_dim", "transformer_layers_per_block", "attention_head_dim")
+    check_types(NAME, config, _DEFAULTS, lists)
+    check_counts(NAME, config, ["time_cond_proj_dim"])
+    check_layers(NAME, config)
+    _check_added(config)
+    return config
+
+
+def _check_added(config: Config) -> None:
+    """Raise if the widths of the added condition are not there, or are there and not used."""
+    names = ("addition_time_embed_dim", "projection_class_embeddings_input_dim")
+    wanted = config.addition_embed_type == "text_time"
+    for name in names:
+        value = config[name]
+        if wanted and (type(value) is not int or value < 1):
+            raise ConfigError(f"{NAME}: addition_embed_type 'text_time' needs {name}, found {value!r}")
+        if not wanted and value is not None:
+            raise ConfigError(
+                f"{NAME}: {name} = {value!r} belongs to addition_embed_type 'text_time', which is not set"
+            )
+
+
+def unet_spec(config: Config) -> UNetSpec:
+    """Turn the Hub's parallel lists into one record per level.
+
+    Raises:
+        ConfigError: if a list has the wrong length, a block type is not implemented, or a width is not divisible.
+    """
+    channels = config.block_out_channels
+    count = len(channels)
+    down = block_kinds(NAME, config, "down_block_types", _DOWN_BLOCKS)
+    up = block_kinds(NAME, config, "up_block_types", _UP_BLOCKS)[::-1]
+    # In the Hub's files of conditional UNets `attention_head_dim` is the number of heads, not their width: the field
+    # was misnamed in 2022, and thousands of checkpoints carry it. SD 1.x: 8 everywhere; SD 2.x: [5, 10, 20, 20].
+    heads = per_level(NAME, "attention_head_dim", config.attention_head_dim, count)
+    layers = per_level(NAME, "layers_per_block", config.layers_per_block, count)
+    depths = per_level(NAME, "transformer_layers_per_block", config.transformer_layers_per_block, count, least=0)
+    widths = per_level(NAME, "cross_attention_dim", config.cross_attention_dim, count)
+    levels = tuple(
+        LevelSpec(C, layers[i], depths[i] * down[i], depths[i] * up[i], heads[i], widths[i])
+        for i, C in enumerate(channels)
+    )
+    for i, lv in enumerate(levels):
+        if down[i] or up[i] or i == count - 1:  # the middle is like the coarsest level and always attends
+            _check_attention(lv, depths[i], widths[-1])
+    return UNetSpec(
+        in_channels=config.in_channels,
+        out_channels=config.out_channels,
+        levels=levels,
+        mid_depth=depths[-1],
+        groups=config.norm_num_groups,
+        eps=config.norm_eps,
+        dropout=config.dropout,
+        linear_projection=config.use_linear_projection,
+        downsample_padding=config.downsample_padding,
+        time_features=channels[0],
+        E=4 * channels[0],
+        added=config.projection_class_embeddings_input_dim,
+        added_features=config.addition_time_embed_dim or 0,
+        time_cond=config.time_cond_proj_dim,
+    )
+
+
+def _check_attention(level: LevelSpec, depth: int, D_ctx: int) -> None:
+    """Raise if a level that attends has no transformer blocks, heads of unequal width or a text width of its own."""
+    if level.channels % level.heads:
+        raise ConfigError(
+            f"{NAME}: {level.channels} channels should be divisible by the number of heads {level.heads} "
+            "(attention_head_dim)"
+        )
+    if depth < 1:
+        raise ConfigError(f"{NAME}: transformer_layers_per_block is 0 where a block has cross-attention")
+    if level.D_ctx != D_ctx:
+        raise ConfigError(
+            f"{NAME}: cross_attention_dim should be the same at all levels that attend to the one text, found "
+            f"{level.D_ctx} and {D_ctx}"
+        )
