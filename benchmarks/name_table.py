@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from minidiff.checkpoints.load import OnMeta
-from minidiff.checkpoints.names import SDXL_OPENCLIP_PREFIX, UNET_PREFIX, VAE_PREFIX
 from minidiff.checkpoints.original.families import Published
 from minidiff.checkpoints.remap import SAME, Row
 from minidiff.checkpoints.tools.checkpoint import model_class
@@ -26,7 +25,7 @@ def main() -> None:
     parser.add_argument("--to", type=Path, default=Path("docs/checkpoints.svg"))
     unet = table("stable-diffusion-v1-5", "unet")
     vae = table("stable-diffusion-v1-5", "vae")
-    text = table("stable-diffusion-xl-base-1.0", "text_encoder_2", SDXL_OPENCLIP_PREFIX)
+    text = table("stable-diffusion-xl-base-1.0", "text_encoder_2")
     decoder = [row for row in vae if row.ours[0].startswith(("decoder.mid", "decoder.up"))]
     attention = [row for row in text if "layers.0.attn" in row.ours[0] or "projection" in row.ours[0]]
     panels = [
@@ -37,30 +36,29 @@ def main() -> None:
     parser.parse_args().to.write_text(svg(panels), encoding="utf-8")
 
 
-def table(name: str, component: str, *prefix: str) -> list[Row]:
+def table(name: str, component: str) -> list[Row]:
     """Return the rows of a component of a published model."""
     configs = Published(name)
     with OnMeta():
         model = model_class(configs.read("model_index.json")[component][1], name).from_config(
             configs.read(f"{component}/config.json")
         )
-    return model.rows(*prefix)
+    return model.rows()
 
 
 def unet_group(name: str) -> str:
     """Cut a name of the UNet after its level or block."""
-    name = name.removeprefix(UNET_PREFIX)
     return re.match(r"(down|up|(down|up)_blocks|(input|output)_blocks)\.\d+|\w+", name)[0]
 
 
 def decoder_group(name: str) -> str:
     """Cut a name of the decoder after its level."""
-    return re.match(r"decoder\.(up(_blocks)?\.\d+|mid(_block)?)", name.removeprefix(VAE_PREFIX))[0]
+    return re.match(r"decoder\.(up(_blocks)?\.\d+|mid(_block)?)", name)[0]
 
 
 def tensor_name(name: str) -> str:
     """Leave a name whole but for what stands before all of them."""
-    return name.removeprefix(SDXL_OPENCLIP_PREFIX).removeprefix("text_model.encoder.").removeprefix("transformer.")
+    return name.removeprefix("text_model.encoder.").removeprefix("transformer.")
 
 
 def svg(panels: Iterable[tuple[str, list[Row], Callable[[str], str]]]) -> str:

@@ -26,7 +26,7 @@ from typing import Literal, NamedTuple
 from torch import Tensor, nn
 
 from minidiff.checkpoints.model import Model
-from minidiff.checkpoints.names import UNET_PREFIX, unwrapped
+from minidiff.checkpoints.names import unwrapped
 from minidiff.compat.published import own_modules
 
 Part = Literal["down", "up", "alpha"]
@@ -134,9 +134,8 @@ def _layers(component: str, network: Model) -> Iterator[tuple[LayerName, str | N
         for k, (ours, hub) in enumerate(zip(row.ours, row.hub, strict=True)):
             layer = ours.removesuffix(".weight")
             if layer != ours and isinstance(modules[layer], nn.Linear | nn.Conv2d):
-                original = row.ldm[k] if component == "unet" else None
-                flat = original and original.removeprefix(UNET_PREFIX).removesuffix(".weight")
-                yield LayerName(component, layer, hub.removesuffix(".weight")), flat
+                original = row.ldm[k].removesuffix(".weight") if component == "unet" else None
+                yield LayerName(component, layer, hub.removesuffix(".weight")), original
 
 
 class Found(NamedTuple):

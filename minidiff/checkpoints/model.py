@@ -181,6 +181,8 @@ class Stored(nn.Module):
 class Model(Named, Stored):
     """Base of every network here. A subclass says how it is configured and how its weights are called on the Hub."""
 
+    single_file_parts: ClassVar[tuple[str, ...]] = ()  # which components of an original single file it may be
+
     @classmethod
     def from_config(cls, config: Mapping[str, Any] | str | Path, **overrides: Any) -> "Model":
         """Build a network with new weights from a configuration.

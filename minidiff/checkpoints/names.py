@@ -1,7 +1,8 @@
 """The name table: every weight of every network in our spelling, the Hub's, and the original single file's.
 
 Each generator walks an architecture once, in the order data flows through it, and emits ``(ours, hub, ldm)`` rows.
-Indices only ever count forwards, so nothing has to be parsed and the inverse is a dict.
+Indices only ever count forwards, so nothing has to be parsed and the inverse is a dict. What stands before the names in
+a single file belongs to the file, not to the network: ``minidiff.checkpoints.original.prefixes``.
 
 ============================  =======================================  ==============================
 ours                          hub (diffusers / transformers)           ldm (CompVis / Stability)
@@ -22,25 +23,12 @@ from minidiff.checkpoints.remap import CONV1X1, SAME, STACKED, TRANSPOSED, Op, R
 from minidiff.config import Config
 from minidiff.networks.specs import CLIPSpec, UNetSpec, VAESpec
 
-UNET_PREFIX = "model.diffusion_model."
-VAE_PREFIX = "first_stage_model."
-CLIP_PREFIX = "cond_stage_model.transformer."  # SD 1.x: transformers' own names under a prefix
-OPENCLIP_PREFIX = "cond_stage_model.model."  # SD 2.x: OpenCLIP's names
-SDXL_CLIP_PREFIX = "conditioner.embedders.0.transformer."  # SDXL base, first text encoder: transformers' names
-SDXL_OPENCLIP_PREFIX = "conditioner.embedders.1.model."  # SDXL base, second text encoder: OpenCLIP's names
-REFINER_OPENCLIP_PREFIX = "conditioner.embedders.0.model."  # SDXL refiner (and SD-Turbo), its only text encoder
-EMA_PREFIX = "model_ema."
 _WRAPPERS = re.compile(r"(?<![^.])(_orig_mod|module)\.")  # of torch.compile and data parallelism
 
 
 def unwrapped(name: str) -> str:
     """Return a tensor's name without what wrappers of modules put into it."""
     return _WRAPPERS.sub("", name)
-
-
-def ema_name(name: str) -> str:
-    """Return the name of the moving average of a UNet's tensor: all its dots but the first are gone."""
-    return EMA_PREFIX + name.removeprefix("model.").replace(".", "")
 
 
 def _tensor(ours: str, hub: str, ldm: str, hub_op: Op = SAME, ldm_op: Op = SAME) -> Row:
@@ -108,7 +96,7 @@ def _pixel_attention_rows(ours: str, hub: str, ldm: str, norm: bool = True) -> I
 
 
 def unet_rows(spec: UNetSpec) -> list[Row]:
-    """Return the name table of a conditional UNet."""
+    """Return the name table of a UNet."""
     return list(_unet_rows(spec))
 
 
@@ -118,8 +106,7 @@ def unconditional_unet_rows(spec: UNetSpec, config: Config) -> list[Row]:
     Its column ``ldm`` repeats ``hub``: each code base these networks came from had a file format of its own, none of
     them is in use, and all published ones were converted to the Hub's spelling.
     """
-    rows = [*_time_and_class_rows(config), *_unet_rows(spec)]
-    return [row._replace(ldm=row.hub, ldm_op=row.hub_op) for row in rows]
+    return [row.like_hub() for row in (*_time_and_class_rows(config), *_unet_rows(spec))]
 
 
 def _time_and_class_rows(config: Config) -> Iterator[Row]:
@@ -133,75 +120,78 @@ def _time_and_class_rows(config: Config) -> Iterator[Row]:
 
 
 def _unet_rows(spec: UNetSpec) -> Iterator[Row]:
-    p, last = UNET_PREFIX, len(spec.levels) - 1
-    yield from _layer("time_embed.fc1", "time_embedding.linear_1", f"{p}time_embed.0")
+    yield from _layer("time_embed.fc1", "time_embedding.linear_1", "time_embed.0")
     if spec.time_cond is not None:
-        yield from _layer("time_embed.cond", "time_embedding.cond_proj", f"{p}time_embed.cond_proj", bias=False)
-    yield from _layer("time_embed.fc2", "time_embedding.linear_2", f"{p}time_embed.2")
+        yield from _layer("time_embed.cond", "time_embedding.cond_proj", "time_embed.cond_proj", bias=False)
+    yield from _layer("time_embed.fc2", "time_embedding.linear_2", "time_embed.2")
     if spec.added is not None:
-        yield from _layer("add_embed.fc1", "add_embedding.linear_1", f"{p}label_emb.0.0")
-        yield from _layer("add_embed.fc2", "add_embedding.linear_2", f"{p}label_emb.0.2")
-    yield from _layer("conv_in", "conv_in", f"{p}input_blocks.0.0")
-
-    def level(side: str, i: int, j: int, n: int, skip: bool, depth: int, pixels: bool) -> Iterator[Row]:
-        """Emit residual block j of a level and the attention behind it; n counts the original file's blocks."""
-        hub = f"{side}_blocks.{i}"
-        ldm = f"{p}{'input' if side == 'down' else 'output'}_blocks.{n}"
-        yield from _res_rows(f"{side}.{i}.res.{j}", f"{hub}.resnets.{j}", f"{ldm}.0", _UNET_RES, skip)
-        if depth:
-            yield from _transformer_rows(
-                f"{side}.{i}.attn.{j}", f"{hub}.attentions.{j}", f"{ldm}.1", depth, spec.linear_projection
-            )
-        if pixels:
-            yield from _pixel_attention_rows(f"{side}.{i}.attn.{j}", f"{hub}.attentions.{j}", f"{ldm}.1")
-
-    def resample(ours: str, hub: str, ldm: str, conv: str, by_res: bool) -> Iterator[Row]:
-        """Emit a change of resolution: a convolution, or a residual block."""
-        if by_res:
-            yield from _res_rows(ours, hub, ldm, _UNET_RES, False)
-        else:
-            yield from _layer(f"{ours}.conv", f"{hub}.conv", f"{ldm}.{conv}")
-
-    n = 1  # input_blocks.0 is conv_in
-    skips = [spec.levels[0].channels]
-    C = spec.levels[0].channels
-    for i, lv in enumerate(spec.levels):
-        for j in range(lv.layers):
-            yield from level("down", i, j, n, lv.channels != C, lv.depth, lv.pixel_attn)
-            C = lv.channels
-            skips.append(C)
-            n += 1
-        if i < last:
-            hub = f"down_blocks.{i}.downsamplers.0"
-            yield from resample(f"down.{i}.resample", hub, f"{p}input_blocks.{n}.0", "op", lv.res_down)
-            skips.append(C)
-            n += 1
-
+        yield from _layer("add_embed.fc1", "add_embedding.linear_1", "label_emb.0.0")
+        yield from _layer("add_embed.fc2", "add_embedding.linear_2", "label_emb.0.2")
+    yield from _layer("conv_in", "conv_in", "input_blocks.0.0")
+    yield from _down_rows(spec)
     if spec.mid:
-        yield from _unet_middle_rows(spec)
+        yield from _middle_rows(spec)
+    yield from _up_rows(spec)
+    yield from _layer("norm_out", "conv_norm_out", "out.0")
+    yield from _layer("conv_out", "conv_out", "out.2")
 
-    n = 0
+
+def _down_rows(spec: UNetSpec) -> Iterator[Row]:
+    C, block = spec.levels[0].channels, 1  # the original counts its blocks through; input_blocks.0 is conv_in
+    for i, lv in enumerate(spec.levels):
+        ours, hub = f"down.{i}", f"down_blocks.{i}"
+        for j in range(lv.layers):
+            ldm = f"input_blocks.{block}"
+            yield from _res_rows(f"{ours}.res.{j}", f"{hub}.resnets.{j}", f"{ldm}.0", _UNET_RES, lv.channels != C)
+            attn = f"{ours}.attn.{j}", f"{hub}.attentions.{j}", f"{ldm}.1"
+            yield from _attention_rows(*attn, lv.depth, lv.pixel_attn, spec.linear_projection)
+            C, block = lv.channels, block + 1
+        if i < len(spec.levels) - 1:
+            resample = f"{ours}.resample", f"{hub}.downsamplers.0", f"input_blocks.{block}.0"
+            yield from _resample_rows(*resample, "op", lv.res_down)
+            block += 1
+
+
+def _middle_rows(spec: UNetSpec) -> Iterator[Row]:
+    yield from _res_rows("mid.res.0", "mid_block.resnets.0", "middle_block.0", _UNET_RES, False)
+    attn = "mid.attn.0", "mid_block.attentions.0", "middle_block.1"
+    normed = spec.mid_groups is not None
+    yield from _attention_rows(*attn, spec.mid_depth, spec.mid_pixel_attn, spec.linear_projection, normed)
+    yield from _res_rows("mid.res.1", "mid_block.resnets.1", "middle_block.2", _UNET_RES, False)
+
+
+def _up_rows(spec: UNetSpec) -> Iterator[Row]:
+    block = 0
     for i, lv in enumerate(reversed(spec.levels)):
+        ours, hub = f"up.{i}", f"up_blocks.{i}"
         for j in range(lv.layers + 1):
+            ldm = f"output_blocks.{block}"
             # A skip connection is concatenated to the input, so the channels always change and `skip` always exists.
-            yield from level("up", i, j, n, True, lv.up_depth, lv.up_pixel_attn)
-            n += 1
-        if i < last:
-            ldm = f"{p}output_blocks.{n - 1}.{2 if lv.up_depth or lv.up_pixel_attn else 1}"
-            yield from resample(f"up.{i}.resample", f"up_blocks.{i}.upsamplers.0", ldm, "conv", lv.res_up)
+            yield from _res_rows(f"{ours}.res.{j}", f"{hub}.resnets.{j}", f"{ldm}.0", _UNET_RES, True)
+            attn = f"{ours}.attn.{j}", f"{hub}.attentions.{j}", f"{ldm}.1"
+            yield from _attention_rows(*attn, lv.up_depth, lv.up_pixel_attn, spec.linear_projection)
+            block += 1
+        if i < len(spec.levels) - 1:  # in the original it belongs to the block before it
+            resample = f"{ours}.resample", f"{hub}.upsamplers.0", f"{ldm}.{2 if lv.up_depth or lv.up_pixel_attn else 1}"
+            yield from _resample_rows(*resample, "conv", lv.res_up)
 
-    yield from _layer("norm_out", "conv_norm_out", f"{p}out.0")
-    yield from _layer("conv_out", "conv_out", f"{p}out.2")
+
+def _attention_rows(
+    ours: str, hub: str, ldm: str, depth: int, pixels: bool, linear: bool, normed: bool = True
+) -> Iterator[Row]:
+    """Emit what stands behind a residual block: a transformer, attention over the pixels, or nothing."""
+    if depth:
+        yield from _transformer_rows(ours, hub, ldm, depth, linear)
+    if pixels:
+        yield from _pixel_attention_rows(ours, hub, ldm, normed)
 
 
-def _unet_middle_rows(spec: UNetSpec) -> Iterator[Row]:
-    ours, hub, ldm = "mid.attn.0", "mid_block.attentions.0", f"{UNET_PREFIX}middle_block"
-    yield from _res_rows("mid.res.0", "mid_block.resnets.0", f"{ldm}.0", _UNET_RES, False)
-    if spec.mid_depth:
-        yield from _transformer_rows(ours, hub, f"{ldm}.1", spec.mid_depth, spec.linear_projection)
-    if spec.mid_pixel_attn:
-        yield from _pixel_attention_rows(ours, hub, f"{ldm}.1", norm=spec.mid_groups is not None)
-    yield from _res_rows("mid.res.1", "mid_block.resnets.1", f"{ldm}.2", _UNET_RES, False)
+def _resample_rows(ours: str, hub: str, ldm: str, conv: str, by_res: bool) -> Iterator[Row]:
+    """Emit a change of resolution: a convolution, which the original calls ``conv``, or a residual block."""
+    if by_res:
+        yield from _res_rows(ours, hub, ldm, _UNET_RES, False)
+    else:
+        yield from _layer(f"{ours}.conv", f"{hub}.conv", f"{ldm}.{conv}")
 
 
 # --- Autoencoder -----------------------------------------------------------------------------------------------------
@@ -213,7 +203,7 @@ _VAE_RES = tuple(
 
 
 def _vae_middle_rows(half: str, attention: bool) -> Iterator[Row]:
-    ours, hub, ldm = f"{half}.mid", f"{half}.mid_block", f"{VAE_PREFIX}{half}.mid"
+    ours, hub, ldm = f"{half}.mid", f"{half}.mid_block", f"{half}.mid"
     yield from _res_rows(f"{ours}.res.0", f"{hub}.resnets.0", f"{ldm}.block_1", _VAE_RES, False)
     if attention:
         yield from _pixel_attention_rows(f"{ours}.attn", f"{hub}.attentions.0", f"{ldm}.attn_1")
@@ -222,7 +212,7 @@ def _vae_middle_rows(half: str, attention: bool) -> Iterator[Row]:
 
 def _vae_level_rows(side: str, i: int, ldm_i: int, channels: list[int], resample: bool) -> Iterator[Row]:
     half, way = ("encoder", "down") if side == "down" else ("decoder", "up")
-    ours, hub, ldm = f"{half}.{way}.{i}", f"{half}.{way}_blocks.{i}", f"{VAE_PREFIX}{half}.{way}.{ldm_i}"
+    ours, hub, ldm = f"{half}.{way}.{i}", f"{half}.{way}_blocks.{i}", f"{half}.{way}.{ldm_i}"
     for j, (C_in, C_out) in enumerate(itertools.pairwise(channels)):
         yield from _res_rows(f"{ours}.res.{j}", f"{hub}.resnets.{j}", f"{ldm}.block.{j}", _VAE_RES, C_in != C_out)
     if resample:
@@ -238,10 +228,10 @@ def _vae_rows(spec: VAESpec, config: Config) -> Iterator[Row]:
     last = len(spec.channels) - 1
 
     def same(name: str) -> Iterator[Row]:
-        return _layer(name, name, VAE_PREFIX + name)
+        return _layer(name, name, name)
 
     def out(half: str) -> Iterator[Row]:
-        yield from _layer(f"{half}.norm_out", f"{half}.conv_norm_out", f"{VAE_PREFIX}{half}.norm_out")
+        yield from _layer(f"{half}.norm_out", f"{half}.conv_norm_out", f"{half}.norm_out")
         yield from same(f"{half}.conv_out")
 
     yield from same("encoder.conv_in")
@@ -267,56 +257,36 @@ def _vae_rows(spec: VAESpec, config: Config) -> Iterator[Row]:
 # --- CLIP text encoder -----------------------------------------------------------------------------------------------
 
 
-def clip_rows(spec: CLIPSpec, *, openclip: bool, prefix: str, projection: bool = False) -> list[Row]:
-    """Return the name table of a CLIP text encoder.
+def clip_rows(spec: CLIPSpec, projection: bool = False) -> list[Row]:
+    """Return the name table of a CLIP text encoder; with ``projection``, to the space shared with pictures.
 
-    Args:
-        spec: the architecture.
-        openclip: whether the original single file spells it as OpenCLIP does (SD 2.x, second encoder of SDXL), with q,
-            k and v in one matrix, or as transformers does (SD 1.x, first encoder of SDXL).
-        prefix: what stands before its names in the original single file.
-        projection: whether it has the projection to the space shared with pictures.
+    Its column ``ldm`` is OpenCLIP's spelling (SD 2.x, second encoder of SDXL), with q, k and v in one matrix. The files
+    of encoders of the other kind (SD 1.x, first encoder of SDXL) have transformers' names, which are the Hub's.
     """
-    rows = list(_clip_rows(spec, openclip, prefix))
+    rows = list(_clip_rows(spec))
     if projection:
-        ldm, op = ("text_projection", TRANSPOSED) if openclip else ("text_projection.weight", SAME)
-        rows.append(_tensor("text_projection.weight", "text_projection.weight", prefix + ldm, ldm_op=op))
+        rows.append(_tensor("text_projection.weight", "text_projection.weight", "text_projection", ldm_op=TRANSPOSED))
     return rows
 
 
-def _clip_rows(spec: CLIPSpec, openclip: bool, prefix: str) -> Iterator[Row]:
-    hub = "text_model."
-
-    def layer(ours: str, hub_part: str, openclip_part: str) -> Iterator[Row]:
-        return _layer(ours, hub + hub_part, prefix + (openclip_part if openclip else hub + hub_part))
-
-    for ours, part, openclip_name in (
-        ("token_embed.weight", "embeddings.token_embedding.weight", "token_embedding.weight"),
-        ("position_embed.weight", "embeddings.position_embedding.weight", "positional_embedding"),
-    ):
-        yield _tensor(ours, hub + part, prefix + (openclip_name if openclip else hub + part))
-
+def _clip_rows(spec: CLIPSpec) -> Iterator[Row]:
+    hub = "text_model.embeddings"
+    yield _tensor("token_embed.weight", f"{hub}.token_embedding.weight", "token_embedding.weight")
+    yield _tensor("position_embed.weight", f"{hub}.position_embedding.weight", "positional_embedding")
     for i in range(spec.layers):
-        a, b, c = f"layers.{i}", f"encoder.layers.{i}", f"transformer.resblocks.{i}"
-        yield from layer(f"{a}.norm1", f"{b}.layer_norm1", f"{c}.ln_1")
-        yield from _clip_attention_rows(f"{a}.attn", f"{hub}{b}.self_attn", prefix, f"{c}.attn" if openclip else None)
-        yield from layer(f"{a}.attn.out", f"{b}.self_attn.out_proj", f"{c}.attn.out_proj")
-        yield from layer(f"{a}.norm2", f"{b}.layer_norm2", f"{c}.ln_2")
-        yield from layer(f"{a}.fc1", f"{b}.mlp.fc1", f"{c}.mlp.c_fc")
-        yield from layer(f"{a}.fc2", f"{b}.mlp.fc2", f"{c}.mlp.c_proj")
-    yield from layer("norm_out", "final_layer_norm", "ln_final")
-
-
-def _clip_attention_rows(ours: str, hub: str, prefix: str, openclip: str | None) -> Iterator[Row]:
-    """Emit q, k and v; ``openclip`` is OpenCLIP's name of the attention, None if the file has transformers' names."""
-    for kind in ("weight", "bias"):
-        our_names = tuple(f"{ours}.{s}.{kind}" for s in "qkv")
-        hub_names = tuple(f"{hub}.{s}_proj.{kind}" for s in "qkv")
-        if openclip is not None:
-            yield Row(our_names, hub_names, (f"{prefix}{openclip}.in_proj_{kind}",), SAME, STACKED)
-        else:
-            for our_name, hub_name in zip(our_names, hub_names, strict=True):
-                yield _tensor(our_name, hub_name, prefix + hub_name)
+        ours, hub, ldm = f"layers.{i}", f"text_model.encoder.layers.{i}", f"transformer.resblocks.{i}"
+        yield from _layer(f"{ours}.norm1", f"{hub}.layer_norm1", f"{ldm}.ln_1")
+        for kind in ("weight", "bias"):
+            three = (
+                tuple(f"{ours}.attn.{s}.{kind}" for s in "qkv"),
+                tuple(f"{hub}.self_attn.{s}_proj.{kind}" for s in "qkv"),
+            )
+            yield Row(*three, (f"{ldm}.attn.in_proj_{kind}",), SAME, STACKED)
+        yield from _layer(f"{ours}.attn.out", f"{hub}.self_attn.out_proj", f"{ldm}.attn.out_proj")
+        yield from _layer(f"{ours}.norm2", f"{hub}.layer_norm2", f"{ldm}.ln_2")
+        yield from _layer(f"{ours}.fc1", f"{hub}.mlp.fc1", f"{ldm}.mlp.c_fc")
+        yield from _layer(f"{ours}.fc2", f"{hub}.mlp.fc2", f"{ldm}.mlp.c_proj")
+    yield from _layer("norm_out", "text_model.final_layer_norm", "ln_final")
 
 
 # --- Older spellings on the Hub --------------------------------------------------------------------------------------
@@ -333,48 +303,17 @@ CLIP_DROPPED = {
     r"text_projection\.weight": "CLIPTextModel returns the state before the projection; the model with it keeps this",
 }
 
-# Tensors of an original single file that no column of the table names, by the pattern of their name.
-LDM_DROPPED = {
-    r"model_ema\..*": "a moving average of the UNet's weights; the weights under model.diffusion_model are the model",
-    r"betas|(sqrt_)?(one_minus_)?alphas_cumprod(_prev)?|log_one_minus_alphas_cumprod|sqrt_recipm?1?_alphas_cumprod"
-    r"|posterior_(variance|log_variance_clipped|mean_coef[12])|lvlb_weights|logvar|scale_factor|denoiser\..*": (
-        "the noise schedule, which the scheduler computes from its configuration"
-    ),
-    r"v_pred|ztsnr": "marks of what the UNet predicts and how it was trained: they are read, but are no weights",
-    r"global_step": "the number of training steps",
-    r"(first_stage_model\.)?loss\..*": "the discriminator and perceptual loss the autoencoder was trained with",
-    r".*\.embeddings\.position_ids": "a constant 0..76, saved as a buffer",
-    r"(cond_stage_model|conditioner\.embedders\.0)(\.transformer)?\.text_projection(\.weight)?": (
-        "maps to the space shared with pictures, which conditions nothing"
-    ),
-    r"(cond_stage_model|conditioner\.embedders\.[01])\.((model|transformer)\.)?logit_scale": (
-        "temperature of the contrastive loss the text encoder was trained with"
-    ),
-    r"embedding_manager\..*": "what was trained beside the model for new words, which are files of their own",
-}
 
+def canonical_vae_name(name: str) -> str:
+    """Return the modern spelling of an autoencoder's tensor, whose attention has old names or those of the other side.
 
-def canonical_vae_name(name: str) -> str | None:
-    """Return the modern Hub spelling of an autoencoder's tensor."""
-    match = _OLD_ATTENTION_NAME.fullmatch(name)
-    return f"{match[1]}{_OLD_ATTENTION[match[2]]}{match[3]}" if match else name
-
-
-def canonical_original_vae_name(name: str) -> str:
-    """Return the original spelling of an autoencoder's tensor whose attention is named as on the Hub, now or before."""
+    Unconditional UNets have the same attention.
+    """
+    if match := _OLD_ATTENTION_NAME.fullmatch(name):
+        return f"{match[1]}{_OLD_ATTENTION[match[2]]}{match[3]}"
     if match := _LIKE_HUB.fullmatch(name):
-        name = f"{match[1]}{_ORIGINAL[_OLD_ATTENTION.get(match[2], match[2])]}{match[3]}"
+        return f"{match[1]}{_ORIGINAL[_OLD_ATTENTION.get(match[2], match[2])]}{match[3]}"
     return name
-
-
-def canonical_unet_name(name: str) -> str | None:
-    """Return the modern Hub spelling of a UNet's tensor (conditional UNets were never spelled otherwise)."""
-    return name
-
-
-def canonical_unconditional_unet_name(name: str) -> str | None:
-    """Return the modern Hub spelling of an unconditional UNet's tensor: its attention is the autoencoder's."""
-    return canonical_vae_name(name)
 
 
 def canonical_clip_name(name: str, *, projection: bool = False) -> str | None:

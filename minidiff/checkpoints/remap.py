@@ -50,6 +50,10 @@ class Row(NamedTuple):
     hub_op: Op = SAME
     ldm_op: Op = SAME
 
+    def like_hub(self) -> "Row":
+        """Return the row of a single file that has the Hub's names and layout."""
+        return self._replace(ldm=self.hub, ldm_op=self.hub_op)
+
     def op(self, spelling: Spelling) -> Op:
         """Return the change of layout from ``spelling`` to ours."""
         return {"ours": SAME, "hub": self.hub_op, "ldm": self.ldm_op}[spelling]

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from minidiff.checkpoints.original.prefixes import without_prefix
 from minidiff.checkpoints.remap import Row
 from minidiff.compat.published import Names, Part, Published, Tree, grow
 from minidiff.config import Config
@@ -124,6 +125,7 @@ class Named(Published):
     def _ours(self, state: dict[str, Tensor], names: Names) -> dict[str, Tensor]:
         """Return weights of any spelling under our names; what is not in the table keeps the end of its name."""
         own, known = ({name for row in names.rows for name in row.names(column)} for column in ("ours", "hub"))
+        state = {name if name in own else without_prefix(name): tensor for name, tensor in state.items()}
         modern = {name: self.canonical_hub_name(name) for name in state if name not in own}
         modern = {name: hub for name, hub in modern.items() if hub is None or hub in known}
         state = {modern.get(name, name): tensor for name, tensor in state.items() if modern.get(name, name) is not None}

@@ -21,14 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from minidiff.adapters.network import AdaptedNetwork
 from minidiff.checkpoints.model import Model
-from minidiff.checkpoints.names import (
-    CLIP_PREFIX,
-    OPENCLIP_PREFIX,
-    SDXL_CLIP_PREFIX,
-    SDXL_OPENCLIP_PREFIX,
-    canonical_clip_name,
-    clip_rows,
-)
+from minidiff.checkpoints.names import canonical_clip_name, clip_rows
 from minidiff.checkpoints.remap import Row
 from minidiff.config import Config
 from minidiff.errors import ConfigError
@@ -99,6 +92,7 @@ class CLIPTextModel(AdaptedNetwork, GradientCheckpointing, Vocabulary, Model):
 
     weights_stem = "model"
     lora_component = "text_encoder"
+    single_file_parts = ("text_encoder", "text_encoder_2")
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         super().__init__()
@@ -212,15 +206,9 @@ class CLIPTextModel(AdaptedNetwork, GradientCheckpointing, Vocabulary, Model):
             return input_ids.argmax(dim=-1)
         return (input_ids == self.config.eos_token_id).int().argmax(dim=-1)
 
-    def rows(self, ldm_prefix: str | None = None) -> list[Row]:
-        """Return the name table of this configuration: ours, Hub, original single file.
-
-        ``ldm_prefix`` is what stands before the names in the single file, by default that of SD 1.x or 2.x; the same
-        encoder has another one in the files of SDXL, see ``minidiff.checkpoints.names``.
-        """
-        openclip = self.config.hidden_act == "gelu"
-        prefix = ldm_prefix or (OPENCLIP_PREFIX if openclip else CLIP_PREFIX)
-        return clip_rows(self.spec, openclip=openclip, prefix=prefix)
+    def rows(self) -> list[Row]:
+        """Return the name table of this configuration: ours, Hub, original single file."""
+        return clip_rows(self.spec)
 
     @classmethod
     def canonical_hub_name(cls, name: str) -> str | None:
@@ -278,11 +266,9 @@ class CLIPTextModelWithProjection(CLIPTextModel):
         out = CLIPTextProjectionOutput(text_embeds, plain.last_hidden_state, plain.hidden_states)
         return out if return_dict else out.to_tuple()
 
-    def rows(self, ldm_prefix: str | None = None) -> list[Row]:
-        """Return the name table of this configuration; ``ldm_prefix`` is by default that in the file of SDXL base."""
-        openclip = self.config.hidden_act == "gelu"
-        prefix = ldm_prefix or (SDXL_OPENCLIP_PREFIX if openclip else SDXL_CLIP_PREFIX)
-        return clip_rows(self.spec, openclip=openclip, prefix=prefix, projection=True)
+    def rows(self) -> list[Row]:
+        """Return the name table of this configuration: ours, Hub, original single file."""
+        return clip_rows(self.spec, projection=True)
 
     @classmethod
     def canonical_hub_name(cls, name: str) -> str | None:

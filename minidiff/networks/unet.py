@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from minidiff.adapters.network import AdaptedNetwork
 from minidiff.checkpoints.model import Model
-from minidiff.checkpoints.names import canonical_unet_name, unet_rows
+from minidiff.checkpoints.names import unet_rows
 from minidiff.checkpoints.original.single_file import SingleFileModel
 from minidiff.checkpoints.remap import Row
 from minidiff.compat.attention import Attending, processor_arguments
@@ -87,7 +87,6 @@ class UNet(SlicedAttention, GradientCheckpointing, Attending, Model):
     what belongs to the parameters; hence ``self.up`` before ``self.mid``, and attention before residual blocks.
     """
 
-    weights_stem = "diffusion_pytorch_model"
     _repeated_blocks = ("TransformerBlock",)
     freeu: FreeU | None = None  # what changes the skips on the way up
 
@@ -225,7 +224,7 @@ class UNet2DConditionModel(AdaptedNetwork, SingleFileModel, UNet):
         ConfigError: naming each field that is unknown or has a value that is not implemented.
     """
 
-    single_file_part = lora_component = "unet"
+    single_file_parts, lora_component = ("unet",), "unet"
 
     def __init__(self, **fields: Any) -> None:
         config = unet_config(fields)
@@ -372,11 +371,6 @@ class UNet2DConditionModel(AdaptedNetwork, SingleFileModel, UNet):
     def rows(self) -> list[Row]:
         """Return the name table of this configuration: ours, Hub, original single file."""
         return unet_rows(self.spec)
-
-    @classmethod
-    def canonical_hub_name(cls, name: str) -> str | None:
-        """Return the modern Hub spelling of a tensor name; None if it is dropped on purpose."""
-        return canonical_unet_name(name)
 
 
 show_fields(UNet2DConditionModel.__init__, unet_config({}))

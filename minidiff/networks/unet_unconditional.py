@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from minidiff.checkpoints.names import canonical_unconditional_unet_name, unconditional_unet_rows
+from minidiff.checkpoints.names import canonical_vae_name, unconditional_unet_rows
 from minidiff.checkpoints.remap import Row
 from minidiff.networks.layers import FourierFeatures, TimeMLP
 from minidiff.networks.specs.fields import show_fields
@@ -137,7 +137,7 @@ class UNet2DModel(UNet):
     @classmethod
     def canonical_hub_name(cls, name: str) -> str | None:
         """Return the modern Hub spelling of a tensor name; None if it is dropped on purpose."""
-        return canonical_unconditional_unet_name(name)
+        return canonical_vae_name(name)
 
 
 def _check_indices(name: str, values: Tensor, count: int) -> None:

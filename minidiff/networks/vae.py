@@ -173,8 +173,7 @@ class AutoencoderKL(SingleFileModel, GradientCheckpointing, Attending, Model):
         ConfigError: naming each field that is unknown or has a value that is not implemented.
     """
 
-    weights_stem = "diffusion_pytorch_model"
-    single_file_part = "vae"
+    single_file_parts = ("vae",)
 
     def __init__(self, **fields: Any) -> None:
         super().__init__()

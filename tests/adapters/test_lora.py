@@ -11,7 +11,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import minidiff
-from minidiff.checkpoints.names import UNET_PREFIX
 from tests.loras import (
     BOUND,
     Matrices,
@@ -157,7 +156,7 @@ def original_names(pipe: Any) -> dict[str, str]:
     found = {}
     for row in pipe.unet.rows():
         for hub_name, original in zip(row.hub, row.ldm, strict=True):
-            found[hub_name.rpartition(".")[0]] = original.removeprefix(UNET_PREFIX).rpartition(".")[0]
+            found[hub_name.rpartition(".")[0]] = original.rpartition(".")[0]
     return found
 
 

@@ -23,14 +23,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from minidiff.checkpoints.model import Model
-from minidiff.checkpoints.names import (
-    CLIP_DROPPED,
-    LDM_DROPPED,
-    REFINER_OPENCLIP_PREFIX,
-    SDXL_CLIP_PREFIX,
-    SDXL_OPENCLIP_PREFIX,
-)
-from minidiff.checkpoints.original.read import why_dropped
+from minidiff.checkpoints.names import CLIP_DROPPED
+from minidiff.checkpoints.original.dropped import LDM_DROPPED, why_dropped
+from minidiff.checkpoints.original.prefixes import NETWORKS, PREFIXES, rows_in_file
 from minidiff.checkpoints.remap import Row, translate
 from minidiff.networks.clip import CLIPTextModel, CLIPTextModelWithProjection
 from minidiff.networks.unet import UNet2DConditionModel
@@ -49,11 +44,6 @@ SD = [
     "stabilityai--stable-diffusion-2-inpainting",
 ]
 XL_BASE, XL_REFINER = (f"stabilityai--stable-diffusion-xl-{name}-1.0" for name in ("base", "refiner"))
-LDM_PREFIX = {  # what stands before a text encoder's names in the single file, where its class does not say it
-    f"{XL_BASE}/text_encoder/config.json": SDXL_CLIP_PREFIX,
-    f"{XL_BASE}/text_encoder_2/config.json": SDXL_OPENCLIP_PREFIX,
-    f"{XL_REFINER}/text_encoder_2/config.json": REFINER_OPENCLIP_PREFIX,
-}
 PUBLISHED = [
     *(f"{name}/{part}/config.json" for name in SD for part in ("unet", "vae", "text_encoder")),
     *(f"{name}/{part}/config.json" for name in (XL_BASE, XL_REFINER) for part in ("unet", "vae", "text_encoder_2")),
@@ -68,7 +58,9 @@ DISTINCT = (
     "stabilityai--stable-diffusion-2/",
     f"{XL_BASE}/unet",
     f"{XL_REFINER}/unet",
-    *LDM_PREFIX,
+    f"{XL_BASE}/text_encoder/config.json",
+    f"{XL_BASE}/text_encoder_2/config.json",
+    f"{XL_REFINER}/text_encoder_2/config.json",
 )
 COUNTS = {f"{XL_BASE}/unet/config.json": 1680, f"{XL_REFINER}/unet/config.json": 1220}  # of tensors, as published
 SPELLINGS = ("ours", "hub", "ldm")
@@ -144,7 +136,15 @@ def filled(request: pytest.FixtureRequest) -> Pair:
 
 
 def rows_of(ours: Model, path: str) -> list[Row]:
-    return ours.rows(LDM_PREFIX[path]) if path in LDM_PREFIX else ours.rows()
+    """Return the name table as the single file of the family has it."""
+    return rows_in_file(ours.rows(), prefix_of(ours, path))
+
+
+def prefix_of(ours: Model, path: str) -> str:
+    component = next((part for part in path.split("/") if part in NETWORKS), ours.single_file_parts[0])
+    families = {XL_BASE: "XL", XL_REFINER: "XL refiner"}
+    family = families.get(path.split("/")[0], "2.x" if ours.config.get("hidden_act") == "gelu" else "1.x")
+    return PREFIXES[family][component]
 
 
 def column(rows: list[Row], spelling: str) -> list[str]:
@@ -182,8 +182,7 @@ def from_single_file(ours: Model, path: str, ldm: dict[str, Tensor]) -> dict[str
     if isinstance(ours, AutoencoderKL):
         return convert.convert_ldm_vae_checkpoint(ldm, ours.config)
     if ours.config.hidden_act == "gelu":
-        prefix = {"prefix": LDM_PREFIX[path]} if path in LDM_PREFIX else {}
-        return convert.convert_open_clip_checkpoint(ours, ldm, **prefix)
+        return convert.convert_open_clip_checkpoint(ours, ldm, prefix=prefix_of(ours, path))
     return convert.convert_ldm_clip_checkpoint(ldm)
 
 

@@ -27,10 +27,11 @@ from minidiff import (
     UNet2DConditionModel,
 )
 from minidiff.checkpoints import hub
-from minidiff.checkpoints.names import EMA_PREFIX, ema_name
 from minidiff.checkpoints.original import families
+from minidiff.checkpoints.original.dropped import why_dropped
 from minidiff.checkpoints.original.families import FAMILIES, Published, recognise
-from minidiff.checkpoints.original.read import Contents, why_dropped
+from minidiff.checkpoints.original.prefixes import EMA, UNET, ema_name
+from minidiff.checkpoints.original.read import Contents
 from minidiff.checkpoints.original.single_file import find
 from minidiff.checkpoints.tools.checkpoint import open_checkpoint
 from minidiff.checkpoints.tools.convert import convert
@@ -161,9 +162,9 @@ def test_half_precision_files(sd1: Twin, dtype: torch.dtype, tmp_path: Path) -> 
 def test_moving_average_is_taken_when_asked_for(sd1: Twin, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     tensors = load_file(sd1.file)
     unet = {name: tensor for name, tensor in tensors.items() if name.startswith("model.")}
-    averages = {ema_name(name): tensor + 1 for name, tensor in unet.items()}
+    averages = {ema_name(name.removeprefix(UNET)): tensor + 1 for name, tensor in unet.items()}
     assert "model_ema.diffusion_modelinput_blocks00weight" in averages
-    averages |= {f"{EMA_PREFIX}decay": torch.tensor(0.9999), f"{EMA_PREFIX}num_updates": torch.tensor(7)}
+    averages |= {f"{EMA}decay": torch.tensor(0.9999), f"{EMA}num_updates": torch.tensor(7)}
     save_file(tensors | averages, tmp_path / "both.safetensors")
     path = tmp_path / "both.safetensors"
 
@@ -183,7 +184,7 @@ def test_moving_average_is_taken_when_asked_for(sd1: Twin, tmp_path: Path, caplo
     assert len(averages) > 102 and torch.equal(theirs.conv_in.weight, average.conv_in.weight)
     with pytest.raises(CheckpointError, match="use_ema=True: .*holds no moving average"):
         StableDiffusionPipeline.from_single_file(sd1.file, config=sd1.folder, use_ema=True)
-    del averages[ema_name("model.diffusion_model.out.2.bias")]
+    del averages[ema_name("out.2.bias")]
     save_file(tensors | averages, path)
     with pytest.raises(CheckpointError, match=r"1 missing:\n  model\.diffusion_model\.out\.2\.bias"):
         StableDiffusionPipeline.from_single_file(path, config=sd1.folder, use_ema=True)
@@ -480,7 +481,7 @@ def test_no_network_for_a_local_file(packaged: Path, monkeypatch: pytest.MonkeyP
 def test_a_bare_autoencoder_says_which_scaling_it_was_given(
     sd1: Twin, packaged: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from minidiff.checkpoints.original.write import single_file
+    from minidiff.checkpoints.original import single_file
 
     monkeypatch.setattr(single_file, "AUTOENCODER", families.AUTOENCODER)
     save_file(renamed(load_file(packaged), "first_stage_model.", ""), tmp_path / "vae.safetensors")

@@ -18,7 +18,7 @@ from minidiff import (
     UNet2DConditionModel,
 )
 from minidiff.checkpoints.load import OnMeta
-from minidiff.checkpoints.names import ema_name
+from minidiff.checkpoints.original.prefixes import ema_name
 from minidiff.checkpoints.original.read import Contents
 from minidiff.checkpoints.original.single_file import load_part
 from minidiff.checkpoints.tools.checkpoint import open_checkpoint
@@ -220,7 +220,10 @@ def test_a_moving_average_alone(
 ) -> None:
     twin = make_twin("sd1")
     path = tmp_path / "ema.safetensors"
-    tensors = {ema_name(name) if name.startswith("model.") else name: t for name, t in load_file(twin.file).items()}
+    tensors = {
+        ema_name(name.removeprefix(UNET)) if name.startswith(UNET) else name: t
+        for name, t in load_file(twin.file).items()
+    }
     save_file(tensors | {"model_ema.decay": torch.tensor(0.9)}, path)
     for unet in (
         StableDiffusionPipeline.from_single_file(path, config=twin.folder, use_ema=use_ema).unet,

@@ -27,7 +27,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from minidiff.checkpoints.hub import MissingFileError, Repo
-from minidiff.checkpoints.names import UNET_PREFIX, VAE_PREFIX, ema_name, unwrapped
+from minidiff.checkpoints.names import unwrapped
+from minidiff.checkpoints.original.prefixes import UNET, VAE, ema_name
 from minidiff.config import read_json
 from minidiff.errors import CheckpointError
 
@@ -204,8 +205,9 @@ def recognise(shapes: Mapping[str, tuple[int, ...]], unet: str | None, where: st
         )
     if unet is None:
         return AUTOENCODER
-    names = f"{unet}input_blocks.0.0.weight", f"{unet}conv_in.weight"
-    first = next((name for one in names for name in (one, ema_name(one)) if name in shapes), names[0])
+    convs = ("input_blocks.0.0.weight", "conv_in.weight")
+    names = [name for conv in convs for name in (unet + conv, ema_name(conv))]
+    first = next((name for name in names if name in shapes), names[0])
     widths = Counter(shape[1] for name, shape in shapes.items() if _CROSS_KEYS.fullmatch(name) and len(shape) == 2)
     ctx = widths.most_common(1)[0][0] if widths else None
     channels = shapes[first][1] if len(shapes.get(first, ())) == 4 else 4  # its absence is reported with the others
@@ -239,7 +241,7 @@ def no_adapter(names: Iterable[str], wanted: str) -> str | None:
     names = [unwrapped(name) for name in names]
     if what := stranger(names, wanted):
         return what
-    if any(name.startswith((UNET_PREFIX, VAE_PREFIX, "cond_stage_model.", "conditioner.")) for name in names):
+    if any(name.startswith((UNET, VAE, "cond_stage_model.", "conditioner.")) for name in names):
         return "a checkpoint: load it with from_single_file"
     if any(_HUB_SPELLING.fullmatch(name) and "lora" not in name for name in names):
         return "a network in the Hub's spelling: put it beside its config.json and call from_pretrained"

@@ -149,7 +149,7 @@ def say_ema(contents: Contents, use_ema: bool) -> None:
 class SingleFileModel:
     """Mixin of the networks that can be loaded from an original single file, whole or bare."""
 
-    single_file_part: ClassVar[str]  # which component of a pipeline the network is
+    single_file_parts: ClassVar[tuple[str, ...]]
 
     @classmethod
     def from_single_file(
@@ -196,7 +196,7 @@ class SingleFileModel:
         path = find(
             pretrained_model_link_or_path_or_dict, {**where, "revision": revision, "force_download": force_download}
         )
-        contents, part = Contents.of(path), cls.single_file_part
+        contents, (part,) = Contents.of(path), cls.single_file_parts
         family, configs, _ = describe(contents, config, prediction_type, where, ask=part == "unet")
         if part not in contents.prefixes:
             absent(contents, part, cls)

@@ -8,14 +8,9 @@ from torch import Tensor, nn
 
 from minidiff.checkpoints.load import STORED_DTYPES, Stored, expected_shapes, read_pieces, read_tensor
 from minidiff.checkpoints.model import Model
-from minidiff.checkpoints.names import (
-    REFINER_OPENCLIP_PREFIX,
-    SDXL_CLIP_PREFIX,
-    SDXL_OPENCLIP_PREFIX,
-    VAE_PREFIX,
-)
 from minidiff.checkpoints.original.families import V_MARK, ZERO_SNR_MARK
 from minidiff.checkpoints.original.header import KEY
+from minidiff.checkpoints.original.prefixes import PREFIXES, UNET, rows_in_file
 from minidiff.checkpoints.original.read import Part
 from minidiff.checkpoints.remap import Op, Row, Spelling
 from minidiff.checkpoints.stream import Group
@@ -32,34 +27,26 @@ def original_tables(networks: Mapping[str, Model]) -> dict[str, list[Row]]:
     Raises:
         CheckpointError: if the original spelling has no names for one.
     """
-    from minidiff.checkpoints.original.single_file import SingleFileModel
-    from minidiff.networks.clip import CLIPTextModel
-
-    tables = {}
+    prefixes, tables = _prefixes(networks), {}
     for name, model in networks.items():
-        if isinstance(model, CLIPTextModel) and name in ("text_encoder", "text_encoder_2"):
-            tables[name] = model.rows(_text_prefix(name, networks))
-        elif isinstance(model, SingleFileModel) and name in (model.single_file_part, ""):
-            tables[name] = [_bare(row) for row in model.rows()] if name == "" else model.rows()
-        else:
+        part = name or next(iter(model.single_file_parts), "")
+        if part not in model.single_file_parts or part not in prefixes:
             raise CheckpointError(
                 f"the original spelling has no names for {name or 'a bare network'} ({type(model).__name__}); save the "
                 "checkpoint in Hub layout"
             )
+        tables[name] = rows_in_file(model.rows(), prefixes[part])
     return tables
 
 
-def _text_prefix(name: str, networks: Mapping[str, Model]) -> str | None:
-    """Return what stands before the names of a text encoder, None for what its class says (SD 1.x and 2.x)."""
-    if networks.get("text_encoder_2") is None:
-        return None
-    if name == "text_encoder":
-        return SDXL_CLIP_PREFIX
-    return SDXL_OPENCLIP_PREFIX if networks.get("text_encoder") is not None else REFINER_OPENCLIP_PREFIX
-
-
-def _bare(row: Row) -> Row:
-    return row._replace(ldm=tuple(name.removeprefix(VAE_PREFIX) for name in row.ldm))
+def _prefixes(networks: Mapping[str, Model]) -> dict[str, str]:
+    """Return what stands before the names of each component in a file that holds these networks."""
+    if "" in networks:
+        return {"unet": UNET, "vae": ""}
+    first, second = networks.get("text_encoder"), networks.get("text_encoder_2")
+    if second is not None:
+        return PREFIXES["XL" if first is not None else "XL refiner"]
+    return PREFIXES["2.x" if first is not None and first.config.get("hidden_act") == "gelu" else "1.x"]
 
 
 def original_metadata(prediction: str | None, configuration: str) -> dict[str, str]:
