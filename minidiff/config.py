@@ -10,6 +10,8 @@ from typing import Any, NoReturn
 from minidiff.errors import ConfigError
 from minidiff.sniff import what_is
 
+REFERENCE_VERSION = "0.42.1"  # of diffusers, whose layout our files follow; it treats files of old versions specially
+
 
 class Config(dict[str, Any]):
     """A dict that cannot be changed and whose fields are also attributes: ``config.width == config["width"]``.

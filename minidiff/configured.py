@@ -18,11 +18,12 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
-from minidiff.config import Config, read_json
+from minidiff.checkpoints.arguments import refuse_unless_harmless
+from minidiff.checkpoints.hub import Repo
+from minidiff.config import REFERENCE_VERSION, Config, read_json
 from minidiff.errors import ConfigError
 from minidiff.registry import public
 
-FORMAT = "0.42.1"  # the version of the reference whose spelling of the file we write
 UNSAVED = ("_use_default_values", "_ignore_files")
 
 logger = logging.getLogger(__name__)
@@ -151,24 +152,14 @@ class ConfigMixin:
         Raises CheckpointNotFoundError if there is none, TypeError for unknown arguments that are not asked back with
         ``return_unused_kwargs``.
         """
-        from minidiff.checkpoints.hub import find_file  # brings huggingface_hub only where a file is looked for
-
         if cls.config_name is None:
             raise ValueError(f"{cls.__name__} has no config_name: call load_config on a class that has one")
-        if unused and not return_unused_kwargs:
-            raise TypeError(f"{cls.__name__}.load_config got unknown arguments {', '.join(unused)}")
+        if not return_unused_kwargs and (unknown := refuse_unless_harmless(unused)):
+            raise TypeError(f"{cls.__name__}.load_config got unknown arguments {', '.join(unknown)}")
         path = Path(pretrained_model_name_or_path)
         if not path.is_file():
-            path = find_file(
-                pretrained_model_name_or_path,
-                cls.config_name,
-                subfolder=subfolder,
-                revision=revision,
-                cache_dir=cache_dir,
-                local_files_only=local_files_only,
-                force_download=force_download,
-                token=token,
-            )
+            where = (subfolder, revision, cache_dir, bool(local_files_only), token, force_download)
+            path = Repo(pretrained_model_name_or_path, *where).file(cls.config_name)
         return (read_json(path), unused) if return_unused_kwargs else read_json(path)
 
     def save_config(self, save_directory: str | Path, push_to_hub: bool = False) -> None:
@@ -180,7 +171,7 @@ class ConfigMixin:
             raise NotADirectoryError(f"{folder} is a file: give a folder to write {self.config_name} into")
         folder.mkdir(parents=True, exist_ok=True)
         self.to_json_file(folder / str(self.config_name))
-        head = {"_class_name": type(self).__name__, "_diffusers_version": FORMAT}
+        head = {"_class_name": type(self).__name__, "_diffusers_version": REFERENCE_VERSION}
         dict.update(self.config, head)  # it says so from now on, also to who has it already: as there
 
     def to_json_file(self, json_file_path: str | Path) -> None:
@@ -190,7 +181,7 @@ class ConfigMixin:
     def to_json_string(self) -> str:
         """Return the content of the file."""
         fields = {name: value for name, value in self.config.items() if name not in UNSAVED}
-        fields |= {"_class_name": type(self).__name__, "_diffusers_version": FORMAT}
+        fields |= {"_class_name": type(self).__name__, "_diffusers_version": REFERENCE_VERSION}
         return json.dumps(fields, indent=2, sort_keys=True, default=_plain) + "\n"
 
     def __repr__(self) -> str:

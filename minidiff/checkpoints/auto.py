@@ -26,8 +26,8 @@ class AutoModel:
         Raises:
             ConfigError: if ``config.json`` names no network that minidiff has.
         """
-        where = {name: arguments[name] for name in _WHERE if name in arguments}
-        fields = cls.load_config(pretrained_model_or_path, subfolder=subfolder, **where)
+        where = {"subfolder": subfolder, **arguments}
+        fields, _ = cls.load_config(pretrained_model_or_path, return_unused_kwargs=True, **where)
         return _class_of(fields).from_pretrained(pretrained_model_or_path, subfolder=subfolder, **arguments)
 
     @classmethod
@@ -40,12 +40,8 @@ class AutoModel:
         if config is None:
             raise ValueError("AutoModel.from_config needs a configuration, found None")
         if not isinstance(config, Mapping):
-            where = {name: arguments.pop(name) for name in ("subfolder", *_WHERE) if name in arguments}
-            config = cls.load_config(config, **where)
+            config, arguments = cls.load_config(config, return_unused_kwargs=True, **arguments)
         return _class_of(config).from_config(config, **arguments)
-
-
-_WHERE = ("revision", "cache_dir", "local_files_only", "token", "force_download")
 
 
 def _class_of(fields: Mapping[str, Any]) -> type[Model]:

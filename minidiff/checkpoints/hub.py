@@ -8,7 +8,7 @@ all downloads go through ``huggingface_hub.hf_hub_download``, one file at a time
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from minidiff.config import read_json
 from minidiff.errors import CheckpointError, CheckpointNotFoundError, shortened
@@ -94,6 +94,11 @@ class Repo:
     def is_local(self) -> bool:
         """Tell whether the source exists on disk, so that the Hub plays no part."""
         return Path(self.source).exists()
+
+    @property
+    def where(self) -> dict[str, Any]:
+        """All but the source, as the keyword arguments of a ``from_pretrained``."""
+        return {name: value for name, value in vars(self).items() if name != "source"}
 
     def at(self, subfolder: str) -> "Repo":
         """Return the same repository one folder further down."""
@@ -204,79 +209,46 @@ class Repo:
         return CheckpointNotFoundError(f"{self} has no {wanted}; it holds {', '.join(names) or 'nothing'}")
 
     def _download(self, filename: str) -> Path:
-        from huggingface_hub import hf_hub_download
-        from huggingface_hub.errors import (
-            EntryNotFoundError,
-            GatedRepoError,
-            HfHubHTTPError,
-            HFValidationError,
-            LocalEntryNotFoundError,
-            RepositoryNotFoundError,
-            RevisionNotFoundError,
-        )
+        from huggingface_hub import errors, hf_hub_download
 
         full = str(PurePosixPath(self.subfolder or "", filename))
+        options = {name: value for name, value in self.where.items() if name != "subfolder"}
         try:
-            return Path(
-                hf_hub_download(
-                    str(self.source),
-                    full,
-                    revision=self.revision,
-                    cache_dir=self.cache_dir,
-                    local_files_only=self.local_files_only,
-                    token=self.token,
-                    force_download=self.force_download,
-                    library_name="minidiff",
-                )
-            )
-        except HFValidationError as error:
-            raise CheckpointNotFoundError(
-                f"{self.source!r} is neither an existing folder (looked from {Path.cwd()}) nor a Hub id such as "
-                "'name/repository'"
-            ) from error
-        except GatedRepoError as error:
-            raise CheckpointNotFoundError(
-                f"{self.source} is a gated repository: accept its terms on its page on the Hub, then log in with "
-                "`hf auth login`, set HF_TOKEN or pass token="
-            ) from error
-        except RepositoryNotFoundError as error:
-            raise CheckpointNotFoundError(
-                f"there is no folder {str(self.source)!r} (looked from {Path.cwd()}) and the Hub has no such public "
-                "repository; check the spelling, and if it is private log in with `hf auth login`, set HF_TOKEN or "
-                "pass token="
-            ) from error
-        except RevisionNotFoundError as error:
-            raise CheckpointNotFoundError(
-                f"{self.source} has no revision {self.revision!r}; pass a branch, a tag or a commit that it has"
-            ) from error
-        except LocalEntryNotFoundError as error:
+            return Path(hf_hub_download(str(self.source), full, library_name="minidiff", **options))
+        except (errors.HFValidationError, errors.EntryNotFoundError, errors.HfHubHTTPError) as error:
+            ours, message = next(row for name, row in _FAILURES.items() if isinstance(error, getattr(errors, name)))
             why = "local_files_only=True" if self.local_files_only else error.__cause__ or error
-            raise NotCachedError(
-                f"{full} of {self.source} is not in the Hugging Face cache and the Hub was not reached ({why}); "
-                "download it once with a connection, or pass the path of a local folder"
-            ) from error
-        except EntryNotFoundError as error:
-            raise MissingFileError(
-                f"{self} has no {filename} on the Hub; check subfolder=, revision= and variant="
-            ) from error
-        except HfHubHTTPError as error:
-            raise CheckpointNotFoundError(f"the Hub did not give {full} of {self.source}: {error}") from error
+            said = {"repo": self, "file": filename, "full": full, "here": Path.cwd(), "why": why, "error": error}
+            raise ours(message.format(source=self.source, revision=self.revision, **said)) from error
 
 
-def find_file(
-    source: str | Path,
-    filename: str,
-    *,
-    subfolder: str | None = None,
-    revision: str | None = None,
-    cache_dir: str | Path | None = None,
-    local_files_only: bool = False,
-    token: str | bool | None = None,
-    force_download: bool = False,
-) -> Path:
-    """Return the path of a checkpoint file: in a local folder, in the cache, or downloaded from the Hub.
-
-    Raises ``MissingFileError`` if only the file is absent, another ``CheckpointNotFoundError`` if the whole folder or
-    repository is (not there, gated, private, or out of reach).
-    """
-    return Repo(source, subfolder, revision, cache_dir, local_files_only, token, force_download).file(filename)
+_LOG_IN = "log in with `hf auth login`, set HF_TOKEN or pass token="
+_FAILURES = {  # error of huggingface_hub, the first that it is -> ours, and what it says
+    "HFValidationError": (
+        CheckpointNotFoundError,
+        "{source!r} is neither an existing folder (looked from {here}) nor a Hub id such as 'name/repository'",
+    ),
+    "GatedRepoError": (
+        CheckpointNotFoundError,
+        f"{{source}} is a gated repository: accept its terms on its page on the Hub, then {_LOG_IN}",
+    ),
+    "RepositoryNotFoundError": (
+        CheckpointNotFoundError,
+        "there is no folder {source!r} (looked from {here}) and the Hub has no such public repository; check the "
+        f"spelling, and if it is private {_LOG_IN}",
+    ),
+    "RevisionNotFoundError": (
+        CheckpointNotFoundError,
+        "{source} has no revision {revision!r}; pass a branch, a tag or a commit that it has",
+    ),
+    "LocalEntryNotFoundError": (
+        NotCachedError,
+        "{full} of {source} is not in the Hugging Face cache and the Hub was not reached ({why}); download it once "
+        "with a connection, or pass the path of a local folder",
+    ),
+    "EntryNotFoundError": (
+        MissingFileError,
+        "{repo} has no {file} on the Hub; check subfolder=, revision= and variant=",
+    ),
+    "HfHubHTTPError": (CheckpointNotFoundError, "the Hub did not give {full} of {source}: {error}"),
+}

@@ -14,7 +14,7 @@ from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -32,7 +32,7 @@ STORED_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float1
 CHUNK = 2**20  # bytes converted at a time: a piece and its result stay in the processor's cache
 
 
-class Stored(NamedTuple):
+class StoredTensor(NamedTuple):
     """One tensor in a safetensors file, as its header describes it."""
 
     name: str
@@ -77,14 +77,6 @@ def paused_collector() -> Iterator[None]:
             gc.enable()
 
 
-class Loadable(Protocol):
-    """What the loader needs to know of a network."""
-
-    def rows(self) -> list[Row]: ...
-
-    def canonical_hub_name(self, name: str) -> str | None: ...
-
-
 def as_dtype(torch_dtype: torch.dtype | str | None, dtype: torch.dtype | str | None = None) -> torch.dtype:
     """Return the dtype to load in, given under either of the reference's two names; float32 if neither is given.
 
@@ -105,7 +97,7 @@ def _one_dtype(value: torch.dtype | str) -> torch.dtype:
     return allowed[name]
 
 
-def read_header(name: str, path: Path) -> list[Stored]:
+def read_header(name: str, path: Path) -> list[StoredTensor]:
     """List the tensors of a safetensors file without reading them.
 
     Raises:
@@ -124,7 +116,9 @@ def read_header(name: str, path: Path) -> list[Stored]:
     result = []
     for key, entry in header.items():
         start, end = entry["data_offsets"]  # counted from the end of the header
-        result.append(Stored(key, name, path, entry["dtype"], tuple(entry["shape"]), 8 + length + start, end - start))
+        result.append(
+            StoredTensor(key, name, path, entry["dtype"], tuple(entry["shape"]), 8 + length + start, end - start)
+        )
     return result
 
 
@@ -149,7 +143,11 @@ def load_weights(model: nn.Module, weights: Weights, dtype: torch.dtype) -> None
 
 
 def fill(
-    model: nn.Module, rows: Iterable[Row], found: Mapping[str, Stored], dtype: torch.dtype, spelling: Spelling = "hub"
+    model: nn.Module,
+    rows: Iterable[Row],
+    found: Mapping[str, StoredTensor],
+    dtype: torch.dtype,
+    spelling: Spelling = "hub",
 ) -> None:
     """Give ``model``, built on the meta device, the tensors ``found`` under the names of ``spelling``, in ``dtype``."""
     tensors = _read(found, dtype)
@@ -171,9 +169,7 @@ def _assign(model: nn.Module, state: dict[str, Tensor]) -> None:
             if parameter is not None:
                 module._parameters[name] = nn.Parameter(state.pop(dot + name), requires_grad=parameter.requires_grad)
         for name, buffer in module._buffers.items():
-            if (
-                buffer is not None
-            ):  # a buffer that is not saved has no row: networks here compute such things when needed
+            if buffer is not None:  # one that is not saved would have no row: networks compute such things when needed
                 module._buffers[name] = state.pop(dot + name)
     if state:
         raise AssertionError(f"{type(model).__name__} has rows for tensors that it lacks: {', '.join(state)}")
@@ -181,10 +177,10 @@ def _assign(model: nn.Module, state: dict[str, Tensor]) -> None:
 
 def match(
     expected: Mapping[str, tuple[int, ...]],
-    stored: Iterable[Stored],
+    stored: Iterable[StoredTensor],
     canonical: Callable[[str], str | None],
     flat: Container[str] = (),
-) -> tuple[dict[str, Stored], dict[str, list[str]]]:
+) -> tuple[dict[str, StoredTensor], dict[str, list[str]]]:
     """Pair the expected names with the stored tensors, and describe everything that does not fit.
 
     Args:
@@ -197,7 +193,7 @@ def match(
     Returns:
         the stored tensors by expected name, and lines of text by what is wrong with the tensors that they name.
     """
-    found: dict[str, Stored] = {}
+    found: dict[str, StoredTensor] = {}
     wrong: dict[str, list[str]] = defaultdict(list)
     for tensor in stored:
         name = canonical(unwrapped(tensor.name))
@@ -243,7 +239,7 @@ def expected_shapes(model: nn.Module, rows: Iterable[Row], spelling: Spelling = 
     return expected
 
 
-def _index_problems(weights: Weights, stored: Iterable[Stored]) -> list[str]:
+def _index_problems(weights: Weights, stored: Iterable[StoredTensor]) -> list[str]:
     if weights.index is None:
         return []
     actual = {tensor.name: tensor.file for tensor in stored}
@@ -255,7 +251,7 @@ def _index_problems(weights: Weights, stored: Iterable[Stored]) -> list[str]:
     return listed({"where the index and the shards disagree": lines} if lines else {})
 
 
-def _read(stored: Mapping[str, Stored], dtype: torch.dtype) -> dict[str, Tensor]:
+def _read(stored: Mapping[str, StoredTensor], dtype: torch.dtype) -> dict[str, Tensor]:
     """Return the tensors in ``dtype``: views of the files where they are stored so, else converted, several at once."""
     tensors: dict[str, Tensor] = {}
     same = {name: tensor for name, tensor in stored.items() if STORED_DTYPES[tensor.dtype] == dtype}
@@ -270,7 +266,7 @@ def _read(stored: Mapping[str, Stored], dtype: torch.dtype) -> dict[str, Tensor]
     return tensors
 
 
-def read_tensor(stored: Stored, dtype: torch.dtype) -> Tensor:
+def read_tensor(stored: StoredTensor, dtype: torch.dtype) -> Tensor:
     """Read and convert one tensor in pieces. Mapped pages would count as memory of this process until unmapped."""
     result = torch.empty(stored.shape, dtype=dtype)
     start = 0
@@ -280,7 +276,7 @@ def read_tensor(stored: Stored, dtype: torch.dtype) -> Tensor:
     return result
 
 
-def read_pieces(stored: Stored) -> Iterator[Tensor]:
+def read_pieces(stored: StoredTensor) -> Iterator[Tensor]:
     """Yield the values of a stored tensor in order, ``CHUNK`` bytes at a time; the next piece overwrites the last."""
     buffer = bytearray(min(CHUNK, stored.size))
     if not buffer:

@@ -13,12 +13,11 @@ from minidiff.checkpoints.hub import WHY_NO_PICKLES, Repo, Weights
 from minidiff.checkpoints.load import OnMeta, as_dtype, load_weights, paused_collector
 from minidiff.checkpoints.save import save_json, save_weights
 from minidiff.compat.network import Named
-from minidiff.config import Config, read_json
+from minidiff.config import REFERENCE_VERSION, Config, read_json
+from minidiff.configured import ConfigMixin
 from minidiff.errors import CheckpointError, ConfigError
 
-_WHERE = ("subfolder", "revision", "cache_dir", "local_files_only", "token", "force_download")
 _LOADING_INFO = ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
-REFERENCE_VERSION = "0.42.1"  # of diffusers, whose layout our files follow; it treats files of old versions specially
 
 
 def refuse_pickles(use_safetensors: bool | None) -> None:
@@ -27,7 +26,7 @@ def refuse_pickles(use_safetensors: bool | None) -> None:
         raise CheckpointError(f"use_safetensors=False asks for pickled weights: {WHY_NO_PICKLES}")
 
 
-class Stored(nn.Module):
+class Pretrained(nn.Module):
     """A network that is loaded and saved in Hub layout: ``config.json`` beside safetensors."""
 
     weights_stem: ClassVar[str] = "diffusion_pytorch_model"  # of the weight files: "model" for text encoders
@@ -178,10 +177,12 @@ class Stored(nn.Module):
         )
 
 
-class Model(Named, Stored):
+class Model(Named, Pretrained):
     """Base of every network here. A subclass says how it is configured and how its weights are called on the Hub."""
 
     single_file_parts: ClassVar[tuple[str, ...]] = ()  # which components of an original single file it may be
+
+    load_config = classmethod(ConfigMixin.load_config.__func__)
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any] | str | Path, **overrides: Any) -> "Model":
@@ -194,36 +195,12 @@ class Model(Named, Stored):
         """
         if not isinstance(config, Mapping):
             warnings.warn(f"give {cls.__name__}.load_config({str(config)!r}) to from_config", FutureWarning, 2)
-            where = {name: overrides.pop(name) for name in _WHERE if name in overrides}
-            config = cls.load_config(config, **where)
+            config, overrides = cls.load_config(config, return_unused_kwargs=True, **overrides)
         return cls._of_fields(config, **overrides)
 
     @classmethod
     def _of_fields(cls, fields: Mapping[str, Any], **overrides: Any) -> "Model":
         return cls(**{**fields, **overrides})
-
-    @classmethod
-    def load_config(
-        cls,
-        pretrained_model_name_or_path: str | Path,
-        *,
-        subfolder: str | None = None,
-        revision: str | None = None,
-        cache_dir: str | Path | None = None,
-        local_files_only: bool = False,
-        token: str | bool | None = None,
-        force_download: bool = False,
-        **harmless: Any,
-    ) -> dict[str, Any]:
-        """Return the fields of ``config.json`` of a folder in Hub layout or a Hub id; arguments as ``from_pretrained``.
-
-        Raises:
-            CheckpointNotFoundError: if the folder, repository or file is not there.
-        """
-        if unknown := refuse_unless_harmless(harmless):
-            raise TypeError(f"load_config has no argument {', '.join(unknown)}")
-        where = (subfolder, revision, cache_dir, bool(local_files_only), token, force_download)
-        return read_json(Repo(pretrained_model_name_or_path, *where).file("config.json"))
 
     @classmethod
     def _loaded(cls, fields: Mapping[str, Any], overrides: dict[str, Any], weights: Weights, dtype: torch.dtype) -> Any:

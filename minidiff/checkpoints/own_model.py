@@ -16,14 +16,14 @@ import torch
 from torch import nn
 
 from minidiff.checkpoints.hub import Weights
-from minidiff.checkpoints.model import Stored
+from minidiff.checkpoints.model import Pretrained
 from minidiff.configured import ConfigMixin
 
 
-class ModelMixin(ConfigMixin, Stored):
+class ModelMixin(ConfigMixin, Pretrained):
     """Base of networks of one's own: an ``nn.Module`` with ``from_pretrained`` and ``save_pretrained``."""
 
-    config_name: ClassVar[str] = Stored.config_name
+    config_name: ClassVar[str] = Pretrained.config_name
 
     def __getattr__(self, name: str) -> Any:
         try:

@@ -8,7 +8,7 @@ from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
-from minidiff.checkpoints.model import REFERENCE_VERSION
+from minidiff.config import REFERENCE_VERSION
 
 USE_PEFT_BACKEND = True  # whether LoRA adapters have names and weights, as in the reference with peft
 PipelineImageInput = Any  # an annotation: see ``minidiff.images.processor`` for what images may be

@@ -19,9 +19,9 @@ from torch import nn
 from minidiff.checkpoints.arguments import device_of
 from minidiff.checkpoints.hub import Repo
 from minidiff.checkpoints.load import as_dtype, paused_collector
-from minidiff.checkpoints.model import REFERENCE_VERSION, Stored, refuse_pickles, refuse_unless_harmless
+from minidiff.checkpoints.model import Pretrained, refuse_pickles, refuse_unless_harmless
 from minidiff.checkpoints.save import save_json
-from minidiff.config import Config, read_json
+from minidiff.config import REFERENCE_VERSION, Config, read_json
 from minidiff.configured import ConfigMixin
 from minidiff.errors import CheckpointError, ConfigError
 from minidiff.pipelines.memory import MemorySavers
@@ -194,7 +194,7 @@ class DiffusionPipeline(MemorySavers, SingleFilePipeline):
         index = self._index()  # raises if a component cannot be saved, before anything is written
         for name, component in self._parts().items():
             component = _compiled_from(component)
-            if isinstance(component, Stored):
+            if isinstance(component, Pretrained):
                 component.save_pretrained(folder / name, variant=variant, max_shard_size=max_shard_size or "10GB")
             elif index[name] != (None, None):
                 component.save_pretrained(folder / name)
@@ -433,7 +433,7 @@ def _component_class(name: str, entry: Any, optional: bool, path: Path) -> type 
     library, class_name = entry
     ours = library in ("diffusers", "transformers")
     found = _public(class_name) if ours else getattr(sys.modules.get(library), class_name, None)
-    if isinstance(found, type) and (ours or issubclass(found, (Stored, ConfigMixin))):
+    if isinstance(found, type) and (ours or issubclass(found, (Pretrained, ConfigMixin))):
         return found
     if optional:
         _say_once(f"{name} ({class_name}) of the checkpoint is not loaded: minidiff does not implement it")
@@ -462,24 +462,15 @@ def _compiled_from(component: Any) -> Any:
 
 
 def _load_component(kind: type, repo: Repo, name: str, dtype: torch.dtype, variant: str | None) -> Any:
-    where = {
-        "subfolder": _subfolder(kind, repo, name),
-        "revision": repo.revision,
-        "cache_dir": repo.cache_dir,
-        "local_files_only": repo.local_files_only,
-        "token": repo.token,
-        "force_download": repo.force_download,
-    }
-    if issubclass(kind, Stored):
-        where |= {"torch_dtype": dtype, "variant": variant}
-    return kind.from_pretrained(repo.source, **where)
+    options = {"torch_dtype": dtype, "variant": variant} if issubclass(kind, Pretrained) else {}
+    return kind.from_pretrained(repo.source, **{**repo.where, "subfolder": _subfolder(kind, repo, name)}, **options)
 
 
 def _subfolder(kind: type, repo: Repo, name: str) -> str | None:
     """Return the folder of a component; in the oldest repositories (google/ddpm-...) all lie beside the index: None."""
-    if not issubclass(kind, (Stored, SchedulerMixin)):
+    if not issubclass(kind, (Pretrained, SchedulerMixin)):
         return name
-    filename = "config.json" if issubclass(kind, Stored) else CONFIG_NAME
+    filename = "config.json" if issubclass(kind, Pretrained) else CONFIG_NAME
     flat = repo.at(name).optional_file(filename) is None and repo.optional_file(filename) is not None
     return None if flat else name
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from minidiff.checkpoints.hub import MissingFileError, Repo, find_file, weight_names
+from minidiff.checkpoints.hub import MissingFileError, Repo, weight_names
 from minidiff.checkpoints.save import save_json, write_atomically
 from minidiff.errors import CheckpointError, CheckpointNotFoundError
 from tests.hub_server import HubServer, Repository, run_with
@@ -32,41 +32,41 @@ def touch(folder: Path, *names: str) -> Path:
 
 def test_local_file(tmp_path: Path) -> None:
     touch(tmp_path, "config.json", "unet/config.json")
-    assert find_file(tmp_path, "config.json") == tmp_path / "config.json"
-    assert find_file(str(tmp_path), "config.json", subfolder="unet") == tmp_path / "unet" / "config.json"
+    assert Repo(tmp_path).file("config.json") == tmp_path / "config.json"
+    assert Repo(str(tmp_path), subfolder="unet").file("config.json") == tmp_path / "unet" / "config.json"
 
 
 def test_local_path_never_touches_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)  # importing it now fails
     touch(tmp_path, "config.json")
-    assert find_file(tmp_path, "config.json").is_file()
+    assert Repo(tmp_path).file("config.json").is_file()
     with pytest.raises(MissingFileError, match=r"has no absent\.json; it holds config\.json"):
-        find_file(tmp_path, "absent.json")
+        Repo(tmp_path).file("absent.json")
     with pytest.raises(CheckpointNotFoundError, match="only model"):
         Repo(touch(tmp_path / "pickles", "model.bin")).weights("model")
 
 
 def test_a_relative_folder_with_the_look_of_an_id_is_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(touch(tmp_path, "some/repo/config.json"))
-    assert find_file("some/repo", "config.json") == Path("some/repo/config.json")
+    assert Repo("some/repo").file("config.json") == Path("some/repo/config.json")
 
 
 @pytest.mark.parametrize("source", ["/nowhere/at/all", "./nowhere", "../nowhere", "~/nowhere", "a/b/c", Path("a/b")])
 def test_missing_folder(source: str | Path) -> None:
     with pytest.raises(CheckpointNotFoundError, match="there is no folder"):
-        find_file(source, "config.json")
+        Repo(source).file("config.json")
 
 
 def test_missing_subfolder_and_single_file(tmp_path: Path) -> None:
     with pytest.raises(MissingFileError, match="has no folder 'unet'"):
-        find_file(tmp_path, "config.json", subfolder="unet")
+        Repo(tmp_path, subfolder="unet").file("config.json")
     with pytest.raises(CheckpointError, match="is a single file"):
-        find_file(touch(tmp_path, "model.safetensors") / "model.safetensors", "config.json")
+        Repo(touch(tmp_path, "model.safetensors") / "model.safetensors").file("config.json")
 
 
 def test_not_a_hub_id() -> None:
     with pytest.raises(CheckpointNotFoundError, match=r"neither an existing folder .* nor a Hub id"):
-        find_file("what is this?", "config.json")
+        Repo("what is this?").file("config.json")
 
 
 # --- which weights ---------------------------------------------------------------------------------------------------
@@ -182,7 +182,7 @@ def run(hub: HubServer, cache: Path, code: str, **environment: str) -> str:
 
 
 def test_hub_downloads_one_file_then_uses_the_cache(hub: HubServer, tmp_path: Path) -> None:
-    code = 'print(find_file("some/repo", "config.json", subfolder="unet").read_text())'
+    code = 'print(Repo("some/repo", subfolder="unet").file("config.json").read_text())'
     assert run(hub, tmp_path, code) == "content of unet/config.json"
     assert hub.downloaded() == ["some/repo/main/unet/config.json"]
     assert run(hub, tmp_path, code) == "content of unet/config.json"
@@ -194,14 +194,15 @@ def test_hub_downloads_one_file_then_uses_the_cache(hub: HubServer, tmp_path: Pa
 
 
 def test_hub_cache_dir_and_force_download(hub: HubServer, tmp_path: Path) -> None:
-    code = f'print(find_file("some/repo", "config.json", cache_dir={str(tmp_path / "here")!r}))'
+    where = f"cache_dir={str(tmp_path / 'here')!r}"
+    code = f'print(Repo("some/repo", {where}).file("config.json"))'
     assert run(hub, tmp_path, code).startswith(str(tmp_path / "here"))
-    run(hub, tmp_path, code[:-2] + ", force_download=True))")
+    run(hub, tmp_path, code.replace(where, f"{where}, force_download=True"))
     assert hub.downloaded() == ["some/repo/main/config.json"]
 
 
 def test_hub_revision(hub: HubServer, tmp_path: Path) -> None:
-    code = 'print(find_file("some/repo", "config.json", revision="branch").read_text())'
+    code = 'print(Repo("some/repo", revision="branch").file("config.json").read_text())'
     assert run(hub, tmp_path, code) == "of the branch"
 
 
@@ -216,20 +217,20 @@ print(repo.pinned(repo.file("config.json")).revision)"""
 @pytest.mark.parametrize("way", ["argument", "environment"])
 def test_hub_token(hub: HubServer, tmp_path: Path, way: str) -> None:
     argument = ", token='hf_secret'" if way == "argument" else ""
-    code = f'print(find_file("private/repo", "config.json"{argument}).read_text())'
+    code = f'print(Repo("private/repo"{argument}).file("config.json").read_text())'
     environment = {"HF_TOKEN": "hf_secret"} if way == "environment" else {}
     assert run(hub, tmp_path, code, **environment) == "content of config.json"
     assert {request.token for request in hub.requests} == {"hf_secret"}
 
 
 REFUSALS = {  # expression -> what the error says
-    'find_file("private/repo", "config.json")': "no such public repository.*HF_TOKEN",
-    'find_file("private/repo", "config.json", token="hf_wrong")': "no such public repository.*token=",
-    'find_file("gated/repo", "config.json")': "gated/repo is a gated repository: accept its terms",
-    'find_file("no/repo", "config.json")': "there is no folder 'no/repo' .* the Hub has no such public repository",
-    'find_file("some/repo", "config.json", revision="nothing")': "some/repo has no revision 'nothing'",
-    'find_file("some/repo", "absent.json")': r"MissingFileError: some/repo has no absent\.json on the Hub",
-    'find_file("some/repo", "README.md", local_files_only=True)': r"NotCachedError: README.md .*local_files_only=True",
+    'Repo("private/repo").file("config.json")': "no such public repository.*HF_TOKEN",
+    'Repo("private/repo", token="hf_wrong").file("config.json")': "no such public repository.*token=",
+    'Repo("gated/repo").file("config.json")': "gated/repo is a gated repository: accept its terms",
+    'Repo("no/repo").file("config.json")': "there is no folder 'no/repo' .* the Hub has no such public repository",
+    'Repo("some/repo", revision="nothing").file("config.json")': "some/repo has no revision 'nothing'",
+    'Repo("some/repo").file("absent.json")': r"MissingFileError: some/repo has no absent\.json on the Hub",
+    'Repo("some/repo", local_files_only=True).file("README.md")': r"NotCachedError: README.md .*local_files_only=True",
     'Repo("some/repo", "unet").weights("model", "fp16")': r"variant='fp16'\); it has no variant: ask for that",
     'Repo("some/repo", "sharded").weights("model")': r"\(no variant\); it has variant='fp16': ask for that",
     'Repo("some/repo", "pickles").weights("model")': r"has only model\.bin, no model\.safetensors: minidiff reads only",
@@ -251,14 +252,14 @@ for expression in {list(REFUSALS)!r}:
 
 
 def test_hub_offline_and_not_cached(hub: HubServer, tmp_path: Path) -> None:
-    message = run(hub, tmp_path, 'find_file("some/repo", "config.json")', HF_HUB_OFFLINE="1")
+    message = run(hub, tmp_path, 'Repo("some/repo").file("config.json")', HF_HUB_OFFLINE="1")
     assert "NotCachedError: config.json of some/repo is not in the Hugging Face cache" in message
     assert "HF_HUB_OFFLINE" in message  # says how it came to be offline
     assert hub.requests == []
 
 
 def test_hub_out_of_reach(hub: HubServer, tmp_path: Path) -> None:
-    code = 'import time; time.sleep = lambda _: None; find_file("some/repo", "config.json")'  # no waits between retries
+    code = 'import time; time.sleep = lambda _: None; Repo("some/repo").file("config.json")'  # no waits between retries
     message = run(hub, tmp_path, code, HF_ENDPOINT="http://127.0.0.1:9")
     assert "NotCachedError: config.json of some/repo is not in the Hugging Face cache" in message
 
@@ -283,6 +284,6 @@ def test_hub_weights_offline(hub: HubServer, tmp_path: Path) -> None:
 
 def test_local_folder_wins_over_the_hub(hub: HubServer, tmp_path: Path) -> None:
     touch(tmp_path, "some/repo/config.json")
-    code = f'import os; os.chdir({str(tmp_path)!r}); print(find_file("some/repo", "config.json"))'
+    code = f'import os; os.chdir({str(tmp_path)!r}); print(Repo("some/repo").file("config.json"))'
     assert run(hub, tmp_path / "cache", code) == "some/repo/config.json"
     assert hub.requests == []

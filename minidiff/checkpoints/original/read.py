@@ -14,7 +14,7 @@ from typing import NamedTuple
 from safetensors import safe_open
 
 from minidiff.checkpoints.hub import PICKLES, WHY_NO_PICKLES
-from minidiff.checkpoints.load import Stored, expected_shapes, match, read_header
+from minidiff.checkpoints.load import StoredTensor, expected_shapes, match, read_header
 from minidiff.checkpoints.model import Model
 from minidiff.checkpoints.names import canonical_vae_name, unwrapped
 from minidiff.checkpoints.original.dropped import why_dropped
@@ -50,9 +50,9 @@ class Part:
     model: Model
     rows: list[Row]
     spelling: Spelling
-    found: dict[str, Stored]
+    found: dict[str, StoredTensor]
 
-    def stored(self, row: Row) -> list[Stored]:
+    def stored(self, row: Row) -> list[StoredTensor]:
         """Return the stored tensors of a row."""
         return [self.found[name] for name in row.names(self.spelling)]
 
@@ -62,7 +62,7 @@ class Matched(NamedTuple):
 
     parts: list[Part]
     wrong: dict[str, list[str]]
-    dropped: list[tuple[Stored, str]]
+    dropped: list[tuple[StoredTensor, str]]
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class Contents:
     """
 
     path: Path
-    stored: list[Stored]
+    stored: list[StoredTensor]
     metadata: Mapping[str, str]
 
     @classmethod

@@ -6,7 +6,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from minidiff.checkpoints.load import STORED_DTYPES, Stored, expected_shapes, read_pieces, read_tensor
+from minidiff.checkpoints.load import STORED_DTYPES, StoredTensor, expected_shapes, read_pieces, read_tensor
 from minidiff.checkpoints.model import Model
 from minidiff.checkpoints.original.families import V_MARK, ZERO_SNR_MARK
 from minidiff.checkpoints.original.header import KEY
@@ -95,13 +95,13 @@ def groups_of_part(part: Part, rows: list[Row], target: Spelling, dtype: torch.d
         yield Group(specs, partial(make, stored=stored, dtype=wanted))
 
 
-def _in_pieces(stored: list[Stored], dtype: torch.dtype) -> Iterator[Tensor]:
+def _in_pieces(stored: list[StoredTensor], dtype: torch.dtype) -> Iterator[Tensor]:
     """Read tensors whose values stay in order, even where three are stacked to one or one is cut in three."""
     for tensor in stored:
         for piece in read_pieces(tensor):
             yield piece.to(dtype)
 
 
-def _whole(to_ours: Op, from_ours: Op, stored: list[Stored], dtype: torch.dtype) -> tuple[Tensor, ...]:
+def _whole(to_ours: Op, from_ours: Op, stored: list[StoredTensor], dtype: torch.dtype) -> tuple[Tensor, ...]:
     """Read tensors that have to be laid out anew."""
     return from_ours.from_ours(to_ours.to_ours(tuple(read_tensor(tensor, dtype) for tensor in stored)))

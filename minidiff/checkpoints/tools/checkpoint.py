@@ -6,7 +6,15 @@ from pathlib import Path
 from typing import Any
 
 from minidiff.checkpoints.hub import MissingFileError, Repo, variant_of
-from minidiff.checkpoints.load import OnMeta, Stored, expected_shapes, listed, match, paused_collector, read_header
+from minidiff.checkpoints.load import (
+    OnMeta,
+    StoredTensor,
+    expected_shapes,
+    listed,
+    match,
+    paused_collector,
+    read_header,
+)
 from minidiff.checkpoints.model import Model
 from minidiff.checkpoints.original.families import AUTOENCODER, FAMILIES, ZERO_SNR_MARK, Configs, Family, Folder
 from minidiff.checkpoints.original.read import NETWORKS, Contents, Part
@@ -35,7 +43,7 @@ class Checkpoint:
     configs: Configs
     index: Mapping[str, Any] = field(default_factory=dict)
     wrong: Mapping[str, list[str]] = field(default_factory=dict)
-    dropped: list[tuple[Stored, str]] = field(default_factory=list)
+    dropped: list[tuple[StoredTensor, str]] = field(default_factory=list)
     zero_snr: bool = False
 
     def check(self) -> "Checkpoint":
@@ -129,7 +137,7 @@ def _open_folder(path: Path, variant: str | None) -> Checkpoint:
         )
     parts: list[Part] = []
     wrong: dict[str, list[str]] = {}
-    dropped: list[tuple[Stored, str]] = []
+    dropped: list[tuple[StoredTensor, str]] = []
     for name, kind in kinds.items():
         part, problems, left_out = _read_part(name, kind, where[name], variant)
         parts.append(part)
@@ -145,7 +153,7 @@ def _open_folder(path: Path, variant: str | None) -> Checkpoint:
 
 def _read_part(
     name: str, kind: object, repo: Repo, variant: str | None
-) -> tuple[Part, dict[str, list[str]], list[Stored]]:
+) -> tuple[Part, dict[str, list[str]], list[StoredTensor]]:
     """Return a network of a folder, what is wrong with its tensors, and those that are left out on purpose."""
     with paused_collector(), OnMeta():
         model = model_class(kind, repo).from_config(Folder(repo).read("config.json"))

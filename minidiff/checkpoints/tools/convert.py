@@ -16,7 +16,6 @@ from uuid import uuid4
 
 import torch
 
-from minidiff.checkpoints.model import REFERENCE_VERSION
 from minidiff.checkpoints.original.families import scheduler_changes
 from minidiff.checkpoints.original.header import said_by
 from minidiff.checkpoints.original.read import NETWORKS, Part
@@ -24,6 +23,7 @@ from minidiff.checkpoints.original.write import groups_of_part, marks, original_
 from minidiff.checkpoints.save import save_json
 from minidiff.checkpoints.stream import Group, write_stream
 from minidiff.checkpoints.tools.checkpoint import Checkpoint, open_checkpoint, scheduler_fields
+from minidiff.config import REFERENCE_VERSION
 from minidiff.errors import CheckpointNotFoundError
 from minidiff.registry import public
 

@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from math import prod
 
-from minidiff.checkpoints.load import STORED_DTYPES, Stored, expected_shapes
+from minidiff.checkpoints.load import STORED_DTYPES, StoredTensor, expected_shapes
 from minidiff.checkpoints.original.read import Part
 from minidiff.checkpoints.remap import SAME, Row
 from minidiff.checkpoints.tools.checkpoint import Checkpoint
@@ -78,14 +78,14 @@ def aligned(table: Sequence[Sequence[str]], right: Sequence[int] = ()) -> list[s
     return ["  ".join(cell(i, text) for i, text in enumerate(row)).rstrip() for row in table]
 
 
-def _line(name: str, kind: str, stored: Iterable[Stored]) -> tuple[str, ...]:
+def _line(name: str, kind: str, stored: Iterable[StoredTensor]) -> tuple[str, ...]:
     stored = list(stored)
     kinds = Counter(_NAMES.get(tensor.dtype, tensor.dtype) for tensor in stored)
     dtype = next(iter(kinds), "-") if len(kinds) < 2 else ", ".join(f"{kind} ({n})" for kind, n in kinds.most_common())
     return name, kind, f"{len(stored):,}", f"{sum(prod(t.shape) for t in stored):,}", _bytes(stored), dtype
 
 
-def _bytes(stored: Iterable[Stored]) -> str:
+def _bytes(stored: Iterable[StoredTensor]) -> str:
     size = sum(tensor.size for tensor in stored)
     for unit in ("B", "kB", "MB"):
         if size < 1000:
