@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+_NO_YAML = "give config= a folder or Hub id in diffusers layout: the YAML files of CompVis are not read"
 # name -> (the values that ask for nothing that minidiff would have to do, what to do instead of others)
 HARMLESS: dict[str, tuple[tuple[Any, ...], str]] = {
     "low_cpu_mem_usage": ((True, False, None), "leave it out: memory use is always low"),
@@ -40,6 +41,15 @@ HARMLESS: dict[str, tuple[tuple[Any, ...], str]] = {
     "parallel_config": ((None,), "a network lies on one device"),
     "attn_implementation": ((None, "sdpa"), "attention is always torch's scaled_dot_product_attention"),
     "provider": ((None,), "it belongs to ONNX models, which minidiff does not run"),
+    "original_config": ((None, False), _NO_YAML),
+    "original_config_file": ((None, False), _NO_YAML),
+    "load_safety_checker": ((None, False), "minidiff has no safety checker; leave the argument out"),
+    "scheduler_type": (
+        (None, False),
+        "give scheduler= an object, for instance DDIMScheduler.from_config(pipe.scheduler.config)",
+    ),
+    "image_size": ((None, False), "give height= and width= to the call, or config= a folder or Hub id"),
+    "num_in_channels": ((None, False), "it is read from the file; leave the argument out"),
 }
 _SPREAD = ("auto", "balanced", "balanced_low_0", "sequential")  # over several devices, if there are
 

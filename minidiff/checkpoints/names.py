@@ -95,18 +95,13 @@ def _pixel_attention_rows(ours: str, hub: str, ldm: str, norm: bool = True) -> I
         yield from _layer(f"{ours}.self_attn.{part}", f"{hub}.{hub_part}", f"{ldm}.{ldm_part}", ldm_op=CONV1X1)
 
 
-def unet_rows(spec: UNetSpec) -> list[Row]:
-    """Return the name table of a UNet."""
-    return list(_unet_rows(spec))
-
-
-def unconditional_unet_rows(spec: UNetSpec, config: Config) -> list[Row]:
-    """Return the name table of an unconditional UNet.
+def unconditional_unet_rows(spec: UNetSpec, config: Config) -> Iterator[Row]:
+    """Emit the name table of an unconditional UNet.
 
     Its column ``ldm`` repeats ``hub``: each code base these networks came from had a file format of its own, none of
     them is in use, and all published ones were converted to the Hub's spelling.
     """
-    return [row.like_hub() for row in (*_time_and_class_rows(config), *_unet_rows(spec))]
+    yield from (row.like_hub() for rows in (_time_and_class_rows(config), unet_rows(spec)) for row in rows)
 
 
 def _time_and_class_rows(config: Config) -> Iterator[Row]:
@@ -119,7 +114,8 @@ def _time_and_class_rows(config: Config) -> Iterator[Row]:
         yield _tensor("class_embed.weight", "class_embedding.weight", "label_emb.weight")
 
 
-def _unet_rows(spec: UNetSpec) -> Iterator[Row]:
+def unet_rows(spec: UNetSpec) -> Iterator[Row]:
+    """Emit the name table of a UNet."""
     yield from _layer("time_embed.fc1", "time_embedding.linear_1", "time_embed.0")
     if spec.time_cond is not None:
         yield from _layer("time_embed.cond", "time_embedding.cond_proj", "time_embed.cond_proj", bias=False)
@@ -219,12 +215,8 @@ def _vae_level_rows(side: str, i: int, ldm_i: int, channels: list[int], resample
         yield from _layer(f"{ours}.resample.conv", f"{hub}.{way}samplers.0.conv", f"{ldm}.{way}sample.conv")
 
 
-def vae_rows(spec: VAESpec, config: Config) -> list[Row]:
-    """Return the name table of an autoencoder."""
-    return list(_vae_rows(spec, config))
-
-
-def _vae_rows(spec: VAESpec, config: Config) -> Iterator[Row]:
+def vae_rows(spec: VAESpec, config: Config) -> Iterator[Row]:
+    """Emit the name table of an autoencoder."""
     last = len(spec.channels) - 1
 
     def same(name: str) -> Iterator[Row]:
@@ -257,19 +249,12 @@ def _vae_rows(spec: VAESpec, config: Config) -> Iterator[Row]:
 # --- CLIP text encoder -----------------------------------------------------------------------------------------------
 
 
-def clip_rows(spec: CLIPSpec, projection: bool = False) -> list[Row]:
-    """Return the name table of a CLIP text encoder; with ``projection``, to the space shared with pictures.
+def clip_rows(spec: CLIPSpec, projection: bool = False) -> Iterator[Row]:
+    """Emit the name table of a CLIP text encoder; with ``projection``, to the space shared with pictures.
 
     Its column ``ldm`` is OpenCLIP's spelling (SD 2.x, second encoder of SDXL), with q, k and v in one matrix. The files
     of encoders of the other kind (SD 1.x, first encoder of SDXL) have transformers' names, which are the Hub's.
     """
-    rows = list(_clip_rows(spec))
-    if projection:
-        rows.append(_tensor("text_projection.weight", "text_projection.weight", "text_projection", ldm_op=TRANSPOSED))
-    return rows
-
-
-def _clip_rows(spec: CLIPSpec) -> Iterator[Row]:
     hub = "text_model.embeddings"
     yield _tensor("token_embed.weight", f"{hub}.token_embedding.weight", "token_embedding.weight")
     yield _tensor("position_embed.weight", f"{hub}.position_embedding.weight", "positional_embedding")
@@ -287,6 +272,8 @@ def _clip_rows(spec: CLIPSpec) -> Iterator[Row]:
         yield from _layer(f"{ours}.fc1", f"{hub}.mlp.fc1", f"{ldm}.mlp.c_fc")
         yield from _layer(f"{ours}.fc2", f"{hub}.mlp.fc2", f"{ldm}.mlp.c_proj")
     yield from _layer("norm_out", "text_model.final_layer_norm", "ln_final")
+    if projection:
+        yield _tensor("text_projection.weight", "text_projection.weight", "text_projection", ldm_op=TRANSPOSED)
 
 
 # --- Older spellings on the Hub --------------------------------------------------------------------------------------

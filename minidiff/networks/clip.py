@@ -93,6 +93,7 @@ class CLIPTextModel(AdaptedNetwork, GradientCheckpointing, Vocabulary, Model):
     weights_stem = "model"
     lora_component = "text_encoder"
     single_file_parts = ("text_encoder", "text_encoder_2")
+    canonical_hub_name = staticmethod(canonical_clip_name)
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         super().__init__()
@@ -168,8 +169,11 @@ class CLIPTextModel(AdaptedNetwork, GradientCheckpointing, Vocabulary, Model):
             states.append(x)
         x = self.norm_out(x)
         pooled = x[torch.arange(len(x), device=x.device), self._end_of_text(input_ids)]
-        out = CLIPTextOutput(x, pooled, tuple(states) if output_hidden_states else None)
+        out = self._output(x, pooled, tuple(states) if output_hidden_states else None)
         return out if return_dict else out.to_tuple()
+
+    def _output(self, x: Tensor, pooled: Tensor, states: tuple[Tensor, ...] | None) -> Output:
+        return CLIPTextOutput(x, pooled, states)
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: Mapping[str, Any] | None = None) -> None:
         """Enable gradient checkpointing; the arguments go to ``torch.utils.checkpoint.checkpoint``."""
@@ -208,12 +212,7 @@ class CLIPTextModel(AdaptedNetwork, GradientCheckpointing, Vocabulary, Model):
 
     def rows(self) -> list[Row]:
         """Return the name table of this configuration: ours, Hub, original single file."""
-        return clip_rows(self.spec)
-
-    @classmethod
-    def canonical_hub_name(cls, name: str) -> str | None:
-        """Return the modern Hub spelling of a tensor name; None if it is dropped on purpose."""
-        return canonical_clip_name(name)
+        return list(clip_rows(self.spec))
 
     def config_to_save(self) -> dict[str, Any]:
         """Return the fields of ``config.json`` in the manner of transformers, which takes its dtype from there."""
@@ -244,6 +243,8 @@ class CLIPTextModelWithProjection(CLIPTextModel):
         config: a ``CLIPTextConfig`` or any mapping of its fields; ``projection_dim`` is P.
     """
 
+    canonical_hub_name = staticmethod(partial(canonical_clip_name, projection=True))
+
     def __init__(self, config: Mapping[str, Any]) -> None:
         super().__init__(config)
         P = self.config.projection_dim
@@ -252,25 +253,9 @@ class CLIPTextModelWithProjection(CLIPTextModel):
         self.text_projection = nn.Linear(self.spec.D, P, bias=False)
         self._draw(self.text_projection, stds=(self.spec.D**-0.5,))
 
-    def forward(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        output_hidden_states: bool = False,
-        return_dict: bool = True,
-    ) -> CLIPTextProjectionOutput | tuple[Any, ...]:
-        """Encode texts; arguments and errors are those of ``CLIPTextModel``."""
-        plain = super().forward(input_ids, attention_mask, position_ids, output_hidden_states)
-        text_embeds = self.text_projection(plain.pooler_output)
-        out = CLIPTextProjectionOutput(text_embeds, plain.last_hidden_state, plain.hidden_states)
-        return out if return_dict else out.to_tuple()
+    def _output(self, x: Tensor, pooled: Tensor, states: tuple[Tensor, ...] | None) -> CLIPTextProjectionOutput:
+        return CLIPTextProjectionOutput(self.text_projection(pooled), x, states)
 
     def rows(self) -> list[Row]:
         """Return the name table of this configuration: ours, Hub, original single file."""
-        return clip_rows(self.spec, projection=True)
-
-    @classmethod
-    def canonical_hub_name(cls, name: str) -> str | None:
-        """Return the modern Hub spelling of a tensor name; None if it is dropped on purpose."""
-        return canonical_clip_name(name, projection=True)
+        return list(clip_rows(self.spec, projection=True))

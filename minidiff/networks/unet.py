@@ -68,11 +68,11 @@ class Block(nn.Module):
             return x
         return self.attn[j](x) if ctx is None else self.attn[j](x, ctx, mask)
 
-    def smaller(self, x: Tensor, temb: Tensor) -> Tensor:
+    def downsample(self, x: Tensor, temb: Tensor) -> Tensor:
         """Halve the resolution."""
         return self.resample(x, temb, halve) if isinstance(self.resample, ResBlock) else self.resample(x)
 
-    def larger(self, x: Tensor, temb: Tensor, size: torch.Size) -> Tensor:
+    def upsample(self, x: Tensor, temb: Tensor, size: torch.Size) -> Tensor:
         """Change the resolution to ``size``."""
         if isinstance(self.resample, ResBlock):
             return self.resample(x, temb, lambda h: enlarge(h, size))
@@ -185,7 +185,7 @@ class UNet(SlicedAttention, GradientCheckpointing, Attending, Model):
                 x = block.layer(j, x, temb, ctx, mask)
                 skips.append(x)
             if block.resample is not None:
-                x = block.smaller(x, temb)
+                x = block.downsample(x, temb)
                 skips.append(x)
 
         if self.mid is not None:
@@ -197,7 +197,7 @@ class UNet(SlicedAttention, GradientCheckpointing, Attending, Model):
                 x, skip = (x, skips.pop()) if self.freeu is None else self.freeu(i, x, skips.pop())
                 x = block.layer(j, torch.cat([x, repeated(skip, len(x))], dim=1), temb, ctx, mask)
             if block.resample is not None:
-                x = block.larger(x, temb, skips[-1].shape[-2:])  # the skip's size: odd sizes do not halve evenly
+                x = block.upsample(x, temb, skips[-1].shape[-2:])  # the skip's size: odd sizes do not halve evenly
 
         return self.conv_out(F.silu(self.norm_out(x)))
 
@@ -370,7 +370,7 @@ class UNet2DConditionModel(AdaptedNetwork, SingleFileModel, UNet):
 
     def rows(self) -> list[Row]:
         """Return the name table of this configuration: ours, Hub, original single file."""
-        return unet_rows(self.spec)
+        return list(unet_rows(self.spec))
 
 
 show_fields(UNet2DConditionModel.__init__, unet_config({}))

@@ -40,6 +40,8 @@ class UNet2DModel(UNet):
         ConfigError: naming each field that is unknown or has a value that is not implemented.
     """
 
+    canonical_hub_name = staticmethod(canonical_vae_name)
+
     def __init__(self, **fields: Any) -> None:
         config = unconditional_unet_config(fields)
         super().__init__(config, unconditional_unet_spec(config))
@@ -132,12 +134,7 @@ class UNet2DModel(UNet):
 
     def rows(self) -> list[Row]:
         """Return the name table of this configuration: ours, Hub, and the Hub's again for single files."""
-        return unconditional_unet_rows(self.spec, self.config)
-
-    @classmethod
-    def canonical_hub_name(cls, name: str) -> str | None:
-        """Return the modern Hub spelling of a tensor name; None if it is dropped on purpose."""
-        return canonical_vae_name(name)
+        return list(unconditional_unet_rows(self.spec, self.config))
 
 
 def _check_indices(name: str, values: Tensor, count: int) -> None:

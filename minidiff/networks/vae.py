@@ -174,6 +174,7 @@ class AutoencoderKL(SingleFileModel, GradientCheckpointing, Attending, Model):
     """
 
     single_file_parts = ("vae",)
+    canonical_hub_name = staticmethod(canonical_vae_name)
 
     def __init__(self, **fields: Any) -> None:
         super().__init__()
@@ -301,12 +302,7 @@ class AutoencoderKL(SingleFileModel, GradientCheckpointing, Attending, Model):
 
     def rows(self) -> list[Row]:
         """Return the name table of this configuration: ours, Hub, original single file."""
-        return vae_rows(self.spec, self.config)
-
-    @classmethod
-    def canonical_hub_name(cls, name: str) -> str | None:
-        """Return the modern Hub spelling of a tensor name; None if it is dropped on purpose."""
-        return canonical_vae_name(name)
+        return list(vae_rows(self.spec, self.config))
 
 
 show_fields(AutoencoderKL.__init__, vae_config({}))

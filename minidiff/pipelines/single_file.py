@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from minidiff.checkpoints.arguments import refuse_unless_harmless
 from minidiff.checkpoints.load import OnMeta, as_dtype, paused_collector
 from minidiff.checkpoints.model import Model
 from minidiff.checkpoints.original.families import ZERO_SNR_MARK, Configs, scheduler_changes, told_prediction
 from minidiff.checkpoints.original.read import Contents
-from minidiff.checkpoints.original.single_file import absent, describe, find, load_part, raise_if_wrong, refuse, say_ema
+from minidiff.checkpoints.original.single_file import absent, describe, find, load_part, raise_if_wrong, say_ema
 from minidiff.checkpoints.save import save_json
 from minidiff.errors import CheckpointError, ConfigError
 from minidiff.schedulers.mixin import SchedulerMixin
@@ -71,7 +72,7 @@ class SingleFilePipeline:
             TypeError: naming an argument that is unknown or, of the reference's, not implemented.
         """
         use_ema = bool(overrides.pop("extract_ema", False)) or use_ema  # the reference's name of it
-        overrides = refuse(overrides)
+        overrides = refuse_unless_harmless(overrides)
         wanted = as_dtype(torch_dtype, dtype)
         where = {"cache_dir": cache_dir, "local_files_only": bool(local_files_only), "token": token}
         path = find(pretrained_model_link_or_path, {**where, "revision": revision, "force_download": force_download})

@@ -229,8 +229,7 @@ def test_no_tensor_is_ignored_or_swapped() -> None:
     rng = torch.Generator().manual_seed(2)
     mine = torch.nn.Module.state_dict(ours)
     reference = {ours.canonical_hub_name(name): tensor for name, tensor in theirs.state_dict().items()}
-    for row in ours.rows():
-        (our_name,), (hub_name,) = row.ours, row.hub
+    for our_name, hub_name in [pair for row in ours.rows() for pair in zip(row.ours, row.hub, strict=True)]:
         delta = 0.1 * torch.randn(reference[hub_name].shape, generator=rng, dtype=torch.float64)
         mine[our_name] += delta
         reference[hub_name] += delta

@@ -1,4 +1,4 @@
-"""Load networks from single files in the original CompVis / Stability spelling; see ``families`` and ``contents``.
+"""Load networks from single files in the original CompVis / Stability spelling; see ``families`` and ``read``.
 
 Checked against ``diffusers.loaders.single_file``. What differs on purpose: no network for a local file; missing,
 unknown and misshapen tensors are an error that names them all; what a file cannot tell is asked for.
@@ -12,9 +12,10 @@ from typing import Any, ClassVar, NoReturn
 
 import torch
 
+from minidiff.checkpoints.arguments import refuse_unless_harmless
 from minidiff.checkpoints.hub import PICKLES, WHY_NO_PICKLES, Repo
 from minidiff.checkpoints.load import OnMeta, as_dtype, fill, listed, paused_collector
-from minidiff.checkpoints.model import Model, refuse_unless_harmless
+from minidiff.checkpoints.model import Model
 from minidiff.checkpoints.original.families import (
     AUTOENCODER,
     Configs,
@@ -34,24 +35,6 @@ from minidiff.errors import CheckpointError, CheckpointNotFoundError
 logger = logging.getLogger("minidiff")
 
 SITES = ("https://huggingface.co/", "https://hf.co/", "huggingface.co/", "hf.co/")
-_REFUSED = {  # arguments of the reference that are not implemented -> what to do instead
-    "original_config": "give config= a folder or Hub id in diffusers layout: the YAML files of CompVis are not read",
-    "original_config_file": "give config= a folder or Hub id in diffusers layout: CompVis's YAML files are not read",
-    "load_safety_checker": "minidiff has no safety checker; leave the argument out",
-    "scheduler_type": "give scheduler= an object, for instance DDIMScheduler.from_config(pipe.scheduler.config)",
-    "image_size": "give height= and width= to the call, or config= a folder or Hub id",
-    "num_in_channels": "it is read from the file; leave the argument out",
-    "disable_mmap": "files are always memory-mapped where nothing is converted; leave the argument out",
-    "proxies": "set the environment variable HTTPS_PROXY",
-}
-
-
-def refuse(arguments: dict[str, Any]) -> dict[str, Any]:
-    """Return ``arguments`` without those that ask for nothing; raise ``TypeError`` for what is not implemented."""
-    for name, instead in _REFUSED.items():
-        if arguments.pop(name, None) not in (None, False):
-            raise TypeError(f"from_single_file does not implement {name}=: {instead}")
-    return refuse_unless_harmless(arguments)
 
 
 def find(source: str | Path, where: Mapping[str, Any]) -> Path:
@@ -190,7 +173,7 @@ class SingleFileModel:
             TypeError: naming an argument of the reference that is not implemented.
         """
         use_ema = bool(overrides.pop("extract_ema", False)) or use_ema  # the reference's name of it
-        overrides = refuse(overrides)
+        overrides = refuse_unless_harmless(overrides)
         wanted = as_dtype(torch_dtype, dtype)
         where = {"cache_dir": cache_dir, "local_files_only": bool(local_files_only), "token": token}
         path = find(

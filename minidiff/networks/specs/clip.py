@@ -28,18 +28,10 @@ _ANNOTATIONS = frozenset(
 )
 
 # Settings that transformers 4 wrote for every model, with the values that ask for nothing.
-_UNUSED = {
-    "dropout": 0.0,
-    "add_cross_attention": False,
-    "is_decoder": False,
-    "chunk_size_feed_forward": 0,
-    "pruned_heads": {},
-    "output_attentions": False,
-    "output_hidden_states": False,
-    "return_dict": True,
-    "torchscript": False,
-    "use_bfloat16": False,
-}
+_UNUSED: dict[str, Any] = {"dropout": 0.0, "chunk_size_feed_forward": 0, "pruned_heads": {}, "return_dict": True}
+_UNUSED |= dict.fromkeys(
+    "add_cross_attention is_decoder output_attentions output_hidden_states torchscript use_bfloat16".split(), False
+)
 
 _DEFAULTS = {
     "vocab_size": 49408,

@@ -35,33 +35,28 @@ _DEFAULTS = {
     "projection_class_embeddings_input_dim": None,
     "time_cond_proj_dim": None,
 }
-_ONLY = {
+_ONLY = {  # field -> the values that leave the network as it is built here, the default first
     "mid_block_type": ("UNetMidBlock2DCrossAttn",),
     "mid_block_scale_factor": (1,),
     "act_fn": ("silu",),
-    "reverse_transformer_layers_per_block": (None,),
-    "encoder_hid_dim": (None,),
-    "encoder_hid_dim_type": (None,),
-    "num_attention_heads": (None,),
-    "dual_cross_attention": (False,),
-    "class_embed_type": (None,),
     "addition_embed_type": (None, "text_time"),
-    "num_class_embeds": (None,),
     "resnet_time_scale_shift": ("default",),
-    "resnet_skip_time_act": (False,),
     "resnet_out_scale_factor": (1.0,),
     "time_embedding_type": ("positional",),
-    "time_embedding_dim": (None,),
-    "time_embedding_act_fn": (None,),
-    "timestep_post_act": (None,),
     "conv_in_kernel": (3,),
     "conv_out_kernel": (3,),
     "attention_type": ("default",),
-    "class_embeddings_concat": (False,),
     "mid_block_only_cross_attention": (None, False),
-    "cross_attention_norm": (None,),
     "addition_embed_type_num_heads": (64,),  # of addition_embed_type "text", which is refused above
     "upcast_attention": (False, True, None),  # the fused attention keeps its scores in float32 in any case
+    **dict.fromkeys(("dual_cross_attention", "resnet_skip_time_act", "class_embeddings_concat"), (False,)),
+    **dict.fromkeys(
+        """
+        reverse_transformer_layers_per_block encoder_hid_dim encoder_hid_dim_type num_attention_heads class_embed_type
+        num_class_embeds time_embedding_dim time_embedding_act_fn timestep_post_act cross_attention_norm
+        """.split(),
+        (None,),
+    ),
 }
 
 
