@@ -1,5 +1,7 @@
 """What the tests of the optimized networks share: tiny networks on which every fast way is taken."""
 
+from types import SimpleNamespace
+
 import torch
 
 VAE = {
@@ -25,6 +27,11 @@ def random(network, seed=0):
         for p in network.parameters():
             p.copy_(torch.randn(p.shape, generator=g, dtype=p.dtype) * 0.2)
     return network
+
+
+def a_run(latents, t, passes):
+    """Return what an optimized network looks at of a run of one step: ``with computing(run): unet(...)``."""
+    return SimpleNamespace(plan=SimpleNamespace(timesteps=t[None]), step=0, passes=passes, latents=latents)
 
 
 def error(found, expected):

@@ -6,6 +6,7 @@ sample meets two texts.
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import diffusers
@@ -17,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import minidiff
 from benchmarks.speed.settings import Settings, empty, fields_of, has
 from benchmarks.speed.timing import Measured, in_turn, name_of
-from minidiff.fast.memo import Memo
+from minidiff.threads import computing
 
 diffusers.utils.logging.set_verbosity_error()
 Use = Callable[[nn.Module, str], Any]  # what is timed: gets the network and the setting
@@ -67,13 +68,13 @@ def step_of(fields: dict[str, Any], dtype: torch.dtype, device: torch.device, ba
         names = ("text_embeds", "time_ids")
         added = {n: c.to(device, dtype) for n, c in zip(names, conditions, strict=True)}
         options["added_cond_kwargs"] = added
-    memo = Memo(t[None])
+    run = SimpleNamespace(plan=SimpleNamespace(timesteps=t[None]), step=0, passes=2, latents=x)
 
     def use(unet: nn.Module, setting: str) -> Tensor:
         if setting != "ours, optimized":
             return unet(torch.cat([x, x]), t, ctx, **options)[0]
-        with memo.at(0, copies=2):
-            return unet(torch.cat([x, x]), memo.timesteps[0], ctx, **options)[0]
+        with computing(run):
+            return unet(torch.cat([x, x]), run.plan.timesteps[0], ctx, **options)[0]
 
     return use
 

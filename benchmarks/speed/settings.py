@@ -10,8 +10,8 @@ float32. Ours is built around the tensors of theirs; channels_last needs the con
 compiled settings share; on the CPU, ``optimize`` packs everything once more. Together 9.2 GB. A setting that does not
 fit is left out, and the report says so.
 
-There is no "ours, optimized, compiled": the layers that ``optimize`` puts in look for the run's memo in a ContextVar,
-which torch's compiler does not follow, so a UNet falls into some 80 pieces.
+There is no "ours, optimized, compiled": under torch's compiler an optimized network computes as it is written, so it
+would be "ours, compiled" once more.
 """
 
 import copy

@@ -297,7 +297,7 @@ KINDS: dict[str, type[Part]] = {  # our class -> the part that stands for it
     "SpatialTransformer": Transformer2DModel,
     "TransformerBlock": BasicTransformerBlock,
     "CLIPTextModel": Plain,
-    **dict.fromkeys("TimeMLP GEGLU Downsample Upsample Encoder Decoder".split(), Plain),
+    **dict.fromkeys("TimeMLP FeedForward Downsample Upsample Encoder Decoder".split(), Plain),
 }
 
 

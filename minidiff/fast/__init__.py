@@ -10,20 +10,21 @@ where they are, so saving, adapters and hooks work as before; ``restore`` takes 
     attention.py            time outside the matrix products                                       CPU
     feed_forward.py         memory traffic of the feed-forward layers                              CPU
     strips.py               memory traffic of the autoencoder's large maps                         CPU
-    memo.py                 keys and values of the text, time embeddings, at every step            everywhere
+    memo.py                 keys and values of the text, time embeddings, at every step; the first
+                            layers for the second text of guidance                                 everywhere
     memory format           shuffling pixels and channels around every convolution                 GPU
 
-Under guidance, the two halves of the batch are the same until the first look at the text: see ``repeated`` in
-``minidiff/networks/layers.py``.
+The core does not know of this: what is computed here is what the methods of its classes say.
 """
 
 import torch
+from torch import nn
 
 from minidiff.checkpoints.model import Model
 from minidiff.fast.attention import FastAttention
 from minidiff.fast.convolutions import FastConv, FastUpsample
-from minidiff.fast.feed_forward import FastGEGLU
-from minidiff.fast.memo import FastBody, FastTime, FastTold
+from minidiff.fast.feed_forward import FastFeedForward
+from minidiff.fast.memo import FastRes, FastResTime, FastTime
 from minidiff.fast.packed import FastLinear
 from minidiff.fast.strips import FastLevel
 from minidiff.fast.unchanged import Fast
@@ -32,8 +33,8 @@ from minidiff.networks.unet import UNet2DConditionModel
 from minidiff.networks.vae import AutoencoderKL
 
 ON_ANY_DEVICE: tuple[type[Fast], ...] = (FastAttention,)
-ON_CPU: tuple[type[Fast], ...] = (FastLinear, FastConv, FastGEGLU, FastUpsample, FastLevel)
-IN_A_RUN: tuple[type[Fast], ...] = (FastTime, FastTold, FastBody)
+ON_CPU: tuple[type[Fast], ...] = (FastLinear, FastConv, FastFeedForward, FastUpsample, FastLevel)
+IN_A_RUN: tuple[type[Fast], ...] = (FastTime, FastResTime)
 
 
 def optimize(network: Model) -> None:
@@ -50,10 +51,17 @@ def optimize(network: Model) -> None:
     keep = not isinstance(network, AutoencoderKL)
     for module in network.modules():
         for way in ways:
-            if type(module) is way.kind and way.method not in vars(module):  # what someone else put there stays
-                setattr(module, way.method, way(module, keep))
+            _put(way, module, keep)
+    if isinstance(network, UNet2DConditionModel):
+        _put(FastRes, network.down[0].res[0], keep)
     if not on_cpu:
         network.to(memory_format=torch.channels_last)
+
+
+def _put(way: type[Fast], module: nn.Module, keep: bool) -> None:
+    """Put a faster way in the place of a module's method; what someone else put there stays."""
+    if type(module) is way.kind and way.method not in vars(module):
+        setattr(module, way.method, way(module, keep))
 
 
 def restore(network: Model) -> None:

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minidiff.fast.memo import text_keys
+from minidiff.fast.memo import copies, repeated, text_keys
 from minidiff.fast.packed import can_pack, pack_matrix, product
 from minidiff.fast.unchanged import Fast
 from minidiff.networks.layers import Attention
@@ -38,6 +38,8 @@ class FastAttention(Fast):
         module, N = self.module, self.module.heads
         if x.ndim != 3 or (ctx is not None and ctx.ndim != 3):
             return NotImplemented
+        count = copies(module)
+        x = x[: len(x) // count]
         q = module.q(x)
         if ctx is None:
             k, v = module.k(x), module.v(x)
@@ -52,7 +54,7 @@ class FastAttention(Fast):
             h = head_by_head(q, k, v)
         else:
             h = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
-        return module.out(h.transpose(1, 2).flatten(2))
+        return repeated(module.out(h.transpose(1, 2).flatten(2)), count)
 
 
 def head_by_head(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -10,17 +10,17 @@ from torch import Tensor, nn
 
 from minidiff.fast.packed import Kept, can_pack, gelu_product, pack_matrix, product_times
 from minidiff.fast.unchanged import Fast, unwatched
-from minidiff.networks.layers import GEGLU
+from minidiff.networks.layers import FeedForward
 
 ROWS = 1024  # at a time: 10 MB of hidden units in float32 where D = 320
 
 
-class FastGEGLU(Fast):
-    """The forward of ``GEGLU``: the hidden units, 8 times as wide as x, never leave the cache."""
+class FastFeedForward(Fast):
+    """The forward of ``FeedForward``: the hidden units, 8 times as wide as x, never leave the cache."""
 
-    kind = GEGLU
+    kind = FeedForward
 
-    def __init__(self, module: GEGLU, keep: bool = True) -> None:
+    def __init__(self, module: FeedForward, keep: bool = True) -> None:
         super().__init__(module)
         self._packed = Kept(keep)
 

@@ -1,48 +1,34 @@
 """What does not change during a run, computed once: keys and values of the text, and the time embeddings of all steps.
 
-A ``Memo`` belongs to one run. While the network is asked, it is the current memo of the thread; the layers that know
-about it look there. Nothing is kept on the network, so threads do not meet.
+And what under guidance does not change from text to text, computed once per step: the first residual block and the
+first self-attention.
+
+A ``Memo`` belongs to the run that this thread computes a step of (``minidiff.threads.RUN``). It lies on the run, which
+lets go of it in the end; nothing is kept on the network, so threads do not meet.
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from contextvars import ContextVar
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minidiff.compat.published import own_modules
 from minidiff.fast.packed import version
 from minidiff.fast.unchanged import Fast, bystander, calls_are_plain, unwatched
 from minidiff.networks.layers import Attention, ResBlock, TimeMLP
 from minidiff.networks.unet import UNet2DConditionModel
-
-_current: "ContextVar[Memo | None]" = ContextVar("memo", default=None)
+from minidiff.threads import RUN
 
 
 class Memo:
-    """What one run of a UNet remembers.
+    """What one run of a UNet remembers."""
 
-    Args:
-        timesteps: of all steps of the run, (N,).
-    """
-
-    def __init__(self, timesteps: Tensor) -> None:
-        self.timesteps, self.step, self.copies = timesteps, 0, 1
-        self.temb: Tensor | None = None  # of all steps, (N, 1 or B, E)
+    def __init__(self) -> None:
+        self.temb: Tensor | None = None  # of all steps, (N, 1 or B, E); None = this step's is not from here
+        self.step = 0
+        self.copies, self.alike = 1, ()  # the modules whose input is made of so many equal copies in this step
         self._kept: dict[nn.Module, tuple[Any, Any, Any]] = {}
-
-    @contextmanager
-    def at(self, step: int, copies: int = 1) -> Iterator[None]:
-        """Be the current memo, at a step of the run; the sample of the UNet is made of so many equal copies."""
-        self.step, self.copies = step, copies
-        token = _current.set(self)
-        try:
-            yield
-        finally:
-            _current.reset(token)
 
     def once(self, module: nn.Module, make: Callable[[], Any], *sources: Tensor | None) -> Any:
         """Return what ``make`` computes for a module, again if a source is another tensor or was written to."""
@@ -56,7 +42,24 @@ class Memo:
 
 def current() -> Memo | None:
     """Return the memo of the run that asks; where gradients are recorded, nothing can be kept from step to step."""
-    return None if torch.is_grad_enabled() else _current.get()
+    run = RUN.get()
+    if run is None or torch.is_grad_enabled():
+        return None
+    if vars(run).get("memo") is None:
+        run.memo = Memo()
+    return run.memo
+
+
+def copies(module: nn.Module) -> int:
+    """Return how many equal copies the input of ``module`` is made of, as far as is known."""
+    memo = current()
+    known = memo is not None and memo.step == RUN.get().step and module in memo.alike
+    return memo.copies if known else 1
+
+
+def repeated(x: Tensor, count: int) -> Tensor:
+    """Return so many copies of a batch."""
+    return x if count == 1 else torch.cat([x] * count)  # x.repeat would lose the memory format
 
 
 def weights(*parts: nn.Linear) -> list[Tensor | None]:
@@ -73,65 +76,68 @@ def text_keys(module: Attention, ctx: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class FastTime(Fast):
-    """``UNet2DConditionModel._time_condition`` from the current memo."""
+    """``UNet2DConditionModel._embed_time`` from the current memo, which learns here what this step is asked."""
 
-    kind, method = UNet2DConditionModel, "_time_condition"
+    kind, method = UNet2DConditionModel, "_embed_time"
 
     def fast(self, sample: Tensor, timestep: Any, added: Mapping[str, Tensor]) -> Tensor:
         """Return the time embedding (B, E)."""
-        memo, unet = current(), self.module
+        memo, run, unet = current(), RUN.get(), self.module
         if memo is None:
             return NotImplemented
-        memo.temb = None
-        asked = isinstance(timestep, Tensor) and version(timestep) == version(memo.timesteps[memo.step])
+        memo.temb, memo.step, memo.copies, memo.alike = None, run.step, run.passes, ()
+        times = run.plan.timesteps
+        asked = isinstance(timestep, Tensor) and timestep.ndim == 0 and version(timestep) == version(times[run.step])
         mlps = [unet.time_embed] if unet.add_embed is None else [unet.time_embed, unet.add_embed]
         if not asked or not all(unwatched(m, TimeMLP) for m in mlps):
             return NotImplemented
         layers = [layer for mlp in mlps for layer in mlp.children()]
         if not all(unwatched(layer, nn.Linear) for layer in layers):
             return NotImplemented
-        sources = *added.values(), memo.timesteps, *weights(*layers)
+        sources = *added.values(), times, *weights(*layers)
         x = sample if added else sample[:1]  # without added conditions the time is all there is
         memo.temb = memo.once(
-            unet,
-            lambda: torch.stack([UNet2DConditionModel._time_condition(unet, x, t, added) for t in memo.timesteps]),
-            *sources,
+            unet, lambda: torch.stack([UNet2DConditionModel._embed_time(unet, x, t, added) for t in times]), *sources
         )
+        (B, C), first = run.latents.shape[:2], unet.down[0]
+        only_latents = not added and sample.shape[:2] == (run.passes * B, C)  # and nothing that may differ
+        if only_latents and first.attn and calls_are_plain() and all(map(bystander, before_the_text(unet))):
+            memo.alike = first.res[0], first.attn[0].blocks[0].self_attn
         return memo.temb[memo.step].expand(len(sample), -1)
 
 
-class FastTold(Fast):
-    """``ResBlock._time`` from the current memo: the time (1 or B, C) as this block is told it."""
+class FastResTime(Fast):
+    """``ResBlock._condition_on_time`` with what the block makes of the time, (1 or B, C), from the current memo."""
 
-    kind, method = ResBlock, "_time"
+    kind, method, values = ResBlock, "_condition_on_time", {"scale_shift": False}
 
-    def fast(self, temb: Tensor) -> Tensor:
-        """Return time(silu(temb))."""
+    def fast(self, h: Tensor, temb: Tensor) -> Tensor:
+        """Return norm2(h + time(silu(temb)))."""
         memo, time = current(), self.module.time
         if memo is None or memo.temb is None or temb.data_ptr() != memo.temb[memo.step].data_ptr():
             return NotImplemented
         if not unwatched(time, nn.Linear):
             return NotImplemented
-        return memo.once(self.module, lambda: time(F.silu(memo.temb)), memo.temb, *weights(time))[memo.step]
+        shifts = memo.once(self.module, lambda: time(F.silu(memo.temb)), memo.temb, *weights(time))
+        return self.module.norm2(h + shifts[memo.step][:, :, None, None])
 
 
-class FastBody(Fast):
-    """``UNet2DConditionModel._body`` with one of the equal copies of the sample, until the first look at the text."""
+class FastRes(Fast):
+    """The forward of ``ResBlock``, with one of the equal copies of its input."""
 
-    kind, method = UNet2DConditionModel, "_body"
+    kind = ResBlock
 
-    def fast(self, x: Tensor, temb: Tensor, ctx: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Run the network proper."""
-        memo, unet = current(), self.module
-        alike = memo is not None and memo.copies > 1 and unet.add_embed is None  # added conditions differ
-        if not alike or not calls_are_plain() or not all(map(bystander, before_the_text(unet))):
+    def fast(self, x: Tensor, temb: Tensor, resize: None = None) -> Tensor:
+        """Return y (B, C_out, H, W)."""
+        count = copies(self.module)
+        if count == 1:
             return NotImplemented
-        return UNet2DConditionModel._body(unet, x[: len(x) // memo.copies], temb, ctx, mask)
+        return repeated(ResBlock.forward(self.module, x[: len(x) // count], temb[:1]), count)
 
 
 def before_the_text(unet: UNet2DConditionModel) -> Iterator[nn.Module]:
-    """Yield what computes before the first look at the text, and a little more."""
-    for name, module in own_modules(unet):
-        if name.endswith(".cross_attn"):
-            return
-        yield module
+    """Yield what computes before the first look at the text."""
+    block = unet.down[0]
+    yield from (unet, unet.conv_in, block, *block.res[0].modules(), block.attn[0])
+    attn, first = block.attn[0], block.attn[0].blocks[0]
+    yield from (attn.norm, attn.proj_in, first, first.norm1, *first.self_attn.modules())

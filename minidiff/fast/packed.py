@@ -18,6 +18,10 @@ from torch.autograd import forward_ad
 
 from minidiff.fast.unchanged import Fast
 
+OPERATORS = (  # of torch, private: found before they are used
+    *("_linear_pointwise", "_reorder_linear_weight", "_convolution_pointwise", "_reorder_convolution_weight"),
+    "_is_mkldnn_bf16_supported",
+)
 SAMPLE = 64  # values of a weight that are looked at to see whether it was written to
 _PLAIN = (Tensor, nn.Parameter)
 
@@ -90,15 +94,15 @@ class Kept:
         """Return the value, made anew if a source is another tensor or was written to, or for another ``shape``.
 
         What is written through ``.data``, as averages of weights often are, or put there by ``.to`` leaves no trace but
-        the values: a sample of them is compared.
+        the values: a sample of them, looked at where the packed ones were, is compared.
         """
         if not self.keep:
             return make()
         key = shape, *((version(s), s.shape, s.stride(), s.dtype) for s in sources)
         kept, value, _, samples = self._entry
-        if kept != key or not all(torch.equal(sample(s), seen) for s, seen in zip(sources, samples, strict=True)):
+        if kept != key or not all(torch.equal(now, seen) for now, seen in samples):
             value = make()
-            self._entry = (key, value, sources, [sample(s).clone() for s in sources])
+            self._entry = (key, value, sources, [(sample(s), sample(s).clone()) for s in sources])
         return value
 
     def __getstate__(self) -> dict[str, Any]:
@@ -138,6 +142,7 @@ class FastLinear(Fast):
 @functools.cache
 def _dtypes() -> tuple[torch.dtype, ...]:
     """Return what oneDNN multiplies on this processor: bfloat16 needs AVX-512 or newer."""
-    if not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")):
+    mkldnn = torch.ops.mkldnn
+    if not (torch.backends.mkldnn.is_available() and all(hasattr(mkldnn, name) for name in OPERATORS)):
         return ()
-    return (torch.float32, torch.bfloat16) if torch.ops.mkldnn._is_mkldnn_bf16_supported() else (torch.float32,)
+    return (torch.float32, torch.bfloat16) if mkldnn._is_mkldnn_bf16_supported() else (torch.float32,)

@@ -34,9 +34,8 @@ from minidiff.networks.layers import (
     SpatialTransformer,
     TimeMLP,
     Upsample,
-    enlarge,
-    halve,
-    repeated,
+    avg_downsample,
+    nearest_upsample,
     timestep_embedding,
 )
 from minidiff.networks.recompute import GradientCheckpointing
@@ -63,19 +62,19 @@ class Block(nn.Module):
 
     def layer(self, j: int, x: Tensor, temb: Tensor, ctx: Tensor | None, mask: Tensor | None) -> Tensor:
         """Run residual block ``j`` and the attention behind it: to the text ``ctx``, or over the pixels if None."""
-        x = self.res[j](x, temb[: len(x)])
+        x = self.res[j](x, temb)
         if not self.attn:
             return x
         return self.attn[j](x) if ctx is None else self.attn[j](x, ctx, mask)
 
     def downsample(self, x: Tensor, temb: Tensor) -> Tensor:
         """Halve the resolution."""
-        return self.resample(x, temb, halve) if isinstance(self.resample, ResBlock) else self.resample(x)
+        return self.resample(x, temb, avg_downsample) if isinstance(self.resample, ResBlock) else self.resample(x)
 
     def upsample(self, x: Tensor, temb: Tensor, size: torch.Size) -> Tensor:
         """Change the resolution to ``size``."""
         if isinstance(self.resample, ResBlock):
-            return self.resample(x, temb, lambda h: enlarge(h, size))
+            return self.resample(x, temb, lambda h: nearest_upsample(h, size))
         return self.resample(x, size)
 
 
@@ -172,10 +171,7 @@ class UNet(SlicedAttention, GradientCheckpointing, Attending, Model):
         )
 
     def _body(self, x: Tensor, temb: Tensor, ctx: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
-        """Run the network proper: down, middle, up. One x (B, C, H, W) may stand for n copies of it in ``ctx``.
-
-        ``mask`` is added to the scores of the text, see ``Attention``.
-        """
+        """Run the network proper: down, middle, up. ``mask`` is added to the scores of the text, see ``Attention``."""
         if self.config.center_input_sample:
             x = 2 * x - 1
         x = self.conv_in(x)
@@ -195,7 +191,7 @@ class UNet(SlicedAttention, GradientCheckpointing, Attending, Model):
         for i, block in enumerate(self.up):
             for j in range(len(block.res)):
                 x, skip = (x, skips.pop()) if self.freeu is None else self.freeu(i, x, skips.pop())
-                x = block.layer(j, torch.cat([x, repeated(skip, len(x))], dim=1), temb, ctx, mask)
+                x = block.layer(j, torch.cat([x, skip], dim=1), temb, ctx, mask)
             if block.resample is not None:
                 x = block.upsample(x, temb, skips[-1].shape[-2:])  # the skip's size: odd sizes do not halve evenly
 
@@ -287,12 +283,12 @@ class UNet2DConditionModel(AdaptedNetwork, SingleFileModel, UNet):
         self._check_text(sample, encoder_hidden_states)
         mask = self._check_mask(encoder_attention_mask, encoder_hidden_states)
         told = {} if timestep_cond is None else {"timestep_cond": self._check_cond(sample, timestep_cond)}
-        temb = self._time_condition(sample, timestep, {**(added_cond_kwargs or {}), **told})
+        temb = self._embed_time(sample, timestep, {**(added_cond_kwargs or {}), **told})
         with processor_arguments(cross_attention_kwargs) if cross_attention_kwargs else nullcontext():
             x = self._body(sample, temb, encoder_hidden_states, mask)
         return UNet2DConditionOutput(x) if return_dict else (x,)
 
-    def _time_condition(self, sample: Tensor, timestep: Tensor | float | int, told: Mapping[str, Tensor]) -> Tensor:
+    def _embed_time(self, sample: Tensor, timestep: Tensor | float | int, told: Mapping[str, Tensor]) -> Tensor:
         """Return the embedding (B, E) of the time and what else the network is told: guidance (LCM), sizes (SDXL)."""
         added = dict(told)
         t = self._encode_times(self._times(sample, timestep)).to(sample.dtype)

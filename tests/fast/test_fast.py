@@ -7,6 +7,8 @@ float64, so that a wrong index cannot hide in rounding.
 import copy
 import pickle
 import threading
+import weakref
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,12 +16,13 @@ import torch
 import torch.nn.functional as F
 
 import minidiff
-from minidiff.fast import attention, convolutions, feed_forward, optimize, packed, restore, strips, winograd
+from minidiff.fast import attention, convolutions, feed_forward, memo, optimize, packed, restore, strips, winograd
 from minidiff.fast.convolutions import FastConv, FastUpsample, four_kernels
-from minidiff.fast.memo import Memo
-from minidiff.networks.layers import GEGLU, Attention, TransformerBlock, Upsample, repeated
+from minidiff.fast.memo import repeated
+from minidiff.networks.layers import Attention, FeedForward, ResBlock, TransformerBlock, Upsample
 from minidiff.networks.vae import Level
-from tests.fast_ways import UNET, VAE, error, random
+from minidiff.threads import computing
+from tests.fast_ways import UNET, VAE, a_run, error, random
 from tests.theirs import diffusers
 from tests.tiny import save_tiny
 from tests.tiny_xl import save_base
@@ -74,16 +77,16 @@ def record(monkeypatch, place, name):
 @pytest.mark.parametrize("size", [(8, 8), (7, 10)])
 def test_unet_in_float64(name, size, in_float64, monkeypatch):
     unet = random(minidiff.UNet2DConditionModel(**TOPOLOGIES[name]).double())
-    x, ctx, t = torch.randn(2, 4, *size).double(), torch.randn(4, 5, 24).double(), torch.tensor(400)
-    x = torch.cat([x, x])
+    latents, ctx, t = torch.randn(2, 4, *size).double(), torch.randn(4, 5, 24).double(), torch.tensor(400)
+    run, x = a_run(latents, t, passes=2), torch.cat([latents, latents])
     expected = unet(x, t, ctx).sample
     optimize(unet)
     assert error(unet(x, t, ctx).sample, expected) <= 1e-12  # measured 1e-15
-    memo, rows = Memo(t[None]), record(monkeypatch, F, "group_norm")
+    rows = record(monkeypatch, F, "group_norm")
     for _ in range(2):
-        with memo.at(0, copies=2):
-            assert error(unet(x, memo.timesteps[0], ctx).sample, expected) <= 1e-12  # 1e-15: one sample, two texts
-    assert (rows[0], rows[-1]) == (2, 4)
+        with computing(run):
+            assert error(unet(x, run.plan.timesteps[0], ctx).sample, expected) <= 1e-12  # 1e-15: one sample, two texts
+    assert rows[:3] == ([4, 4, 4] if name == "text late" else [2, 2, 4])  # the first residual block
 
 
 @torch.no_grad()
@@ -164,7 +167,7 @@ def test_mixed_dtypes_are_refused_as_before(kind):
     make, shape = {
         "linear": (lambda: torch.nn.Linear(64, 64), (1, 9, 64)),
         "convolution": (lambda: torch.nn.Conv2d(64, 64, 3, padding=1), (1, 64, 32, 32)),
-        "feed forward": (lambda: GEGLU(64), (1, 9, 64)),
+        "feed forward": (lambda: FeedForward(64), (1, 9, 64)),
         "upsampling": (lambda: Upsample(64), (1, 64, 32, 32)),
     }[kind]
     network = torch.nn.ModuleList([make()]).bfloat16()
@@ -205,6 +208,19 @@ def test_when_winograd_is_taken():
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("name", packed.OPERATORS)
+def test_a_torch_without_the_operators(name, monkeypatch):
+    """They are private, and another version of torch may not have them: everything is computed as before."""
+    there = SimpleNamespace(**{other: getattr(torch.ops.mkldnn, other) for other in packed.OPERATORS if other != name})
+    monkeypatch.setattr(torch.ops, "mkldnn", there)
+    monkeypatch.setattr(packed, "_dtypes", packed._dtypes.__wrapped__)
+    network, x = torch.nn.ModuleList([torch.nn.Linear(8, 8), torch.nn.Conv2d(8, 8, 3)]), torch.randn(1, 8, 8, 8)
+    optimize(network)
+    for layer in network:
+        assert torch.equal(layer(x), type(layer).forward(layer, x))
+
+
+@torch.no_grad()
 def test_what_winograd_costs_in_precision():
     """At the sizes of a real autoencoder: 512 channels, where 4,608 products are added up."""
     g = torch.Generator().manual_seed(0)
@@ -226,7 +242,7 @@ def test_what_winograd_costs_in_precision():
     "make",
     [
         lambda: Attention(24, 24, heads=3),
-        lambda: GEGLU(24),
+        lambda: FeedForward(24),
         lambda: Upsample(24),
         lambda: torch.nn.Conv2d(24, 16, 3, padding=1),
     ],
@@ -234,7 +250,7 @@ def test_what_winograd_costs_in_precision():
 def test_packed_layers(make, dtype, bound, small_blocks):
     """measured: float32 at most 6e-7; bfloat16 0.016, the layers as they are 0.012."""
     network = torch.nn.ModuleList([random(make())])
-    shape = (2, 30, 24) if isinstance(network[0], Attention | GEGLU) else (2, 24, 6, 6)
+    shape = (2, 30, 24) if isinstance(network[0], Attention | FeedForward) else (2, 24, 6, 6)
     x = torch.randn(shape)
     precise = copy.deepcopy(network).double()[0](x.to(dtype).double())
     network = network.to(dtype)
@@ -407,13 +423,21 @@ def test_what_is_saved(folder, small_blocks, monkeypatch):
     norms = sum(isinstance(m, torch.nn.GroupNorm) for m in pipe.unet.modules())
     assert rows[: 6 * norms : norms] == [2] * 6 and max(rows) == 4  # PNDM takes one step twice
     kinds = {type(m) for network in (pipe.unet, pipe.vae) for m in network.modules() if "forward" in vars(m)}
-    assert kinds == {torch.nn.Linear, torch.nn.Conv2d, Attention, GEGLU, Upsample, Level}
+    assert kinds == {torch.nn.Linear, torch.nn.Conv2d, Attention, FeedForward, ResBlock, Upsample, Level}
+
+
+def test_a_run_lets_go_of_what_it_remembered(folder):
+    """A pipeline keeps its last run, whose numbers a program may ask for; the keys of its texts would be megabytes."""
+    pipe, memos = pipeline(folder).optimize(), []
+    pipe.unet.conv_out.register_forward_hook(lambda *_: memos.append(weakref.ref(memo.current())))
+    pipe("red heart", **CALL)
+    assert memos[0] is memos[-1] and memos[0]() is None
 
 
 def test_what_is_installed_beside_the_cpu():
     """On any other device only what helps there; optimized again on the CPU, everything."""
     for network, there in (
-        (minidiff.UNet2DConditionModel(**UNET), {Attention}),
+        (minidiff.UNet2DConditionModel(**UNET), {Attention, ResBlock}),
         (minidiff.AutoencoderKL(**VAE), {Attention}),
     ):
         optimize(network)

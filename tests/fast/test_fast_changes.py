@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import minidiff
 from minidiff.fast import optimize, restore
-from minidiff.networks.layers import GEGLU, Attention, TransformerBlock, Upsample
+from minidiff.networks.layers import Attention, FeedForward, TransformerBlock, Upsample
 from minidiff.networks.vae import Level
 from tests.fast_ways import UNET, error, random
 from tests.tiny import save_tiny
@@ -29,7 +29,7 @@ LAYERS = {
     "1x1": lambda: nn.Conv2d(24, 24, 1),
     "strided": lambda: nn.Conv2d(24, 24, 3, stride=2, padding=1),
     "attention": lambda: Attention(24, 24, heads=3),
-    "feed forward": lambda: GEGLU(24),
+    "feed forward": lambda: FeedForward(24),
     "upsampling": lambda: Upsample(24),
     "level": lambda: Level([24, 24, 24], 4, Upsample),
 }
@@ -57,7 +57,7 @@ def convolutions(layer):
 
 
 def inputs(layer):
-    x = torch.randn(2, 30, 24) if isinstance(layer, nn.Linear | Attention | GEGLU) else torch.randn(2, 24, 6, 6)
+    x = torch.randn(2, 30, 24) if isinstance(layer, nn.Linear | Attention | FeedForward) else torch.randn(2, 24, 6, 6)
     return x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x
 
 
@@ -481,9 +481,20 @@ def test_hooks_see_what_they_saw(folder, small_blocks):
 # --- in the middle of a run ------------------------------------------------------------------------------------------
 
 
-def half_of_the_batch(unet):
-    """A change that makes a difference between the two halves of the batch before the text is looked at."""
-    unet.conv_in.register_forward_pre_hook(lambda _, args: (torch.cat([args[0][:1], 1.5 * args[0][1:]]),))
+def half_of_the_batch(place):
+    """Make a difference between the two halves of the batch before the text is looked at."""
+
+    def other_half(_, args):
+        return torch.cat([args[0][:1], 1.5 * args[0][1:]]), *args[1:]
+
+    return lambda unet: place(unet).register_forward_pre_hook(other_half)
+
+
+def another_embedding(unet):
+    """Put a function in the place of the one that tells equal copies from others, and difference into the copies."""
+    plain = type(unet)._embed_time
+    unet._embed_time = lambda sample, *rest: plain(unet, sample, *rest)
+    half_of_the_batch(lambda unet: unet.conv_in)(unet)
 
 
 def another_time(unet):
@@ -504,6 +515,10 @@ def first(unet):
     return unet.down[0].res[0]
 
 
+def reader(unet):
+    return unet.down[0].attn[0]
+
+
 IN_A_RUN = {
     "keys": each_reader(lambda attention: attention.k.weight.mul_(1.5)),
     "new keys": each_reader(lambda attention: setattr(attention.k, "weight", nn.Parameter(1.5 * attention.k.weight))),
@@ -515,9 +530,17 @@ IN_A_RUN = {
     "time": lambda unet: unet.time_embed.fc1.weight.mul_(1.5),
     "exchanged time": exchange_time,
     "another time": another_time,
-    "half of the batch": half_of_the_batch,
+    "half of the batch": half_of_the_batch(lambda unet: unet.conv_in),
+    "half of the residual block's": half_of_the_batch(first),
+    "half of its convolution's": half_of_the_batch(lambda unet: first(unet).conv2),
+    "half of the transformer's": half_of_the_batch(reader),
+    "half of its projection's": half_of_the_batch(lambda unet: reader(unet).proj_in),
+    "half of its block's": half_of_the_batch(lambda unet: reader(unet).blocks[0]),
+    "half of the self-attention's": half_of_the_batch(lambda unet: reader(unet).blocks[0].self_attn),
+    "half of its queries'": half_of_the_batch(lambda unet: reader(unet).blocks[0].self_attn.q),
+    "another embedding": another_embedding,
     "padding": lambda unet: [setattr(m, "padding_mode", "circular") for m in convolutions(unet)],
-    "_time of a block": lambda unet: setattr(first(unet), "_time", lambda temb: 0.5 * torch.ones(1, 16)),
+    "_condition_on_time of a block": lambda unet: setattr(first(unet), "_condition_on_time", lambda h, temb: 0.5 * h),
 }
 
 
