@@ -31,6 +31,7 @@ from minidiff.errors import CheckpointError, shortened
 from minidiff.networks.clip import CLIPTextModel
 from minidiff.networks.specs.clip import LEGACY_EOS, clip_spec
 from minidiff.text.tokenizer import CLIPTokenizer
+from minidiff.text.vocabulary import added_words, expand, tokens_of
 
 logger = logging.getLogger("minidiff")
 
@@ -150,12 +151,12 @@ class TextualInversionLoader:
         """
         names = [tokens] if isinstance(tokens, str) else list(tokens or [])
         pairs = self._pairs(tokenizer, text_encoder)
-        there = {component: _added(tokenizer) for component, (tokenizer, _) in pairs.items()}
+        there = {component: added_words(tokenizer) for component, (tokenizer, _) in pairs.items()}
         if unknown := [name for name in names if not any(name in added for added in there.values())]:
             raise ValueError(f"there is no added token {', '.join(map(repr, unknown))}; there are {there}")
         for component, (tokenizer, encoder) in pairs.items():
             added = there[component]
-            gone = {one for name in names if name in added for one in _group(name, added)} if names else set(added)
+            gone = {one for name in names if name in added for one in tokens_of(name, added)} if names else set(added)
             if gone:
                 _forget(gone, tokenizer, encoder)
 
@@ -179,29 +180,6 @@ class TextualInversionLoader:
             raise ValueError("give tokenizer= and text_encoder= together: a word is part of both")
         known = [component for component, pair in pairs.items() if pair[1] is text_encoder]
         return {known[0] if known else "text_encoder": (tokenizer, text_encoder)}
-
-
-def expand(prompt: str, tokenizer: CLIPTokenizer) -> str:
-    """Write all tokens of a word with several vectors in its place: "<cat>" becomes "<cat> <cat>_1 <cat>_2"."""
-    added = _added(tokenizer)
-    if any(f"{token}_1" in added for token in added):
-        for token in dict.fromkeys(tokenizer.tokenize(prompt)):
-            if token in added:
-                prompt = prompt.replace(token, " ".join(_group(token, added)))
-    return prompt
-
-
-def _added(tokenizer: CLIPTokenizer) -> dict[str, int]:
-    """Return the tokens that were added to a vocabulary, without the special ones."""
-    return {token.content: i for i, token in sorted(tokenizer.added_tokens_decoder.items()) if not token.special}
-
-
-def _group(token: str, added: Mapping[str, int]) -> list[str]:
-    """Return the tokens of all vectors of a word."""
-    found = [token]
-    while (following := f"{token}_{len(found)}") in added:
-        found.append(following)
-    return found
 
 
 # --- reading ---------------------------------------------------------------------------------------------------------
@@ -301,7 +279,7 @@ def _learn(words: Sequence[Word], tokenizer: CLIPTokenizer, encoder: CLIPTextMod
     tokens = [token for word in words for token in word.tokens]
     first = len(tokenizer)
     table = encoder.token_embed.weight.detach()
-    rows = {i: table[i] for i in _added(tokenizer).values()}
+    rows = {i: table[i] for i in added_words(tokenizer).values()}
     rows |= dict(enumerate((vector for word in words for vector in word.vectors), start=first))
     _set_rows(encoder, _plain(tokenizer, encoder), rows, tokenizer.eos_token_id)
     tokenizer.add_tokens(tokens)
@@ -311,9 +289,9 @@ def _learn(words: Sequence[Word], tokenizer: CLIPTokenizer, encoder: CLIPTextMod
 def _forget(tokens: set[str], tokenizer: CLIPTokenizer, encoder: CLIPTextModel) -> None:
     """Remove words; the ids of those added after them move up."""
     plain, table = _plain(tokenizer, encoder), encoder.token_embed.weight.detach()
-    vectors = {token: table[i] for token, i in _added(tokenizer).items() if token not in tokens}
+    vectors = {token: table[i] for token, i in added_words(tokenizer).items() if token not in tokens}
     tokenizer.remove_tokens(tokens)
-    rows = {i: vectors[token] for token, i in _added(tokenizer).items()}
+    rows = {i: vectors[token] for token, i in added_words(tokenizer).items()}
     _set_rows(encoder, plain, rows, tokenizer.eos_token_id)
 
 
@@ -321,7 +299,7 @@ def _plain(tokenizer: CLIPTokenizer, encoder: CLIPTextModel) -> Plain:
     """Return what the encoder was without new words; one that was saved with some is cut off before the first."""
     plain = getattr(encoder, "_plain", None)
     if plain is None:
-        weight, config, added = encoder.token_embed.weight, encoder.config, _added(tokenizer)
+        weight, config, added = encoder.token_embed.weight, encoder.config, added_words(tokenizer)
         if added:
             weight = nn.Parameter(weight.detach()[: min(added.values())].clone(), requires_grad=weight.requires_grad)
             config = type(config)(**{**config, "vocab_size": len(weight)})

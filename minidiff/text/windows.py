@@ -26,8 +26,8 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from minidiff.adapters.textual_inversion import expand
 from minidiff.text.tokenizer import CLIPTokenizer
+from minidiff.text.vocabulary import expand
 
 T = TypeVar("T")
 Piece = tuple[str, float]  # a part of a text, and the weight of its tokens
