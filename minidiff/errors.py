@@ -1,7 +1,13 @@
-"""The exceptions minidiff raises on bad input: all ``ValueError``, which code written for diffusers catches."""
+"""The exceptions minidiff raises on bad input, and checks of arguments that raise.
 
+All are ``ValueError``, which code written for diffusers catches; ``TypeError`` where the type is wrong.
+"""
+
+import math
 from collections.abc import Sequence
 from itertools import takewhile
+from numbers import Integral, Real
+from typing import Any
 
 LONGEST = 20  # lines of a list in a message
 
@@ -27,3 +33,25 @@ class CheckpointError(ValueError):
 
 class CheckpointNotFoundError(CheckpointError, OSError):
     """A folder, file or Hub repository that was asked for is not there (an ``OSError``, as in diffusers)."""
+
+
+def check_number(name: str, value: Any, low: float, high: float = math.inf) -> None:
+    """Raise if ``value`` is not a real number in [low, high]; NaN is none."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} should be a number, found {value!r}")
+    if not (low <= value <= high) or math.isinf(value):
+        raise ValueError(f"{name} should be finite and in [{low:g}, {high:g}], found {value}")
+
+
+def check_count(name: str, value: Any) -> None:
+    """Raise if ``value`` is not a positive integer."""
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"{name} should be an integer, found {value!r}")
+    if value < 1:
+        raise ValueError(f"{name} should be at least 1, found {value}")
+
+
+def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
+    """Raise if ``value`` is not one of ``choices``."""
+    if value not in choices:
+        raise ValueError(f"{name} should be one of {', '.join(choices)}, found {value!r}")

@@ -12,7 +12,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable
 from itertools import pairwise
 
-from minidiff.text.tokenizer import split_into_words
+from minidiff.text.bpe import split_into_words
 
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 Word = tuple[str, ...]

@@ -31,7 +31,7 @@ from minidiff.errors import CheckpointError, shortened
 from minidiff.networks.clip import CLIPTextModel
 from minidiff.networks.specs.clip import LEGACY_EOS, clip_spec
 from minidiff.text.tokenizer import CLIPTokenizer
-from minidiff.text.vocabulary import added_words, expand, tokens_of
+from minidiff.text.tokens import added_words, expand, tokens_of
 
 logger = logging.getLogger("minidiff")
 

@@ -22,9 +22,9 @@ from PIL import Image, ImageFilter
 from torch import Tensor
 
 from minidiff.config import Config
+from minidiff.errors import check_choice, check_count
 from minidiff.images import tensors as images
 from minidiff.images.regions import Region, crop_region, overlay, resized
-from minidiff.pipelines.request import check_choice, check_count
 
 RESAMPLING = {
     "linear": Image.Resampling.BILINEAR,

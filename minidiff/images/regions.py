@@ -13,7 +13,7 @@ Checked against ``diffusers.image_processor.VaeImageProcessor``: ``get_crop_regi
 import numpy as np
 from PIL import Image, ImageOps
 
-from minidiff.pipelines.request import check_choice
+from minidiff.errors import check_choice
 
 Region = tuple[int, int, int, int]  # left, top, right, bottom, in pixels
 RESIZE_MODES = ("default", "fill", "crop")

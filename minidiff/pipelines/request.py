@@ -1,15 +1,14 @@
 """What a caller asks of a text-to-image pipeline, checked before anything is computed."""
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
 from minidiff.adapters.lora import scale_argument
+from minidiff.errors import check_choice, check_count, check_number
 from minidiff.noise import Generators
 
 Prompt = str | list[str] | None
@@ -129,25 +128,3 @@ def as_python(request: Any) -> None:
     for name, value in vars(request).items():
         if isinstance(value, np.generic) or (isinstance(value, Tensor) and value.ndim == 0):
             object.__setattr__(request, name, value.item())
-
-
-def check_number(name: str, value: Any, low: float, high: float = math.inf) -> None:
-    """Raise if ``value`` is not a real number in [low, high]; NaN is none."""
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{name} should be a number, found {value!r}")
-    if not (low <= value <= high) or math.isinf(value):
-        raise ValueError(f"{name} should be finite and in [{low:g}, {high:g}], found {value}")
-
-
-def check_count(name: str, value: Any) -> None:
-    """Raise if ``value`` is not a positive integer."""
-    if isinstance(value, bool) or not isinstance(value, Integral):
-        raise TypeError(f"{name} should be an integer, found {value!r}")
-    if value < 1:
-        raise ValueError(f"{name} should be at least 1, found {value}")
-
-
-def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
-    """Raise if ``value`` is not one of ``choices``."""
-    if value not in choices:
-        raise ValueError(f"{name} should be one of {', '.join(choices)}, found {value!r}")

@@ -6,51 +6,27 @@
 4. merge neighbouring symbols in the order in which the merges were learned; each final symbol is a token
 5. ``<|startoftext|> tokens <|endoftext|>``, cut to ``max_length``, filled up with the pad token
 
-Radford et al., "Learning Transferable Visual Models From Natural Language Supervision" (2021), section 2.4; BPE is
-Sennrich et al. (2016), algorithm 1. Checked against ``transformers.CLIPTokenizer`` token for token.
-
-Steps 1 to 4 are done by the `tokenizers` library, 5 here: the shared object is never changed, so any number of threads
-may use one tokenizer, and the text that was cut off can be named.
+Steps 1 to 4 are done by the `tokenizers` library (``minidiff.text.bpe``), 5 here, so that the text that was cut off can
+be named. Checked against ``transformers.CLIPTokenizer`` token for token.
 """
 
-import copy
 import logging
-import threading
 from collections import UserDict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers
-from tokenizers.models import BPE
+from tokenizers import AddedToken
 
-from minidiff.errors import CheckpointError
+from minidiff.errors import CheckpointError, check_count
+from minidiff.text.bpe import END_OF_WORD, bpe, pairs
+from minidiff.text.tokenizer_files import NO_LIMIT, ROLES, read_tokenizer, write_tokenizer
+from minidiff.text.tokens import TokenTable, special_tokens
 
 logger = logging.getLogger("minidiff")
-
-ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")
-END_OF_WORD = "</w>"
-NO_LIMIT = int(1e30)  # the reference's model_max_length of a tokenizer whose files do not say
-WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
-_adding = threading.Lock()  # one for all tokenizers, so that a tokenizer can be copied and pickled
-
-NORMALIZER = normalizers.Sequence([normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()])
-# ByteLevel splits once more, by GPT-2's pattern, as the reference's does. That matters for one word only: a special
-# token that is not special because of its capitals falls apart into "<|", its letters and "|>".
-PRE_TOKENIZER = pre_tokenizers.Sequence(
-    [
-        pre_tokenizers.Split(Regex(WORDS), behavior="removed", invert=True),
-        pre_tokenizers.ByteLevel(add_prefix_space=False),
-    ]
-)
-
-
-def split_into_words(text: str) -> list[str]:
-    """Return the words of ``text`` (steps 1 to 3), each as printable characters that stand for its bytes."""
-    return [word for word, _ in PRE_TOKENIZER.pre_tokenize_str(NORMALIZER.normalize_str(text))]
 
 
 class TokenizerOutput(UserDict):
@@ -79,7 +55,7 @@ class TokenizerOutput(UserDict):
         return self
 
 
-class CLIPTokenizer:
+class CLIPTokenizer(TokenTable):
     """Turn text into CLIP's token ids and back; see the module's head for the steps.
 
     ``vocab`` maps each token to its id; ``merges`` are pairs of symbols ("a b" or ("a", "b")), most important first.
@@ -104,15 +80,13 @@ class CLIPTokenizer:
         added_tokens_decoder: Mapping[int, AddedToken] | None = None,
     ) -> None:
         roles = {"bos_token": bos_token, "eos_token": eos_token, "unk_token": unk_token, "pad_token": pad_token}
-        self.model_max_length = _checked_length("model_max_length", model_max_length)
+        check_count("model_max_length", model_max_length)
+        self.model_max_length = model_max_length
         self.bos_token, self.eos_token, self.unk_token, self.pad_token = (str(roles[role]) for role in ROLES)
-        if self.unk_token not in vocab:
-            raise CheckpointError(f"unk_token={self.unk_token!r} is not in the vocabulary of {len(vocab)} tokens")
-        self._merges = _checked_merges(_checked_vocab(vocab), merges)
-        self._backend = _backend(vocab, self._merges, self.unk_token)
-
+        self._merges = pairs(merges)
+        self._backend = bpe(vocab, self._merges, self.unk_token)
         added = dict(sorted((added_tokens_decoder or {}).items()))
-        self._backend.add_tokens([*added.values(), *_special_tokens(roles.values(), added.values())])
+        self._backend.add_tokens([*added.values(), *special_tokens(roles.values(), added.values())])
         for i, token in added.items():
             if (found := self._backend.token_to_id(token.content)) != i:
                 raise CheckpointError(f"added token {token.content!r} has id {i} in the files, but would get {found}")
@@ -138,8 +112,6 @@ class CLIPTokenizer:
         Raise ``CheckpointNotFoundError`` if the vocabulary is missing, ``ConfigError`` if a field asks for another
         kind of tokenizer, ``CheckpointError`` if a file is damaged.
         """
-        from minidiff.text.tokenizer_files import read_tokenizer
-
         where = {"subfolder": subfolder, "revision": revision, "cache_dir": cache_dir, "token": token}
         where |= {"local_files_only": local_files_only, "force_download": force_download}
         tokenizer = cls(**read_tokenizer(pretrained_model_name_or_path, **where))
@@ -148,15 +120,13 @@ class CLIPTokenizer:
 
     def save_pretrained(self, save_directory: str | Path) -> None:
         """Write ``vocab.json``, ``merges.txt``, ``tokenizer_config.json`` and ``special_tokens_map.json``."""
-        from minidiff.text.tokenizer_files import write_tokenizer
-
         backend = self._backend
         write_tokenizer(
             Path(save_directory),
             vocab=backend.get_vocab(with_added_tokens=False),
             merges=self._merges,
             added=backend.get_added_tokens_decoder(),
-            fields={role: getattr(self, role) for role in ROLES} | {"model_max_length": self.model_max_length},
+            fields=self.special_tokens_map | {"model_max_length": self.model_max_length},
         )
 
     def __call__(
@@ -184,7 +154,8 @@ class CLIPTokenizer:
         tensors of prompts of different lengths.
         """
         texts = _checked_texts(text)
-        length = _checked_length("max_length", self.model_max_length if max_length is None else max_length)
+        length = self.model_max_length if max_length is None else max_length
+        check_count("max_length", length)
         if truncation is None:  # the reference cuts for False, not for "do_not_pad"
             truncation = max_length is not None and padding is False
         if truncation not in (True, False, "longest_first", "do_not_truncate"):
@@ -193,15 +164,9 @@ class CLIPTokenizer:
             raise TypeError("return_overflowing_tokens and truncation_side='left' are not implemented: see .dropped")
 
         limit = length if truncation in (True, "longest_first") else None
-        rows, dropped = self._encode(self._backend, texts, limit, add_special_tokens)
-        found = self._filled(rows, None, padding, max_length, return_tensors)
-        if return_attention_mask is False:
-            del found["attention_mask"]
-        if return_length:
-            found["length"] = _as_tensor([len(row) for row in found["input_ids"]], return_tensors)
-        if isinstance(text, str) and return_tensors is None:
-            found = {name: values[0] for name, values in found.items()}
-        return TokenizerOutput(found, dropped)
+        rows, dropped = self._encode(texts, limit, add_special_tokens)
+        options = (return_tensors, return_attention_mask, return_length)
+        return TokenizerOutput(self._filled(rows, None, isinstance(text, str), padding, max_length, *options), dropped)
 
     def pad(
         self,
@@ -225,22 +190,24 @@ class CLIPTokenizer:
         alone = bool(given["input_ids"]) and isinstance(given["input_ids"][0], int)
         both = (given["input_ids"], given.get("attention_mask"))
         rows, masks = ([values] if alone and values else values for values in both)
-        found = self._filled(rows, masks, padding, max_length, return_tensors)
-        if return_attention_mask is False:
-            del found["attention_mask"]
-        if alone and return_tensors is None:
-            found = {name: values[0] for name, values in found.items()}
-        return TokenizerOutput(found)
+        options = (return_tensors, return_attention_mask)
+        return TokenizerOutput(self._filled(rows, masks, alone, padding, max_length, *options))
 
     def _filled(
         self,
         rows: list[list[int]],
         masks: list[list[int]] | None,
+        alone: bool,
         padding: bool | str,
         max_length: int | None,
         return_tensors: str | None,
+        return_attention_mask: bool | None,
+        return_length: bool = False,
     ) -> dict[str, Any]:
-        """Return ids filled up with the pad token, and the mask that says where (``masks`` is that of the rows)."""
+        """Return ids filled up with the pad token, and the mask that says where; of one text ``alone`` no rows.
+
+        ``masks`` are those of the rows, by default all 1. The options are those of a call.
+        """
         if isinstance(padding, bool):
             padding = "longest" if padding else "do_not_pad"
         if padding not in ("max_length", "longest", "do_not_pad"):
@@ -258,14 +225,20 @@ class CLIPTokenizer:
             more = [value] * (width - len(row))
             return more + row if self.padding_side == "left" else row + more
 
-        ids = [fill(row, self.pad_token_id) for row in rows]
-        mask = [fill(row, 0) for row in masks or [[1] * len(row) for row in rows]]
-        return {"input_ids": _as_tensor(ids, return_tensors), "attention_mask": _as_tensor(mask, return_tensors)}
+        found = {"input_ids": [fill(row, self.pad_token_id) for row in rows]}
+        if return_attention_mask is not False:
+            found["attention_mask"] = [fill(row, 0) for row in masks or [[1] * len(row) for row in rows]]
+        if return_length:
+            found["length"] = list(map(len, found["input_ids"]))
+        if alone and return_tensors is None:
+            return {name: values[0] for name, values in found.items()}
+        return {name: _as_tensor(values, return_tensors) for name, values in found.items()}
 
     def _encode(
-        self, backend: Tokenizer, texts: list[str], limit: int | None, add_special_tokens: bool
+        self, texts: list[str], limit: int | None, add_special_tokens: bool
     ) -> tuple[list[list[int]], list[str]]:
         """Return the ids of each text, at most ``limit`` of them, and the text that did not fit."""
+        backend = self._backend  # which another thread may replace
         bos, eos = [backend.token_to_id(self.bos_token)], [backend.token_to_id(self.eos_token)]
         if not add_special_tokens:
             bos, eos = [], []
@@ -323,172 +296,6 @@ class CLIPTokenizer:
         """Turn several sequences of ids back into text; see :meth:`decode`."""
         return [self.decode(ids, skip_special_tokens) for ids in sequences]
 
-    def convert_tokens_to_ids(self, tokens: str | Sequence[str]) -> int | list[int]:
-        """Look up tokens as they are spelled in the vocabulary; an unknown one has the id of ``unk_token``."""
-        if not isinstance(tokens, str):
-            return [self.convert_tokens_to_ids(token) for token in tokens]
-        found = self._backend.token_to_id(tokens)
-        return self.unk_token_id if found is None else found
-
-    def convert_ids_to_tokens(self, ids: int | Sequence[int], skip_special_tokens: bool = False) -> str | list[str]:
-        """Return the spelling of ids in the vocabulary; raise ``ValueError`` for an id that it does not have."""
-        if isinstance(ids, int):
-            return self._backend.id_to_token(*self._checked_ids([ids]))
-        skipped = set(self.all_special_ids) if skip_special_tokens else set()
-        return [self._backend.id_to_token(i) for i in self._checked_ids([int(i) for i in ids]) if i not in skipped]
-
-    def add_tokens(
-        self, new_tokens: str | AddedToken | Sequence[str | AddedToken], special_tokens: bool = False
-    ) -> int:
-        """Add tokens that are never split and return how many were new; a special token stays what it is.
-
-        Calls that are under way in other threads finish with the old vocabulary.
-        """
-        tokens = [new_tokens] if isinstance(new_tokens, str | AddedToken) else list(new_tokens)
-        with _adding:
-            backend = copy.deepcopy(self._backend)
-            special = {token.content for token in backend.get_added_tokens_decoder().values() if token.special}
-            tokens = [token for token in tokens if str(token) not in special]
-            count = backend.add_special_tokens(tokens) if special_tokens else backend.add_tokens(tokens)
-            self._backend = backend
-        return count
-
-    def remove_tokens(self, tokens: Iterable[str]) -> None:
-        """Remove added tokens that are not special; the ids of those added after them move up.
-
-        Calls that are under way in other threads finish with the old vocabulary. Raise ``ValueError`` for other tokens.
-        """
-        tokens = set(tokens)
-        with _adding:
-            added = self.added_tokens_decoder
-            if unknown := tokens - {token.content for token in added.values() if not token.special}:
-                raise ValueError(f"{', '.join(map(repr, sorted(unknown)))}: not added, or special; they stay")
-            backend = _backend(self._backend.get_vocab(with_added_tokens=False), self._merges, self.unk_token)
-            backend.add_tokens([token for _, token in sorted(added.items()) if token.content not in tokens])
-            self._backend = backend
-
-    @property
-    def added_tokens_decoder(self) -> dict[int, AddedToken]:
-        """The tokens that are never split, the special ones included, by id."""
-        return self._backend.get_added_tokens_decoder()
-
-    @property
-    def added_tokens_encoder(self) -> dict[str, int]:
-        """The ids of the tokens that are never split, by token."""
-        return {token.content: i for i, token in self.added_tokens_decoder.items()}
-
-    def get_added_vocab(self) -> dict[str, int]:
-        """Return ``added_tokens_encoder``."""
-        return self.added_tokens_encoder
-
-    def get_vocab(self) -> dict[str, int]:
-        """Return all tokens with their ids, the added ones included."""
-        return self._backend.get_vocab(with_added_tokens=True)
-
-    def __len__(self) -> int:
-        return self._backend.get_vocab_size(with_added_tokens=True)
-
-    @property
-    def vocab_size(self) -> int:
-        """The number of tokens without the added ones."""
-        return self._backend.get_vocab_size(with_added_tokens=False)
-
-    @property
-    def bos_token_id(self) -> int:
-        """The id of ``bos_token``."""
-        return self._backend.token_to_id(self.bos_token)
-
-    @property
-    def eos_token_id(self) -> int:
-        """The id of ``eos_token``."""
-        return self._backend.token_to_id(self.eos_token)
-
-    @property
-    def unk_token_id(self) -> int:
-        """The id of ``unk_token``."""
-        return self._backend.token_to_id(self.unk_token)
-
-    @property
-    def pad_token_id(self) -> int:
-        """The id of ``pad_token``."""
-        return self._backend.token_to_id(self.pad_token)
-
-    @property
-    def special_tokens_map(self) -> dict[str, str]:
-        """The special tokens by their role."""
-        return {role: getattr(self, role) for role in ROLES}
-
-    @property
-    def all_special_tokens(self) -> list[str]:
-        """The special tokens, each once."""
-        return list(dict.fromkeys(getattr(self, role) for role in ROLES))
-
-    @property
-    def all_special_ids(self) -> list[int]:
-        """The ids of the special tokens, each once."""
-        return [self._backend.token_to_id(token) for token in self.all_special_tokens]
-
-    def _checked_ids(self, ids: list[int]) -> list[int]:
-        for i in ids:
-            if i < 0 or self._backend.id_to_token(i) is None:
-                raise ValueError(f"token id {i} is not in the vocabulary of {len(self)} tokens")
-        return ids
-
-
-def _backend(vocab: Mapping[str, int], merges: list[tuple[str, str]], unk_token: str) -> Tokenizer:
-    """Build steps 1 to 4."""
-    model = BPE(
-        vocab=dict(vocab),
-        merges=merges,
-        continuing_subword_prefix="",
-        end_of_word_suffix=END_OF_WORD,
-        fuse_unk=False,
-        unk_token=unk_token,
-    )
-    backend = Tokenizer(model)
-    backend.normalizer, backend.pre_tokenizer, backend.decoder = NORMALIZER, PRE_TOKENIZER, decoders.ByteLevel()
-    return backend
-
-
-def _checked_vocab(vocab: Mapping[str, int]) -> Mapping[str, int]:
-    ids = vocab.values()
-    if {type(i) for i in ids} <= {int} and len(set(ids)) == len(vocab) and min(ids, default=0) >= 0:
-        return vocab
-    owner: dict[int, str] = {}  # something is wrong: find out what
-    for token, i in vocab.items():
-        if isinstance(i, bool) or not isinstance(i, int) or i < 0:
-            raise CheckpointError(f"token {token!r} has the id {i!r} in the vocabulary; expected an int of at least 0")
-        if owner.setdefault(i, token) != token:
-            raise CheckpointError(f"tokens {owner[i]!r} and {token!r} have the same id {i} in the vocabulary")
-    return vocab
-
-
-def _checked_merges(vocab: Mapping[str, int], merges: Sequence[str | tuple[str, str]]) -> list[tuple[str, str]]:
-    pairs = [tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge) for merge in merges]
-    if {len(pair) for pair in pairs} <= {2} and all(a in vocab and b in vocab and a + b in vocab for a, b in pairs):
-        return pairs
-    for n, (merge, pair) in enumerate(zip(merges, pairs, strict=True), start=1):  # something is wrong: find out what
-        if len(pair) != 2:
-            raise CheckpointError(f"merge {n} is {merge!r}; expected two symbols with one space between them")
-        for symbol in (*pair, "".join(pair)):
-            if symbol not in vocab:
-                raise CheckpointError(f"merge {n} ({' + '.join(pair)}) uses {symbol!r}, which is not in the vocabulary")
-    raise AssertionError("unreachable: the comparison above found a wrong merge")
-
-
-def _special_tokens(roles: Iterable[str | AddedToken], known: Iterable[AddedToken]) -> list[AddedToken]:
-    """Return the tokens of ``roles`` that are not ``known``, in the order in which they must be added.
-
-    Where one role describes a token by its name and another by flags, the later of the two counts, and a description
-    that was met before does not count again: the reference's rule. SD 1.5 depends on it: with ``normalized`` unset,
-    "<|EndOfText|>" in a prompt is plain text; SD 2.x has it set, and there it is the end token.
-    """
-    names, found = {token.content for token in known}, []
-    for token in roles:
-        if str(token) not in names and token not in found:
-            found.append(token)
-    return [AddedToken(token, special=True) if isinstance(token, str) else token for token in found]
-
 
 def _checked_texts(text: str | Sequence[str]) -> list[str]:
     """Return the prompts as a list; raise if one is not a str, or holds half of a surrogate pair."""
@@ -508,14 +315,6 @@ def _checked_texts(text: str | Sequence[str]) -> list[str]:
                 f"prompt {n} is not valid Unicode: lone surrogate {found}; decode the text again"
             ) from None
     return texts
-
-
-def _checked_length(name: str, length: int) -> int:
-    if isinstance(length, bool) or not isinstance(length, int):
-        raise TypeError(f"{name}={length!r}; expected an int")
-    if length < 1:
-        raise ValueError(f"{name}={length}; expected at least 1")
-    return length
 
 
 def _as_list(row: Any) -> Any:

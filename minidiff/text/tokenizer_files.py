@@ -17,7 +17,10 @@ from minidiff.checkpoints.hub import Repo
 from minidiff.config import read_json
 from minidiff.errors import CheckpointError, ConfigError
 from minidiff.sniff import what_is
-from minidiff.text.tokenizer import END_OF_WORD, NO_LIMIT, ROLES
+from minidiff.text.bpe import END_OF_WORD
+
+ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")
+NO_LIMIT = int(1e30)  # the reference's model_max_length of a tokenizer whose files do not say
 
 _IMPLEMENTED = {  # fields that would change the tokens -> the values that describe what CLIPTokenizer does
     "add_prefix_space": (False,),

@@ -27,7 +27,7 @@ from einops import rearrange
 from torch import Tensor
 
 from minidiff.text.tokenizer import CLIPTokenizer
-from minidiff.text.vocabulary import expand
+from minidiff.text.tokens import expand
 
 T = TypeVar("T")
 Piece = tuple[str, float]  # a part of a text, and the weight of its tokens

@@ -4,6 +4,7 @@ import copy
 import json
 import logging
 import pickle
+import re
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -100,10 +101,10 @@ BAD_OPTIONS = [
     ({"padding": 1}, ValueError, "padding=1"),
     ({"truncation": "only_second"}, ValueError, "truncation='only_second'; expected True"),
     ({"return_tensors": "tf"}, ValueError, "return_tensors='tf'; expected 'pt', 'np' or None"),
-    ({"max_length": 0}, ValueError, "max_length=0; expected at least 1"),
+    ({"max_length": 0}, ValueError, "max_length should be at least 1, found 0"),
     ({"max_length": 1, "truncation": True}, ValueError, "max_length=1 leaves no room for the start and end tokens"),
-    ({"max_length": 5.0}, TypeError, "max_length=5.0; expected an int"),
-    ({"max_length": True}, TypeError, "max_length=True; expected an int"),
+    ({"max_length": 5.0}, TypeError, "max_length should be an integer, found 5.0"),
+    ({"max_length": True}, TypeError, "max_length should be an integer, found True"),
     ({"text_pair": "b"}, TypeError, "text_pair"),
     ({"return_overflowing_tokens": True}, TypeError, "return_overflowing_tokens"),
 ]
@@ -195,7 +196,7 @@ REFUSED = [
 def test_fields_that_ask_for_another_tokenizer(small: Vocabulary, tmp_path: Path, field: str, value: Any) -> None:
     config = PUBLISHED["sd15"]["tokenizer_config.json"] | {field: value}
     folder = write_folder(tmp_path, {"tokenizer_config.json": config}, small)
-    with pytest.raises((ConfigError, TypeError), match=f"{field}={value!r}".replace("[", r"\[").replace("|", r"\|")):
+    with pytest.raises((ConfigError, TypeError), match=f"{field}.*{re.escape(repr(value))}"):
         CLIPTokenizer.from_pretrained(folder)
 
 
