@@ -51,9 +51,7 @@ class EMAModel:
         model_cls: Any | None = None,
         model_config: Mapping[str, Any] | None = None,
     ) -> None:
-        if isinstance(parameters, nn.Module):
-            raise TypeError("EMAModel takes the weights: pass model.parameters() instead of the model")
-        self.shadow_params = [parameter.clone().detach() for parameter in parameters]
+        self.shadow_params = [parameter.clone().detach() for parameter in _weights(parameters)]
         self.temp_stored_params: list[Tensor] | None = None
         self.decay, self.min_decay, self.update_after_step = decay, min_decay, update_after_step
         self.use_ema_warmup, self.inv_gamma, self.power = use_ema_warmup, inv_gamma, power
@@ -121,9 +119,7 @@ class EMAModel:
         self.temp_stored_params = None
 
     def _pairs(self, tensors: list[Tensor], parameters: Iterable[nn.Parameter]) -> list[tuple[Tensor, nn.Parameter]]:
-        if isinstance(parameters, nn.Module):
-            raise TypeError("EMAModel takes the weights: pass model.parameters() instead of the model")
-        parameters = list(parameters)
+        parameters = _weights(parameters)
         if [tensor.shape for tensor in tensors] != [parameter.shape for parameter in parameters]:
             raise ValueError(f"these {len(parameters)} weights are not the {len(tensors)} that were averaged")
         return list(zip(tensors, parameters, strict=True))
@@ -166,6 +162,12 @@ class EMAModel:
         if not isinstance(weights, list) or not all(isinstance(weight, Tensor) for weight in weights):
             raise ValueError("shadow_params should be a list of tensors")
         self.shadow_params = weights
+
+
+def _weights(parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
+    if isinstance(parameters, nn.Module):
+        raise TypeError("EMAModel takes the weights: pass model.parameters() instead of the model")
+    return list(parameters)
 
 
 def set_seed(seed: int) -> None:
