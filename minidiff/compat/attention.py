@@ -11,7 +11,7 @@ written as processors. Checked against ``diffusers.models.attention_processor``.
 
 import inspect
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial
@@ -44,9 +44,7 @@ class Attention(Part):
     """Attention by its published names; the attributes are those that the reference's processors read."""
 
     norm_cross = norm_q = norm_k = None
-    added_kv_proj_dim = None
-    only_cross_attention = fused_projections = is_causal = False
-    scale_qk, dropout = True, 0.0
+    only_cross_attention = False
 
     @property
     def residual_connection(self) -> bool:
@@ -68,27 +66,12 @@ class Attention(Part):
     @property
     def scale(self) -> float:
         """What scores are multiplied with, one over the root of a head's width."""
-        return (self.inner_dim // self.heads) ** -0.5
-
-    @property
-    def inner_dim(self) -> int:
-        """Width of all heads together."""
-        return self.to_q.out_features
-
-    @property
-    def query_dim(self) -> int:
-        """Width of the sequence that asks."""
-        return self.to_q.in_features
+        return (self.to_q.out_features // self.heads) ** -0.5
 
     @property
     def cross_attention_dim(self) -> int:
-        """Width of the sequence that answers."""
+        """Width of the context."""
         return self.to_k.in_features
-
-    @property
-    def is_cross_attention(self) -> bool:
-        """Whether it looks at the text."""
-        return self.name.endswith("attn2")
 
     @property
     def upcast_attention(self) -> bool:
@@ -292,13 +275,18 @@ def _text_of(
     return {"ctx": encoder_hidden_states, "mask": None if mask is None else mask.unsqueeze(1)}
 
 
-KINDS: dict[str, type[Part]] = {  # our class -> the part that stands for it
+_PARTS: dict[str, type[Part]] = {  # our class -> the part that stands for it
     "ResBlock": ResnetBlock2D,
     "SpatialTransformer": Transformer2DModel,
     "TransformerBlock": BasicTransformerBlock,
     "CLIPTextModel": Plain,
     **dict.fromkeys("TimeMLP FeedForward Downsample Upsample Encoder Decoder".split(), Plain),
 }
+
+
+def kind_of(children: Iterable[str], real: nn.Module | None) -> type[Part]:
+    """Return what stands for a part with these children: attention, whatever computes it, or the part of our class."""
+    return Attention if "to_q" in children else _PARTS.get(type(real).__name__, Part)
 
 
 class Attending:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from minidiff.checkpoints.original.prefixes import without_prefix
 from minidiff.checkpoints.remap import Row
+from minidiff.compat.attention import kind_of
 from minidiff.compat.published import Names, Part, Published, Tree, grow
 from minidiff.config import Config
 
@@ -61,7 +62,7 @@ class Named(Published):
         if tree is not None and tree.seen[0][0] is not self._modules:
             tree = None  # a foreign copy brought along what belongs to another
         if tree is None or not tree.current():
-            tree = vars(self)["_tree"] = grow(self, self.rows(), self.config, tree.parts if tree else {})
+            tree = vars(self)["_tree"] = grow(self, self.rows(), self.config, kind_of, tree.parts if tree else {})
         return tree
 
     def __getattr__(self, name: str) -> Any:

@@ -15,7 +15,7 @@ someone first asks, and made anew when modules have been exchanged.
 """
 
 from collections import OrderedDict, defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -155,36 +155,38 @@ class Names(NamedTuple):
         return f"{self.compiled[head]}.{tensor}" if head in self.compiled else ours
 
 
+Children = tuple[dict[str, nn.Module | None], dict[str, nn.Module | None]]  # of a module: what it has, and had
+
+
 class Tree(NamedTuple):
     """The published tree of a network, and what shows whether it still is."""
 
     root: Part
     names: Names
     parts: dict[str, Part]
-    seen: list[tuple[dict[str, nn.Module | None], dict[str, nn.Module | None]]]
+    seen: list[Children]
 
     def current(self) -> bool:
         """Return whether the network still has the modules it was made for."""
         return all(now == then for now, then in self.seen)
 
 
-def grow(network: nn.Module, rows: list[Row], config: Mapping[str, Any], old: dict[str, Part]) -> Tree:
+KindOf = Callable[[Iterable[str], nn.Module | None], type[Part]]  # what stands for a part with these children
+
+
+def grow(
+    network: nn.Module, rows: list[Row], config: Mapping[str, Any], kind_of: KindOf, old: Mapping[str, Part]
+) -> Tree:
     """Make the published tree of a network; parts of an older one keep their identity."""
-    pairs = {o.rpartition(".")[0]: h.rpartition(".")[0] for row in rows for o, h in zip(row.ours, row.hub, strict=True)}
     modules = {Names.plain(name): module for name, module in own_modules(network)}
-    if lost := pairs.keys() - modules.keys():
-        raise RuntimeError(_REBUILT.format(type(network).__name__, min(lost)))
-    compiled = {Names.plain(name): name for name, _ in own_modules(network) if "._orig_mod" in name}
-    rank = {name: i for i, name in enumerate(modules)}  # in this order the reference, too, makes its modules
-    pairs = dict(sorted(pairs.items(), key=lambda pair: rank[pair[0]]))
+    layers = _layers(rows, modules, network)
     children: dict[str, dict[str, None]] = defaultdict(dict)
-    for hub in pairs.values():
+    for hub in layers:
         for name in _above(hub):
             parent, _, last = name.rpartition(".")
             children[parent][last] = None
-    stands_for = _correspondence(pairs, children, modules)
+    stands_for = _correspondence(layers, children, modules)
     stands_for.update(dict.fromkeys(children[""], "") if len(children[""]) == 1 else {})  # text_model is all there is
-    layers = {hub: ours for ours, hub in pairs.items()}
     parts: dict[str, Part] = {}
     order: dict[str, str] = {}
 
@@ -192,10 +194,10 @@ def grow(network: nn.Module, rows: list[Row], config: Mapping[str, Any], old: di
         if name in layers:
             order[layers[name]] = name
             return modules[layers[name]]
-        kind = _kind(children[name], modules.get(stands_for.get(name)))
-        part = old[name] if name in old and isinstance(old[name], kind) else kind()
-        part._stand_for(modules.get(stands_for.get(name)), name, config)
-        parts[name] = part
+        real = modules.get(stands_for.get(name))
+        kind = PartList if _numbered(children[name]) else kind_of(children[name], real)
+        part = parts[name] = old[name] if isinstance(old.get(name), kind) else kind()
+        part._stand_for(real, name, config)
         dot = name and f"{name}."
         for last in children[name]:
             part._modules[last] = node(dot + last)
@@ -204,23 +206,37 @@ def grow(network: nn.Module, rows: list[Row], config: Mapping[str, Any], old: di
                 part.places[last] = (modules[parent], key)
         if isinstance(part, PartList):
             _fill(part, 2 if name.endswith("to_out") else 1)
-        if isinstance(part.real, Published) and part.real is not network:  # it has its published name, too
-            vars(part.real)["_part"] = part
-            return part.real
+        if isinstance(real, Published) and real is not network:  # it has its published name, too
+            vars(real)["_part"] = part
+            return real
         return part
 
     root = node("")
-    composites = {name for ours in pairs for name in ("", *_above(ours.rpartition(".")[0]))}
-    ours = {real: name for name, real in stands_for.items()}
+    compiled = {Names.plain(name): name for name, _ in own_modules(network) if "._orig_mod" in name}
     ops = {row.ours[0]: row.hub_op for row in rows if row.hub_op.name != "same"}
-    names = Names(order, ours, rows, ops, compiled)
-    for path in sorted(composites):
+    names = Names(order, {real: name for name, real in stands_for.items()}, rows, ops, compiled)
+    return Tree(root, names, parts, _attach_added(modules, names, parts))
+
+
+def _layers(rows: list[Row], modules: Mapping[str, nn.Module], network: nn.Module) -> dict[str, str]:
+    """Return our layers by their published names, in the order in which the reference, too, makes its modules."""
+    pairs = {o.rpartition(".")[0]: h.rpartition(".")[0] for row in rows for o, h in zip(row.ours, row.hub, strict=True)}
+    if lost := pairs.keys() - modules.keys():
+        raise RuntimeError(_REBUILT.format(type(network).__name__, min(lost)))
+    return {pairs[ours]: ours for ours in modules if ours in pairs}
+
+
+def _attach_added(modules: Mapping[str, nn.Module], names: Names, parts: Mapping[str, Part]) -> list[Children]:
+    """Hang modules that are not in the table, which someone added, where they belong; return what was looked at."""
+    inner = {name for ours in names.layers for name in ("", *_above(ours.rpartition(".")[0]))}
+    for path in sorted(inner):
         for key, module in modules[path]._modules.items():
             own = f"{path}.{key}" if path else key
-            if module is not None and own not in pairs and own not in composites and _holds_tensors(module):
-                _attach(parts, names.published(own), module)
-    seen = [(modules[name]._modules, dict(modules[name]._modules)) for name in composites]
-    return Tree(root, names, parts, seen)
+            if module is not None and own not in names.layers and own not in inner and _holds_tensors(module):
+                published = names.published(own)
+                above = next(above for above in [*reversed(list(_above(published))), ""] if above in parts)
+                parts[above]._modules[published.removeprefix(f"{above}.")] = module
+    return [(modules[name]._modules, dict(modules[name]._modules)) for name in inner]
 
 
 def _above(name: str) -> Iterator[str]:
@@ -231,14 +247,14 @@ def _above(name: str) -> Iterator[str]:
 
 
 def _correspondence(
-    pairs: Mapping[str, str], children: Mapping[str, Any], modules: Mapping[str, nn.Module]
+    layers: Mapping[str, str], children: Mapping[str, Any], modules: Mapping[str, nn.Module]
 ) -> dict[str, str]:
     """Return for inner published names our module with the very same layers below it, where there is one.
 
     Where several are nested without anything beside them, the outer ones correspond, unless there are too few of ours.
     """
     ours_below, hub_below = defaultdict(list), defaultdict(list)
-    for i, (ours, hub) in enumerate(pairs.items()):
+    for i, (hub, ours) in enumerate(layers.items()):
         for names, name in ((ours_below, ours), (hub_below, hub)):
             for above in list(_above(name))[:-1]:
                 names[above].append(i)
@@ -271,20 +287,6 @@ def _fill(part: PartList, least: int) -> None:
 
 def _holds_tensors(module: nn.Module) -> bool:
     return any(True for inner in module.modules() if inner._parameters or inner._buffers)
-
-
-def _attach(parts: Mapping[str, Part], name: str, module: nn.Module) -> None:
-    """Hang a module that is not in the table, which someone added, where it belongs."""
-    above = next(above for above in [*reversed(list(_above(name))), ""] if above in parts)
-    parts[above]._modules[name.removeprefix(f"{above}.")] = module
-
-
-def _kind(children: Iterable[str], real: nn.Module | None) -> type[Part]:
-    from minidiff.compat.attention import KINDS, Attention
-
-    if "to_q" in children:
-        return Attention
-    return PartList if _numbered(children) else KINDS.get(type(real).__name__, Part)
 
 
 def own_modules(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:

