@@ -7,6 +7,7 @@ asked for. Where a file of ours has the name of a published path (``minidiff.sch
 ``__getattr__``, and a ``__path__`` if it is no folder but the published path is.
 """
 
+import re
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
@@ -16,24 +17,14 @@ from typing import Any
 
 from minidiff.registry import HOME, public
 
-_SCHEDULERS = {  # scheduling_... -> ours
-    "ddim": "ddim",
-    "ddpm": "ddpm",
-    "deis_multistep": "deis",
-    "dpmsolver_multistep": "dpm_solver_multistep",
-    "dpmsolver_singlestep": "dpm_solver_singlestep",
-    "euler_ancestral_discrete": "euler_ancestral",
-    "euler_discrete": "euler",
-    "heun_discrete": "heun",
-    "k_dpm_2_ancestral_discrete": "k_dpm_2",
-    "k_dpm_2_discrete": "k_dpm_2",
-    "lcm": "lcm",
-    "lms_discrete": "lms",
-    "pndm": "pndm",
-    "tcd": "tcd",
-    "unipc_multistep": "unipc",
-}
 _TASKS = ("", "_img2img", "_inpaint", "_instruct_pix2pix")
+
+
+def _scheduling(name: str) -> str:
+    """Return the path of a scheduler: ``EulerDiscreteScheduler`` is in ``schedulers.scheduling_euler_discrete``."""
+    words = name.removesuffix("Scheduler").replace("KDPM2", "K_DPM_2")
+    return "schedulers.scheduling_" + re.sub("(Multistep|Singlestep|Ancestral|Discrete)", r"_\1", words).lower()
+
 
 # Published path -> where its names are, both below minidiff. A folder stands for the public names that lie in it.
 PATHS: dict[str, Sequence[str]] = {
@@ -80,7 +71,7 @@ PATHS: dict[str, Sequence[str]] = {
         for family in ("stable_diffusion", "stable_diffusion_xl")
         for task in _TASKS
     },
-    **{f"schedulers.scheduling_{theirs}": [f"schedulers.{ours}"] for theirs, ours in _SCHEDULERS.items()},
+    **{_scheduling(name): [HOME[name].removeprefix("minidiff.")] for name in HOME if name.endswith("Scheduler")},
 }
 
 NAMES: dict[str, tuple[str, str]] = {  # published name -> the module below minidiff and the name it has there
