@@ -192,20 +192,20 @@ def offload(side: str, setting: str, how: str) -> dict[str, float]:
     else:
         getattr(pipe, mechanism.METHODS[setting])(device=device)
     here = peak = 0
-    lend, drop = mechanism.to_device, mechanism.Part.drop
+    to_device, drop = mechanism.to_device, mechanism.ModuleGroup.offload
 
-    def lent(tensor: torch.Tensor, where: torch.device) -> torch.Tensor:
+    def onloaded(tensor: torch.Tensor, where: torch.device) -> torch.Tensor:
         nonlocal here, peak
         here += tensor.nbytes
         peak = max(peak, here)
-        return lend(tensor, where)
+        return to_device(tensor, where)
 
-    def dropped(part: mechanism.Part) -> None:
+    def offloaded(group: mechanism.ModuleGroup) -> None:
         nonlocal here
-        here -= sum(one.home.nbytes for one in part.lent)
-        drop(part)
+        here -= sum(one.weight.nbytes for one in group.swapped)
+        drop(group)
 
-    mechanism.to_device, mechanism.Part.drop = lent, dropped
+    mechanism.to_device, mechanism.ModuleGroup.offload = onloaded, offloaded
     embeds = torch.zeros(1, 77, 768, dtype=torch.float16, device=device)
     options = {"num_inference_steps": 2, "prompt_embeds": embeds, "negative_prompt_embeds": embeds}
     with torch.no_grad():

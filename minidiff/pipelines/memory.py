@@ -13,7 +13,7 @@ from torch import nn
 from minidiff.networks.slicing import SlicedAttention
 from minidiff.pipelines.offload import (
     METHODS,
-    Slot,
+    Place,
     destination,
     end_offload,
     execution_device,
@@ -96,10 +96,10 @@ class MemorySavers:
             RuntimeError: if there is no such device, or a network is computing in another thread.
         """
         device = execution_device(METHODS["model"], gpu_id, device)
-        with_slot = [one for one in map(offload_of, self._networks()) if one is not None and one.kind == "model"]
-        slot = next((one.slots[0] for one in with_slot if one.device == device), None) or Slot(device, stay=True)
+        whole = [one for one in map(offload_of, self._networks()) if one is not None and one.kind == "model"]
+        place = next((one.places[0] for one in whole if one.device == device), None) or Place(device, stay=True)
         for network in self._networks():
-            offload_whole(network, slot)
+            offload_whole(network, place)
         _empty_cache(device)
 
     def enable_sequential_cpu_offload(

@@ -1,13 +1,13 @@
 """Offloading: networks stay in main memory, and their weights are on the device only while they compute.
 
-A weight never leaves main memory. What the device gets is a copy that stands in for it, and dropping the copy is all
+A weight never leaves main memory. What the device gets is a copy that takes its place, and dropping the copy is all
 that it takes to free the device: nothing is copied back, and weights that are mapped from a file stay so. There are two
 kinds:
 
 - "model": whole networks, one at a time. Each stays until another one computes, as the UNet does through all steps;
 - "sequential": single layers, each for the time of its own call. Least memory, and slow.
 
-Every call of an offloaded module goes through a ``Visit``, so ``vae.encode``, ``vae.decode`` and the like bring their
+A hook in every offloaded module onloads it for each call, so ``vae.encode``, ``vae.decode`` and the like bring their
 network too. Threads may share networks: one that needs the place of another waits until that has no call under way.
 Checked against ``accelerate.cpu_offload_with_hook`` and ``cpu_offload``, as diffusers uses them.
 """
@@ -27,132 +27,122 @@ METHODS: dict[Kind, str] = {"model": "enable_model_cpu_offload", "sequential": "
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """Return the copy that stands in for a weight.
+    """Return the copy that takes the place of a weight.
 
     In training it requires no gradient, which would be lost: torch refuses a loss that depends on nothing else. In
     inference it says what the weight says, since torch.matmul asks for it and would choose another kernel, of which the
     last bit differs.
     """
-    stand_in = tensor.detach().to(device)
+    copied = tensor.detach().to(device)
     if not isinstance(tensor, nn.Parameter):
-        return stand_in
-    return nn.Parameter(stand_in, requires_grad=tensor.requires_grad and not torch.is_grad_enabled())
+        return copied
+    return nn.Parameter(copied, requires_grad=tensor.requires_grad and not torch.is_grad_enabled())
 
 
-class Lent(NamedTuple):
+class Swapped(NamedTuple):
     """A weight whose copy is on the device."""
 
     tensors: dict[str, Tensor | None]  # the parameters or buffers of its module
     name: str
-    home: Tensor
-    stand_in: Tensor
+    weight: Tensor
+    copy: Tensor
 
 
-class Slot:
-    """The place on a device that parts take in turn: whole networks, or one layer that comes and goes.
+class Place:
+    """The place on a device where one group of modules at a time is onloaded: a network, or a layer.
 
     Args:
         device: where it is.
-        stay: whether a part keeps the place after its last call, until another one needs it.
+        stay: whether a group keeps the place after its last call, until another one needs it.
     """
 
     def __init__(self, device: torch.device, stay: bool) -> None:
         self.device, self.stay = device, stay
-        self.guest: Part | None = None
+        self.group: ModuleGroup | None = None  # what is onloaded
         self.changed = threading.Condition()
 
-    def enter(self, part: "Part") -> None:
-        """Bring the weights of ``part``, once no other part has a call under way."""
+    @contextmanager
+    def of(self, group: "ModuleGroup") -> Iterator[None]:
+        """Have a group onloaded for the time of the context, once no other one has a call under way."""
         me = threading.get_ident()
         with self.changed:
-            if self.guest is not None and self.guest is not part and me in self.guest.callers:
+            if self.group is not None and self.group is not group and me in self.group.callers:
                 raise RuntimeError(
                     "an offloaded network was called inside a call of another one, such as in a hook: only one of them "
                     "can be on the device; call it afterwards, or call remove_all_hooks() first"
                 )
-            self.changed.wait_for(lambda: self.guest is part or self.guest is None or not self.guest.callers)
-            if self.guest is not part:
-                self._send_home()
-                part.fetch(self.device)
-                self.guest = part
-            part.callers.append(me)
-
-    def leave(self, part: "Part") -> None:
-        """Note the end of a call."""
-        with self.changed:
-            part.callers.remove(threading.get_ident())
-            if not part.callers:
-                if not self.stay:
-                    self._send_home()
-                self.changed.notify_all()
-
-    def free(self) -> bool:
-        """Drop the weights that are on the device; return whether that could be done: no call needs them."""
-        with self.changed:
-            if self.guest is not None and self.guest.callers:
-                return False
-            self._send_home()
-            return True
-
-    def _send_home(self) -> None:
-        if self.guest is not None:
-            self.guest.drop()
-            self.guest = None
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "Slot":
-        return self  # the copy of a network takes turns with the original
-
-
-class Part:
-    """Modules whose weights come to the device together."""
-
-    def __init__(self, modules: list[nn.Module], slot: Slot) -> None:
-        self.modules, self.slot = modules, slot
-        self.callers: list[int] = []  # the thread of every call that is under way; one inside another counts too
-        self.lent: list[Lent] = []
-
-    @contextmanager
-    def visit(self) -> Iterator[None]:
-        """Have the weights on the device for the time of the context."""
-        self.slot.enter(self)
+            self.changed.wait_for(lambda: self.group is group or self.group is None or not self.group.callers)
+            if self.group is not group:
+                self._offload()
+                group.onload(self.device)
+                self.group = group
+            group.callers.append(me)
         try:
             yield
         finally:
-            self.slot.leave(self)
+            with self.changed:
+                group.callers.remove(me)
+                if not group.callers and not self.stay:
+                    self._offload()
+                self.changed.notify_all()
 
-    def fetch(self, device: torch.device) -> None:
+    def free(self) -> bool:
+        """Offload what is onloaded; return whether that could be done: no call needs it."""
+        with self.changed:
+            if self.group is not None and self.group.callers:
+                return False
+            self._offload()
+            return True
+
+    def _offload(self) -> None:
+        if self.group is not None:
+            self.group.offload()
+            self.group = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Place":
+        return self  # the copy of a network takes turns with the original
+
+
+class ModuleGroup:
+    """Modules whose weights come to the device together."""
+
+    def __init__(self, modules: list[nn.Module], place: Place) -> None:
+        self.modules, self.place = modules, place
+        self.callers: list[int] = []  # the thread of every call that is under way; one inside another counts too
+        self.swapped: list[Swapped] = []
+
+    def onload(self, device: torch.device) -> None:
         """Put copies on the device in the place of the weights."""
+        stores = [store for module in self.modules for store in (module._parameters, module._buffers)]
+        weights = [(store, name, weight) for store in stores for name, weight in store.items() if weight is not None]
         try:
-            for module in self.modules:
-                for tensors in (module._parameters, module._buffers):
-                    for name, home in tensors.items():
-                        if home is not None:
-                            self.lent.append(Lent(tensors, name, home, to_device(home, device)))
-                            tensors[name] = self.lent[-1].stand_in
+            for store, name, weight in weights:
+                self.swapped.append(Swapped(store, name, weight, to_device(weight, device)))
+                store[name] = self.swapped[-1].copy
         except BaseException:  # out of memory, or interrupted
-            self.drop()
+            self.offload()
             raise
 
-    def drop(self) -> None:
+    def offload(self) -> None:
         """Put the weights back, except where something else took the place of the copy in the meantime."""
-        while self.lent:
-            tensors, name, home, stand_in = self.lent.pop()
-            if tensors.get(name) is stand_in:
-                tensors[name] = home
+        while self.swapped:
+            store, name, weight, copied = self.swapped.pop()
+            if store.get(name) is copied:
+                store[name] = weight
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "Part":
-        return Part(copy.deepcopy(self.modules, memo), self.slot)
+    def __deepcopy__(self, memo: dict[int, Any]) -> "ModuleGroup":
+        return ModuleGroup(copy.deepcopy(self.modules, memo), self.place)
 
 
 @dataclass
-class Visit:
+class OnloadHook:
     """Stands in a module's ``_call_impl``: the whole call, with its hooks, which may read weights too (LoRA)."""
 
-    part: Part
+    group: ModuleGroup
     module: nn.Module
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        with self.part.visit():
+        with self.group.place.of(self.group):
             return nn.Module._call_impl(self.module, *args, **kwargs)
 
 
@@ -162,7 +152,7 @@ class Offload:
 
     kind: Kind
     device: torch.device
-    slots: list[Slot]  # the one of the network, or those of its layers
+    places: list[Place]  # the one of the network, or those of its layers
 
 
 def offload_of(network: nn.Module) -> Offload | None:
@@ -170,22 +160,21 @@ def offload_of(network: nn.Module) -> Offload | None:
     return getattr(network, "_offload", None)
 
 
-def offload_whole(network: nn.Module, slot: Slot) -> None:
-    """Let a network come to the place of ``slot`` whenever it or one of its outermost parts is called."""
-    _begin(network, Offload("model", slot.device, [slot]))
-    part = Part(list(network.modules()), slot)
+def offload_whole(network: nn.Module, place: Place) -> None:
+    """Place a network whenever it or one of its outermost parts is called."""
+    _begin(network, Offload("model", place.device, [place]))
+    group = ModuleGroup(list(network.modules()), place)
     for module in [network, *_outermost(network)]:
-        module._call_impl = Visit(part, module)
+        module._call_impl = OnloadHook(group, module)
 
 
 def offload_layers(network: nn.Module, device: torch.device) -> None:
-    """Let every layer of a network that has weights of its own come to ``device`` for the time of its call."""
-    offload = Offload("sequential", device, [])
-    _begin(network, offload)
-    for module in network.modules():
-        if module._parameters or module._buffers:
-            offload.slots.append(Slot(device, stay=False))
-            module._call_impl = Visit(Part([module], offload.slots[-1]), module)
+    """Place every layer of a network that has weights of its own for the time of its call."""
+    layers = [module for module in network.modules() if module._parameters or module._buffers]
+    groups = [ModuleGroup([layer], Place(device, stay=False)) for layer in layers]
+    _begin(network, Offload("sequential", device, [group.place for group in groups]))
+    for group, layer in zip(groups, layers, strict=True):
+        layer._call_impl = OnloadHook(group, layer)
 
 
 def _begin(network: nn.Module, offload: Offload) -> None:
@@ -204,10 +193,10 @@ def _outermost(network: nn.Module) -> list[nn.Module]:
 
 
 def free(network: nn.Module) -> None:
-    """Drop the weights of an offloaded network from the device, unless another thread computes with them."""
+    """Offload a network that is onloaded, unless another thread computes with them."""
     offload = offload_of(network)
-    for slot in offload.slots if offload is not None else ():
-        slot.free()
+    for place in offload.places if offload is not None else ():
+        place.free()
 
 
 def end_offload(network: nn.Module) -> None:
@@ -219,7 +208,7 @@ def end_offload(network: nn.Module) -> None:
     offload = offload_of(network)
     if offload is None:
         return
-    _settle(network, offload)
+    _free_or_raise(network, offload)
     for module in network.modules():
         module.__dict__.pop("_call_impl", None)
     del network._offload
@@ -237,7 +226,7 @@ def destination(network: nn.Module, device: torch.device | str | int | None) -> 
     offload = offload_of(network)
     if offload is None:
         return device
-    _settle(network, offload)
+    _free_or_raise(network, offload)
     if device is None or torch.device(device).type == "cpu":
         return None
     if offload.kind == "sequential" or torch.device(device).type != offload.device.type:
@@ -248,8 +237,8 @@ def destination(network: nn.Module, device: torch.device | str | int | None) -> 
     return None
 
 
-def _settle(network: nn.Module, offload: Offload) -> None:
-    if not all(slot.free() for slot in offload.slots):
+def _free_or_raise(network: nn.Module, offload: Offload) -> None:
+    if not all(place.free() for place in offload.places):
         raise RuntimeError(
             f"{type(network).__name__}, or a network that it takes turns with, is computing in another thread; wait "
             "for the end of that call"

@@ -1,6 +1,6 @@
 """Offloading and the other memory switches: the picture stays the same, and each thing is on the device when it says.
 
-There is no second device here that computes. Two stand-ins are as strict: weights that are NaN unless they were lent to
+There is no second device here that computes. Two stand-ins are as strict: weights that are NaN unless onloaded to
 the device, for what is where when and for pictures; and torch's meta device, which refuses to meet the CPU in one
 operation, for where latents, texts and times are made.
 """
@@ -111,7 +111,7 @@ def call(pipe: DiffusionPipeline, seed: int = 7, **arguments: Any) -> np.ndarray
 
 
 class FakeDevice:
-    """Records what is lent; a weight that is not is NaN, so that a picture made with it is refused."""
+    """Records what is onloaded; a weight that is not is NaN, so that a picture made with it is refused."""
 
     def __init__(self, pipe: DiffusionPipeline) -> None:
         self.names: dict[int, str] = {}
@@ -132,27 +132,27 @@ class FakeDevice:
             self.fetched.append(name)
         self.bytes += tensor.nbytes
         self.peak = max(self.peak, self.bytes)
-        stand_in = self.to_device(tensor, device)
-        stand_in.data = self.real.get(id(tensor), tensor.detach()).clone()
-        return stand_in
+        copied = self.to_device(tensor, device)
+        copied.data = self.real.get(id(tensor), tensor.detach()).clone()
+        return copied
 
-    def dropped(self, part: offload.Part) -> None:
-        self.bytes -= sum(lent.home.nbytes for lent in part.lent)
+    def dropped(self, group: offload.ModuleGroup) -> None:
+        self.bytes -= sum(one.weight.nbytes for one in group.swapped)
 
 
 @contextmanager
 def fake_device(pipe: DiffusionPipeline) -> Iterator[FakeDevice]:
     """Make the weights of an offloaded pipeline NaN at home, and give the true ones to the device."""
     fake = FakeDevice(pipe)
-    drop = offload.Part.drop
+    drop = offload.ModuleGroup.offload
 
-    def recorded(part: offload.Part) -> None:
-        fake.dropped(part)
-        drop(part)
+    def recorded(group: offload.ModuleGroup) -> None:
+        fake.dropped(group)
+        drop(group)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(offload, "to_device", fake.lend)
-        patch.setattr(offload.Part, "drop", recorded)
+        patch.setattr(offload.ModuleGroup, "offload", recorded)
         yield fake
 
 
@@ -272,8 +272,8 @@ def test_pipelines_that_share_networks_take_turns() -> None:
     for one in (base, other):
         one.set_progress_bar_config(disable=True)
         one.enable_model_cpu_offload(device="cpu")
-    slots = {id(network._offload.slots[0]) for one in (base, other) for network in networks(one).values()}
-    assert len(slots) == 1
+    places = {id(network._offload.places[0]) for one in (base, other) for network in networks(one).values()}
+    assert len(places) == 1
     with fake_device(base) as device:
         latents = call(base, output_type="latent")
         call(other, image=latents)
@@ -362,7 +362,7 @@ def test_weights_are_never_replaced(pipe: DiffusionPipeline) -> None:
     assert all(a is b and a.data_ptr() == at for a, (b, at) in zip(pipe.unet.parameters(), before, strict=True))
 
 
-def test_what_is_put_in_place_of_a_lent_weight_stays(pipe: DiffusionPipeline) -> None:
+def test_what_is_put_in_place_of_an_onloaded_weight_stays(pipe: DiffusionPipeline) -> None:
     enable(pipe, "model")
     with torch.no_grad():
         pipe.vae.decode(torch.zeros(1, 4, 2, 2))
@@ -409,7 +409,7 @@ def test_a_device_that_is_full(pipe: DiffusionPipeline, monkeypatch: pytest.Monk
     at_home = [tensor for network in networks(pipe).values() for tensor in network.parameters()]
     assert all(a is b for a, b in zip(at_home, weights, strict=True))
     left[0] = 10**6
-    assert not any(network._offload.slots[0].guest for network in networks(pipe).values())
+    assert not any(network._offload.places[0].group for network in networks(pipe).values())
     assert np.array_equal(call(pipe), before)
 
 
@@ -427,7 +427,7 @@ def test_a_network_in_use_is_not_taken_away(pipe: DiffusionPipeline) -> None:
         assert inside.wait(60)
         try:
             pipe.maybe_free_model_hooks()
-            assert pipe.unet._offload.slots[0].guest is not None
+            assert pipe.unet._offload.places[0].group is not None
             for change in (pipe.remove_all_hooks, lambda: pipe.to(torch.float64), lambda: enable(pipe, "sequential")):
                 with pytest.raises(RuntimeError, match="is computing in another thread"):
                     change()
