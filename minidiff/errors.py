@@ -35,12 +35,13 @@ class CheckpointNotFoundError(CheckpointError, OSError):
     """A folder, file or Hub repository that was asked for is not there (an ``OSError``, as in diffusers)."""
 
 
-def check_number(name: str, value: Any, low: float, high: float = math.inf) -> None:
-    """Raise if ``value`` is not a real number in [low, high]; NaN is none."""
+def check_number(name: str, value: Any, low: float = -math.inf, high: float = math.inf) -> None:
+    """Raise if ``value`` is not a finite real number in [low, high]; NaN is none."""
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} should be a number, found {value!r}")
     if not (low <= value <= high) or math.isinf(value):
-        raise ValueError(f"{name} should be finite and in [{low:g}, {high:g}], found {value}")
+        limits = "" if math.isinf(low) else f" and in [{low:g}, {high:g}]"
+        raise ValueError(f"{name} should be finite{limits}, found {value}")
 
 
 def check_count(name: str, value: Any) -> None:

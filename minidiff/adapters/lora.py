@@ -14,12 +14,13 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from numbers import Real
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from minidiff.errors import check_number
 
 # What all adapters are multiplied with in the call that is under way. Each thread has its own.
 _call_scale: ContextVar[float] = ContextVar("lora_scale", default=1.0)
@@ -255,12 +256,6 @@ def scale_from(key: str, alpha: Tensor, rank: int) -> float:
     if alpha.numel() != 1 or not math.isfinite(alpha.item()):
         raise ValueError(f"{key} should be one finite number, found {alpha.tolist()}")
     return alpha.item() / rank
-
-
-def check_number(name: str, value: Any) -> None:
-    """Raise ``ValueError`` if ``value`` is not a finite number."""
-    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
-        raise ValueError(f"{name} should be a finite number, found {value!r}")
 
 
 def scale_argument(arguments: Mapping[str, Any] | None) -> float:

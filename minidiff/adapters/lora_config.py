@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from minidiff.errors import CheckpointError
+from minidiff.errors import CheckpointError, check_number
 
 KEY = "lora_adapter_metadata"
 
@@ -25,14 +25,7 @@ _IGNORED = frozenset(  # they concern training, or say which layers were chosen:
 )
 _HARMLESS = {  # field -> values that ask for nothing; all others need None, False or an empty value
     "bias": ("none",),
-    "init_lora_weights": (
-        True,
-        False,
-        None,
-        "gaussian",
-        "orthogonal",
-        "eva",
-    ),  # others change the weights of the network
+    "init_lora_weights": (True, False, None, "gaussian", "orthogonal", "eva"),  # others change the network's weights
 }
 
 
@@ -72,13 +65,13 @@ def scale_of(config: Mapping[str, Any], layer: str, rank: int) -> float:
 
     Raises:
         CheckpointError: if the header speaks of another rank than the tensors have.
+        TypeError, ValueError: if its alpha is no finite number.
     """
     r = _of_layer(config, "rank_pattern", layer, config.get("r", rank))
     if r != rank:
         raise CheckpointError(f"{layer} has rank {rank}, but the file's header says r = {r!r}")
     alpha = _of_layer(config, "alpha_pattern", layer, config.get("lora_alpha", rank))
-    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha):
-        raise CheckpointError(f"the file's header says lora_alpha = {alpha!r} for {layer}; expected a number")
+    check_number(f"{layer}: lora_alpha in the file's header", alpha)
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 

@@ -31,19 +31,9 @@ from minidiff.compat.published import own_modules
 
 Part = Literal["down", "up", "alpha"]
 
-_ENDINGS: dict[str, Part] = {
-    ".lora_A.weight": "down",
-    ".lora_B.weight": "up",
-    ".lora.down.weight": "down",
-    ".lora.up.weight": "up",
-    ".lora_linear_layer.down.weight": "down",
-    ".lora_linear_layer.up.weight": "up",
-    "_lora.down.weight": "down",
-    "_lora.up.weight": "up",
-    ".lora_down.weight": "down",
-    ".lora_up.weight": "up",
-    ".alpha": "alpha",
-}
+_ENDINGS: dict[str, Part] = {".lora_A.weight": "down", ".lora_B.weight": "up", ".alpha": "alpha"}
+for _stem in (".lora.", ".lora_linear_layer.", "_lora.", ".lora_"):
+    _ENDINGS |= {f"{_stem}down.weight": "down", f"{_stem}up.weight": "up"}
 _KOHYA = {  # beginning of a name -> component
     "lora_unet_": "unet",
     "lora_te_": "text_encoder",

@@ -7,19 +7,19 @@ it. A change of resolution goes by the first of them. In the middle the weight i
 layers outside all blocks keep 1. All this is as in ``diffusers.loaders.unet_loader_utils``.
 """
 
-import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from minidiff.adapters.lora import Weight
 from minidiff.checkpoints.model import Model
+from minidiff.errors import check_number
 
 
 def component_weights(entry: Any, networks: Mapping[str, Model]) -> dict[str, Weight]:
     """Return the weight of one adapter in each network.
 
     Raises:
-        ValueError: naming what is no weight, or a component or block that is not there.
+        TypeError, ValueError: naming what is no weight, or a component or block that is not there.
     """
     if not isinstance(entry, Mapping):
         return dict.fromkeys(networks, _number("adapter_weights", entry))
@@ -35,28 +35,31 @@ def component_weights(entry: Any, networks: Mapping[str, Model]) -> dict[str, We
     return weights
 
 
-def _unet_weights(blocks: Mapping[str, Any], unet: Model) -> Iterator[tuple[str, float]]:
+def _unet_weights(sides: Mapping[str, Any], unet: Model) -> Iterator[tuple[str, float]]:
     """Yield (beginning of the Hub names of some layers, weight)."""
-    if unknown := set(blocks) - {"down", "mid", "up"}:
-        raise ValueError(f"adapter_weights['unet'] has {', '.join(sorted(unknown))}; expected down, mid and up")
+    _check_names("adapter_weights['unet']", sides, ("down", "mid", "up"))
     for side in ("down", "up"):
-        given, there = blocks.get(side), _transformers(unet, side)
-        if isinstance(given, Mapping) and (unknown := set(given) - {f"block_{i}" for i in there}):
-            known = ", ".join(f"block_{i}" for i in there)
-            raise ValueError(f"adapter_weights['unet'][{side!r}] has {', '.join(sorted(unknown))}; expected {known}")
-        for i, count in there.items():
-            weight = given.get(f"block_{i}") if isinstance(given, Mapping) else given
-            for j, one in enumerate(_spread(f"adapter_weights['unet'][{side!r}]['block_{i}']", weight, count)):
-                for part in ("resnets", "attentions", f"{side}samplers"):
-                    yield f"{side}_blocks.{i}.{part}.{j}", one
-    (mid,) = _spread("adapter_weights['unet']['mid']", blocks.get("mid"), 1)
+        yield from _side_weights(side, sides.get(side), getattr(unet, side))
+    (mid,) = _spread("adapter_weights['unet']['mid']", sides.get("mid"), 1)
     yield "mid_block.attentions.0", mid
 
 
-def _transformers(unet: Model, side: str) -> dict[int, int]:
-    """Return the number of transformers in each block of a side that has some."""
-    counts = {i: len(block.attn) for i, block in enumerate(getattr(unet, side))}
-    return {i: count for i, count in counts.items() if count}
+def _side_weights(side: str, given: Any, levels: Iterable[Any]) -> Iterator[tuple[str, float]]:
+    """Yield the same for the blocks of one side that have transformers."""
+    name = f"adapter_weights['unet'][{side!r}]"
+    counts = {f"block_{i}": len(level.attn) for i, level in enumerate(levels) if level.attn}
+    if not isinstance(given, Mapping):
+        given = dict.fromkeys(counts, given)
+    _check_names(name, given, counts)
+    for block, count in counts.items():
+        for j, weight in enumerate(_spread(f"{name}[{block!r}]", given.get(block), count)):
+            for part in ("resnets", "attentions", f"{side}samplers"):
+                yield f"{side}_blocks.{block.removeprefix('block_')}.{part}.{j}", weight
+
+
+def _check_names(name: str, given: Iterable[str], known: Iterable[str]) -> None:
+    if unknown := set(given) - set(known):
+        raise ValueError(f"{name} has {', '.join(sorted(unknown))}; expected {', '.join(known)}")
 
 
 def _spread(name: str, weight: Any, count: int) -> list[float]:
@@ -72,6 +75,5 @@ def _number(name: str, weight: Any) -> float:
     """Return a weight, 1 for None."""
     if weight is None:
         return 1.0
-    if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight):
-        raise ValueError(f"{name} should be a finite number, found {weight!r}")
+    check_number(name, weight)
     return weight

@@ -3,7 +3,7 @@
     unet.load_lora_adapter("pixel-art.safetensors", prefix="unet", adapter_name="pixel")
     unet.set_adapters(["pixel", "toy"], [0.8, {"mid": 0.5}])
 
-The work is that of ``LoraLoader``, for a pipeline of this one network; a pipeline that has it sees the same adapters.
+A pipeline that has the network sees the same adapters.
 Checked against ``diffusers.loaders.PeftAdapterMixin`` with peft.
 """
 
@@ -13,12 +13,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 
+from minidiff.adapters.control import AdapterControl, LoadedLora
 from minidiff.adapters.lora import Patch, adapters_of
 from minidiff.adapters.lora_config import KEY
-from minidiff.adapters.lora_loader import FILE_NAME, LoadedLora, LoraLoader
+from minidiff.adapters.lora_file import FILE_NAME
 from minidiff.adapters.source import AdapterFile, read_adapter
 from minidiff.checkpoints.model import refuse_pickles, refuse_unless_harmless
 from minidiff.checkpoints.save import save_tensors
@@ -28,16 +28,13 @@ from minidiff.errors import CheckpointError
 _WHERE = ("weight_name", "subfolder", "revision", "cache_dir", "local_files_only", "token", "force_download")
 
 
-class AdaptedNetwork:
+class AdaptedNetwork(AdapterControl):
     """Mixin of the networks that LoRA adapts."""
 
     lora_component: ClassVar[str]  # what a file calls the network
 
-    @property
-    def _lora_loader(self) -> LoraLoader:
-        loader = LoraLoader()
-        loader.components = {self.lora_component: self}
-        return loader
+    def _lora_networks(self) -> dict[str, Any]:
+        return {self.lora_component: self}
 
     def load_lora_adapter(
         self,
@@ -46,8 +43,6 @@ class AdaptedNetwork:
         hotswap: bool = False,
         *,
         adapter_name: str | None = None,
-        network_alphas: Mapping[str, float] | None = None,
-        metadata: Mapping[str, Any] | None = None,
         use_safetensors: bool | None = None,
         **where: Any,
     ) -> LoadedLora:
@@ -56,8 +51,6 @@ class AdaptedNetwork:
         Args:
             pretrained_model_name_or_path_or_dict: as in ``LoraLoader.load_lora_weights``, likewise what is not named.
             prefix: what stands before the names of this network in the file; others are left alone. None: nothing.
-            network_alphas: alpha of each layer, under its name with the prefix and ``.alpha``.
-            metadata: the fields of peft's configuration, instead of those in the header of the file.
 
         Raises:
             CheckpointError: if no name begins with the prefix; else as ``load_lora_weights``.
@@ -67,16 +60,12 @@ class AdaptedNetwork:
             raise TypeError(f"load_lora_adapter got unknown arguments {', '.join(unknown)}")
         where = {name: where[name] for name in _WHERE if name in where}
         label, tensors, header = read_adapter(pretrained_model_name_or_path_or_dict, FILE_NAME, **where)
-        tensors |= {name: torch.tensor(float(alpha)) for name, alpha in (network_alphas or {}).items()}
-        if metadata is not None:
-            header = {KEY: json.dumps(dict(metadata))}
         if not (mine := self._of_component(tensors, prefix)):
             raise CheckpointError(f"no tensor of {label} begins with '{prefix}.'; pass prefix='unet', or None for none")
         if KEY in header and isinstance(fields := json.loads(header[KEY]), dict):
             header = {**header, KEY: json.dumps(self._of_component(fields, prefix))}
-        loader = self._lora_loader
-        name = loader._name_to_swap(adapter_name) if hotswap else loader._new_name(adapter_name)
-        return loader._add_lora(AdapterFile(label, mine, header), name)
+        name = self._name_to_swap(adapter_name) if hotswap else self._new_name(adapter_name)
+        return self._add_lora(AdapterFile(label, mine, header), name)
 
     def _of_component(self, entries: Mapping[str, Any], prefix: str | None) -> dict[str, Any]:
         """Return the entries of this network, under the name that its component has in a pipeline."""
@@ -102,7 +91,7 @@ class AdaptedNetwork:
         """
         if not safe_serialization:
             raise CheckpointError("safe_serialization=False asks for a pickle; minidiff writes only safetensors")
-        (name,) = self._lora_loader._known(adapter_name)
+        (name,) = self._known(adapter_name)
         tensors: dict[str, Tensor] = {}
         for patch in self._patches(name):
             down, up = patch.matrices(name)
@@ -138,27 +127,17 @@ class AdaptedNetwork:
             return {self.lora_component: weight} if isinstance(weight, Mapping) else weight
 
         several = isinstance(weights, list | tuple)
-        self._lora_loader.set_adapters(adapter_names, [entry(one) for one in weights] if several else entry(weights))
+        super().set_adapters(adapter_names, [entry(one) for one in weights] if several else entry(weights))
 
     def set_adapter(self, adapter_name: str | list[str]) -> None:
         """Make these adapters the active ones, each with the weight that it has."""
-        loader = self._lora_loader
-        loader._refuse_fused("change the adapters")
-        adapters = adapters_of(self)
-        names = loader._known(adapter_name)
+        self._refuse_fused("change the adapters")
+        adapters, names = adapters_of(self), self._known(adapter_name)
         adapters.activate({name: adapters.weights[name] for name in names})
 
     def add_adapter(self, adapter_config: Any, adapter_name: str = "default") -> None:
         """Raise: new matrices for training need peft, whose configuration this takes in the reference."""
         raise NotImplementedError("add_adapter makes matrices for training, which minidiff does not do: load some")
-
-    def enable_lora(self) -> None:
-        """Work with the active adapters again."""
-        self._lora_loader.enable_lora()
-
-    def disable_lora(self) -> None:
-        """Work without the adapters until ``enable_lora``; fused ones are taken out of the weights."""
-        self._lora_loader.disable_lora()
 
     def enable_adapters(self) -> None:
         """Do as ``enable_lora``. Raises ``ValueError`` if there is no adapter."""
@@ -173,30 +152,19 @@ class AdaptedNetwork:
     def active_adapters(self) -> list[str]:
         """Return the names of the active adapters. Raises ``ValueError`` if there is no adapter."""
         self._need_adapter()
-        return self._lora_loader.get_active_adapters()
+        return self._active()
 
-    def delete_adapters(self, adapter_names: str | list[str]) -> None:
-        """Remove some adapters, as ``LoraLoader.delete_adapters`` does; in transformers it is ``delete_adapter``."""
-        self._lora_loader.delete_adapters(adapter_names)
-
-    delete_adapter = delete_adapters
+    delete_adapter = AdapterControl.delete_adapters  # in transformers
 
     def fuse_lora(
         self, lora_scale: float = 1.0, safe_fusing: bool = False, adapter_names: list[str] | None = None
     ) -> None:
         """Make the active adapters part of the weights, as ``LoraLoader.fuse_lora`` does."""
-        self._lora_loader.fuse_lora(None, lora_scale, safe_fusing, adapter_names)
-
-    def unfuse_lora(self) -> None:
-        """Put the original weights back."""
-        self._lora_loader.unfuse_lora()
+        self._fuse(self._all_adapters(), lora_scale, safe_fusing, adapter_names)
 
     def unload_lora(self) -> None:
         """Remove all adapters."""
-        self._lora_loader.unload_lora_weights()
-
-    def enable_lora_hotswap(self, **options: Any) -> None:
-        """Do nothing: an adapter may be replaced by one of any rank, which the reference has to prepare."""
+        self._remove_all()
 
     def _need_adapter(self) -> None:
         if adapters_of(self) is None:

@@ -113,19 +113,11 @@ class TextualInversionLoader:
         if len(sources) > 1 and len(names) != len(sources):
             raise ValueError(f"token has {len(names)} names for {len(sources)} sources")
         several = names if len(sources) == 1 and len(names) > 1 else None
-        words: dict[str, list[Word]] = {}  # component -> its new words
         pairs, chosen = self._pairs(tokenizer, text_encoder), tokenizer is not None
+        words: dict[str, list[Word]] = {}  # component -> its new words
         for one, name in zip(sources, names, strict=False):
             read = _read(one, weight_name, where)
-            if chosen:  # by the caller: of a file for both, the other half is left alone
-                (target,) = pairs
-                read = [(target, *rest) for component, *rest in read if len(read) == 1 or component == target]
-            elif len(pairs) == 2:
-                read = _of_both(read, one, where, pairs)
-            for component, label, key, vectors in read:
-                component = component or next(iter(pairs))
-                if component not in pairs:
-                    raise ValueError(f"{label}: {key} is for {component}, which this pipeline does not have")
+            for component, label, key, vectors in _addressed(read, one, where, pairs, chosen):
                 words.setdefault(component, []).extend(_words(label, key, vectors, several or name))
         for component, new in words.items():
             _check(new, *pairs[component])
@@ -209,6 +201,21 @@ def _read(source: Source, weight_name: str | None, where: Mapping[str, Any]) -> 
         )
     ((key, vectors),) = tensors.items()
     return [(_ENCODERS.get(key), label, key, vectors)]
+
+
+def _addressed(
+    read: list[Read], source: Source, where: Mapping[str, Any], pairs: Mapping[str, Pair], chosen: bool
+) -> list[Read]:
+    """Return vectors with the text encoder that they go to, which the caller has ``chosen`` or the file says."""
+    first = next(iter(pairs))
+    if chosen:  # of a file for both, the other half is left alone
+        read = [(first, *rest) for component, *rest in read if len(read) == 1 or component == first]
+    elif len(pairs) == 2:
+        read = _of_both(read, source, where, pairs)
+    read = [(component or first, *rest) for component, *rest in read]
+    if lost := [f"{label}: {key} is for {component}" for component, label, key, _ in read if component not in pairs]:
+        raise ValueError(f"{lost[0]}, which this pipeline does not have")
+    return read
 
 
 def _of_both(read: list[Read], source: Source, where: Mapping[str, Any], pairs: Mapping[str, Pair]) -> list[Read]:

@@ -194,7 +194,7 @@ class LatentGeneration(Callbacks):
         if absent := [f"no {name}" for name in ("unet", "scheduler") if getattr(self, name) is None]:
             it = "it" if len(absent) == 1 else "them"
             raise ValueError(f"this pipeline has {' and '.join(absent)}: pass {it} when it is made")
-        self._say_what_is_scaled(request.lora_scale)
+        self._warn_unless_scaled(request.lora_scale)
         self._refuse_what_is_not_called()
         generator, seeds = make_generators(request)
         told = self.unet.config.get("time_cond_proj_dim") is not None

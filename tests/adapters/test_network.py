@@ -128,16 +128,6 @@ def test_saved_adapters_load_in_both(sd: Pipes, tmp_path: Path) -> None:
             pipe.unload_lora_weights()
 
 
-def test_alphas_beside_the_tensors(sd: Pipes) -> None:
-    tensors = of_unet(sd[1])
-    alphas = {f"{key.partition('.lora_')[0]}.alpha": 0.7 for key in tensors}
-    sd[0].unet.load_lora_adapter(tensors, prefix="unet", network_alphas=alphas)
-    ours = unet_output(sd[0])
-    sd[0].unload_lora_weights()
-    sd[0].load_lora_weights(tensors | {key: torch.tensor(alpha) for key, alpha in alphas.items()})
-    assert torch.equal(unet_output(sd[0]), ours)
-
-
 def test_text_encoders_switch_theirs(sd: Pipes) -> None:
     files = {name: peft(draw(sd[1], seed, only=every(seed + 2))) for seed, name in ((1, "one"), (2, "two"))}
     for name, tensors in files.items():

@@ -1,0 +1,64 @@
+"""A LoRA file: its tensors as updates of the layers that they are for, or one error with all that does not fit."""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from minidiff.adapters.lora import LowRank, check_updates, scale_from
+from minidiff.adapters.lora_config import layer_configs, scale_of
+from minidiff.adapters.lora_names import Found, LayerName, Names, sort_tensors
+from minidiff.adapters.source import AdapterFile
+from minidiff.checkpoints.model import Model
+from minidiff.checkpoints.original.families import FAMILIES, no_adapter
+from minidiff.errors import CheckpointError, shortened
+
+FILE_NAME = "pytorch_lora_weights.safetensors"
+_READS_TEXT = re.compile(r".*attn2[._].*to_[kv][._].*(lora_A|down)\.weight")  # its width is that of the text
+_SAYS_FAMILY = ("ss_base_model_version", "modelspec.architecture")  # kohya's metadata, and ModelSpec's
+
+
+def read_updates(file: AdapterFile, networks: Mapping[str, Model]) -> dict[str, dict[LayerName, LowRank]]:
+    """Return the updates in a file, component by component; raise one ``CheckpointError`` with all that is wrong."""
+    layers, problems = sort_tensors(file.tensors, Names(networks))
+    for component, network in networks.items():
+        mine = [(layer.ours, *found.down, *found.up) for layer, found in layers.items() if layer.component == component]
+        problems += check_updates(network, mine)
+    configs = layer_configs(file.metadata, tuple(networks))
+    updates: dict[str, dict[LayerName, LowRank]] = {}
+    for layer, found in layers.items():
+        try:
+            scale = _scale(layer, found, configs)
+            updates.setdefault(layer.component, {})[layer] = LowRank(found.down[1], found.up[1], scale)
+        except (TypeError, ValueError) as error:
+            problems.append(str(error))
+    if problems:
+        why = f" ({what})" if (what := _whose(file, networks)) else ""
+        lines = "\n".join(f"  {line}" for line in shortened(problems))
+        raise CheckpointError(f"{file.label} is no LoRA for this pipeline{why}; nothing was changed:\n{lines}")
+    return updates
+
+
+def _whose(file: AdapterFile, networks: Mapping[str, Model]) -> str | None:
+    """Say what a file is that does not fit: no LoRA, or one of another family; None if nothing tells."""
+    if what := no_adapter(file.tensors, "a LoRA"):
+        return f"it is {what}"
+    widths = {one.shape[1] for key, one in file.tensors.items() if _READS_TEXT.fullmatch(key) and one.ndim > 1}
+    D = networks["unet"].config.get("cross_attention_dim") if "unet" in networks else None
+    if len(widths) == 1 and D not in widths:
+        (width,) = widths
+        title = next((f", as {family.title} does" for family in FAMILIES if family.ctx == width), "")
+        return f"its UNet reads a text of width {width}{title}, this one {D}"
+    said = next((field for field in _SAYS_FAMILY if field in file.metadata), None)
+    return f"{said} in its header is {file.metadata[said]!r}" if said else None
+
+
+def _scale(layer: LayerName, found: Found, configs: Mapping[str, Mapping[str, Any]]) -> float:
+    """Return s of a layer: from the file's header, or its own alpha."""
+    rank = found.down[1].shape[0] if found.down[1].ndim else 0
+    if rank == 0:
+        return 1.0  # a wrong shape, which is reported
+    if found.alpha is None:
+        return scale_of(configs.get(layer.component, {}), layer.hub, rank)
+    if layer.component in configs:
+        raise ValueError(f"{found.alpha[0]}: the file's header gives an alpha too; there should be one")
+    return scale_from(*found.alpha, rank)
