@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 import minidiff
+from minidiff.cli import generate
 from minidiff.cli import main as cli
 from minidiff.embedded import GUIDANCE, embedded_checkpoint
 from minidiff.images.tensors import read_metadata
@@ -38,10 +39,10 @@ def pipe(monkeypatch, tmp_path) -> StandIn:
         pipe.loaded = args
         return pipe
 
-    monkeypatch.setattr(cli, "_load", load)
-    monkeypatch.setattr(cli, "_pipeline_class", lambda model: StandIn)
-    monkeypatch.setattr(cli, "embedded_names", lambda: ["emoji32-ddpm", "emoji64"])
-    monkeypatch.setattr(cli, "embedded_checkpoint", lambda name: Path("embedded") / name)
+    monkeypatch.setattr(generate, "_load", load)
+    monkeypatch.setattr(generate, "_pipeline_class", lambda model: StandIn)
+    monkeypatch.setattr(generate, "embedded_names", lambda: ["emoji32-ddpm", "emoji64"])
+    monkeypatch.setattr(generate, "embedded_checkpoint", lambda name: Path("embedded") / name)
     monkeypatch.chdir(tmp_path)
     return pipe
 
@@ -65,8 +66,8 @@ def plain_pipe(pipe, monkeypatch) -> PlainStandIn:
         plain.loaded = args
         return plain
 
-    monkeypatch.setattr(cli, "_load", load)
-    monkeypatch.setattr(cli, "_pipeline_class", lambda model: PlainStandIn)
+    monkeypatch.setattr(generate, "_load", load)
+    monkeypatch.setattr(generate, "_pipeline_class", lambda model: PlainStandIn)
     return plain
 
 
@@ -235,7 +236,7 @@ def test_without_a_prompt_every_option_reaches_the_pipeline_and_the_file(plain_p
 def test_defaults_without_a_prompt(plain_pipe, tmp_path):
     assert cli.main(["generate", "--model", "google/ddpm-cat-256", "--seed", "0"]) == 0
     assert plain_pipe.loaded[0] == "google/ddpm-cat-256"
-    assert plain_pipe.call == {"batch_size": 1, "num_inference_steps": cli.PLAIN_STEPS, "seeds": [0]}
+    assert plain_pipe.call == {"batch_size": 1, "num_inference_steps": generate.PLAIN_STEPS, "seeds": [0]}
     assert [path.name for path in tmp_path.iterdir()] == ["ddpm-cat-256-0.png"]
 
 
@@ -265,7 +266,7 @@ def test_an_embedded_checkpoint_by_name_and_a_folder_of_that_name_first(pipe, tm
 
 def test_the_kind_of_a_checkpoint_is_read_before_its_weights(tmp_path):
     (tmp_path / "model_index.json").write_text('{"_class_name": "DDIMPipeline"}')
-    assert cli._pipeline_class(tmp_path) is minidiff.DDIMPipeline
+    assert generate._pipeline_class(tmp_path) is minidiff.DDIMPipeline
 
 
 def test_arguments_are_checked_before_torch_is_imported(tmp_path):
