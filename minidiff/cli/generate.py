@@ -80,7 +80,7 @@ def _pipeline_class(model: str | Path) -> type["DiffusionPipeline"]:
     """Return the class that the checkpoint is for, before any weights are read or downloaded."""
     from minidiff.checkpoints.hub import Repo
     from minidiff.config import read_json
-    from minidiff.pipelines.base import INDEX
+    from minidiff.pipelines.index import INDEX
 
     pipeline = public("DiffusionPipeline")
     if Path(model).is_file():

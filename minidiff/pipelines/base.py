@@ -1,13 +1,11 @@
 """``DiffusionPipeline``: components that belong together, loaded from and saved to a folder with a model_index.json.
 
 The file names the pipeline's class and, for each component, a library and a class; each component lies in a subfolder
-of its own name. Library and class only choose among minidiff's own classes and those that the program has derived from
-them, in modules that it has imported itself: no code is ever taken from a checkpoint.
+of its own name.
 """
 
 import inspect
 import logging
-import sys
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -22,12 +20,20 @@ from minidiff.checkpoints.load import as_dtype, paused_collector
 from minidiff.checkpoints.model import Pretrained, refuse_pickles, refuse_unless_harmless
 from minidiff.checkpoints.save import save_json
 from minidiff.config import REFERENCE_VERSION, Config, read_json
-from minidiff.configured import ConfigMixin
 from minidiff.errors import CheckpointError, ConfigError
+from minidiff.pipelines.index import (
+    INDEX,
+    compiled_from,
+    component_class,
+    dtypes_of,
+    is_component,
+    library_and_class,
+    load_component,
+    public_class,
+)
 from minidiff.pipelines.memory import MemorySavers
 from minidiff.pipelines.single_file import SingleFilePipeline
-from minidiff.registry import HOME, public
-from minidiff.schedulers.mixin import CONFIG_NAME, SchedulerMixin
+from minidiff.registry import HOME
 
 if TYPE_CHECKING:
     import numpy as np
@@ -35,12 +41,6 @@ if TYPE_CHECKING:
     from tqdm import tqdm
 
 logger = logging.getLogger("minidiff")
-
-INDEX = "model_index.json"
-RENAMED = {"CLIPTokenizerFast": "CLIPTokenizer"}  # written by transformers 4; both read the same files
-# Our modules whose classes the reference has in transformers.
-TRANSFORMERS = ("minidiff.networks.clip", "minidiff.text.tokenizer")
-_said: set[str] = set()  # what this process has already been told
 
 
 class DiffusionPipeline(MemorySavers, SingleFilePipeline):
@@ -141,11 +141,11 @@ class DiffusionPipeline(MemorySavers, SingleFilePipeline):
         given = pipeline_class._check_overrides(refuse_unless_harmless(overrides))
         repo = repo.pinned(path)
         parts = pipeline_class._from_index(index, path, given)
-        dtypes = _dtypes(torch_dtype, dtype, parts)
+        dtypes = dtypes_of(torch_dtype, dtype, parts)
         with paused_collector():
             for name, value in parts.items():
                 if name not in given and isinstance(value, type):
-                    parts[name] = _load_component(value, repo, name, dtypes[name], variant)
+                    parts[name] = load_component(value, repo, name, dtypes[name], variant)
         pipe = pipeline_class(**parts)
         pipe._source = (str(source), path.parent)
         if device is not None:
@@ -193,7 +193,7 @@ class DiffusionPipeline(MemorySavers, SingleFilePipeline):
         folder = Path(save_directory)
         index = self._index()  # raises if a component cannot be saved, before anything is written
         for name, component in self._parts().items():
-            component = _compiled_from(component)
+            component = compiled_from(component)
             if isinstance(component, Pretrained):
                 component.save_pretrained(folder / name, variant=variant, max_shard_size=max_shard_size or "10GB")
             elif index[name] != (None, None):
@@ -239,7 +239,7 @@ class DiffusionPipeline(MemorySavers, SingleFilePipeline):
         name = index.get("_class_name")
         if name is None:
             raise ConfigError(f"{path} has no _class_name: call from_pretrained on the class that it is for")
-        found = _public(name)
+        found = public_class(name)
         if found is None or not issubclass(found, DiffusionPipeline) or found is DiffusionPipeline:
             known = [other for other in HOME if other.endswith("Pipeline") and other != "DiffusionPipeline"]
             raise ConfigError(
@@ -273,22 +273,24 @@ class DiffusionPipeline(MemorySavers, SingleFilePipeline):
         components, settings = cls._signature()
         entries = {name: value for name, value in index.items() if not name.startswith("_")}
         foreign = [name for name in entries if name not in [*components, *settings] and entries[name] != [None, None]]
-        builtin = _public(cls.__name__) is cls  # whoever writes a pipeline says what it needs; other settings are none
-        if not builtin:
-            foreign = [name for name in foreign if _is_component(entries[name])]
+        builtin = (
+            public_class(cls.__name__) is cls
+        )  # whoever writes a pipeline says what it needs; other settings are none
+        if not builtin:  # whoever writes a pipeline says what it needs; other settings are none
+            foreign = [name for name in foreign if is_component(entries[name])]
         if foreign:
             message = f"is for {index.get('_class_name')}: {cls.__name__} has no place for its {', '.join(foreign)}"
             if builtin:
                 raise ConfigError(f"{path} {message}")
             logger.warning("%s %s; not loaded", path, message)
-        components += [name for name in settings if _is_component(entries.get(name))]
+        components += [name for name in settings if is_component(entries.get(name))]
         settings = [name for name in settings if name not in components]
         parts = {name: entries[name] for name in settings if name in entries}
         for name in components:
             if name not in given and name not in entries and name not in cls._optional_components:
                 raise ConfigError(f"{path} names no {name}, which {cls.__name__} needs; pass {name}=...")
             if name not in given:
-                parts[name] = _component_class(name, entries.get(name), name in cls._optional_components, path)
+                parts[name] = component_class(name, entries.get(name), name in cls._optional_components, path)
         return {**parts, **given}
 
     # --- what it is made of ------------------------------------------------------------------------------------------
@@ -319,7 +321,7 @@ class DiffusionPipeline(MemorySavers, SingleFilePipeline):
         An optional component that cannot be saved, such as a function, stands there as an absent one.
         """
         parts = {
-            name: _library_and_class(name, _compiled_from(component), name in self._optional_components)
+            name: library_and_class(name, compiled_from(component), name in self._optional_components)
             for name, component in self._parts().items()
         }
         return Config({**parts, **self._settings})
@@ -330,45 +332,6 @@ class DiffusionPipeline(MemorySavers, SingleFilePipeline):
 
     def _networks(self) -> list[nn.Module]:
         return [part for _, part in sorted(self._parts().items()) if isinstance(part, nn.Module)]
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype of the networks; if they differ, of the first by name."""
-        return next((network.dtype for network in self._networks()), torch.float32)
-
-    def to(
-        self,
-        *args: torch.device | str | int | torch.dtype | None,
-        device: torch.device | str | int | None = None,
-        dtype: torch.dtype | None = None,
-        torch_device: torch.device | str | int | None = None,
-        torch_dtype: torch.dtype | None = None,
-        silence_dtype_warnings: bool = False,
-    ) -> "DiffusionPipeline":
-        """Move all networks to a device, a dtype or both, and return the pipeline itself.
-
-        Call it as ``to(device)``, ``to(dtype)``, ``to(device, dtype)`` or with keywords. ``silence_dtype_warnings`` is
-        part of the reference's signature; there are no such warnings here. Offloaded networks take a dtype only: they
-        go to their device by themselves. ``torch_device`` and ``torch_dtype`` are other names of the two.
-        """
-        device, dtype = (torch_device if device is None else device), (torch_dtype if dtype is None else dtype)
-        if len(args) > 2:
-            raise ValueError(f"to() takes a device and a dtype, found {len(args)} arguments")
-        if len(args) == 2 and isinstance(args[0], torch.dtype):
-            raise ValueError(f"to({args[0]}, {args[1]}): the device comes first, then the dtype")
-        for arg, role in zip(args, ("device", "dtype"), strict=False):
-            role = "dtype" if isinstance(arg, torch.dtype) else role
-            if arg is not None and (dtype if role == "dtype" else device) is not None:
-                raise ValueError(f"to() got {role} both as a positional and as a keyword argument")
-            if role == "dtype":
-                dtype = arg if arg is not None else dtype
-            else:
-                device = arg if arg is not None else device
-        if dtype is not None and not isinstance(dtype, torch.dtype):
-            raise ValueError(f"to() needs a torch.dtype, found {dtype!r}")
-        for network, place in zip(self._networks(), self._destinations(device), strict=True):
-            network.to(device=place, dtype=dtype)
-        return self
 
     def optimize(self) -> "DiffusionPipeline":
         """Make the UNet and the autoencoder faster in inference and return the pipeline itself.
@@ -411,87 +374,3 @@ class DiffusionPipeline(MemorySavers, SingleFilePipeline):
     def set_progress_bar_config(self, **options: Any) -> None:
         """Set tqdm's options for this pipeline, such as ``disable=True`` or ``leave=False``."""
         self._progress_bar_config = options
-
-
-def _public(name: object) -> type | None:
-    """Return minidiff's public class of this name, or None."""
-    name = RENAMED.get(name, name) if isinstance(name, str) else None
-    return public(name)
-
-
-def _is_component(entry: Any) -> bool:
-    """Say whether an entry of ``model_index.json`` names a class, or that a component is absent."""
-    return isinstance(entry, list) and len(entry) == 2 and all(part is None or isinstance(part, str) for part in entry)
-
-
-def _component_class(name: str, entry: Any, optional: bool, path: Path) -> type | None:
-    """Return the class that an entry such as ``["diffusers", "AutoencoderKL"]`` means, None for an absent component."""
-    if entry is None or entry == [None, None]:
-        return None
-    if not _is_component(entry):
-        raise ConfigError(f"{path}: {name} should be [library, class], found {entry!r}")
-    library, class_name = entry
-    ours = library in ("diffusers", "transformers")
-    found = _public(class_name) if ours else getattr(sys.modules.get(library), class_name, None)
-    if isinstance(found, type) and (ours or issubclass(found, (Pretrained, ConfigMixin))):
-        return found
-    if optional:
-        _say_once(f"{name} ({class_name}) of the checkpoint is not loaded: minidiff does not implement it")
-        return None
-    raise ConfigError(
-        f"{path}: {name} is {library}.{class_name}, which minidiff does not implement; pass {name}=... with one that "
-        "it does; or, if it is a class of your own that is derived from minidiff's, import its module first"
-    )
-
-
-def _dtypes(torch_dtype: Any, dtype: Any, parts: Mapping[str, Any]) -> dict[str, torch.dtype]:
-    """Return the dtype of each component, from one for all or from those by name, and a "default" for the rest."""
-    asked = dtype if torch_dtype is None else torch_dtype
-    if not isinstance(asked, Mapping):
-        return dict.fromkeys(parts, as_dtype(torch_dtype, dtype))
-    if torch_dtype is not None and dtype is not None and torch_dtype != dtype:
-        raise ValueError("dtype and torch_dtype are two names of one argument; give one of them")
-    if unknown := [name for name in asked if name not in (*parts, "default")]:
-        raise ValueError(f"torch_dtype names {', '.join(unknown)}; the components are {', '.join(parts)}")
-    return {name: as_dtype(asked.get(name, asked.get("default"))) for name in parts}
-
-
-def _compiled_from(component: Any) -> Any:
-    """Return the network that ``torch.compile`` has wrapped; anything else as it is."""
-    return getattr(component, "_orig_mod", component)
-
-
-def _load_component(kind: type, repo: Repo, name: str, dtype: torch.dtype, variant: str | None) -> Any:
-    options = {"torch_dtype": dtype, "variant": variant} if issubclass(kind, Pretrained) else {}
-    return kind.from_pretrained(repo.source, **{**repo.where, "subfolder": _subfolder(kind, repo, name)}, **options)
-
-
-def _subfolder(kind: type, repo: Repo, name: str) -> str | None:
-    """Return the folder of a component; in the oldest repositories (google/ddpm-...) all lie beside the index: None."""
-    if not issubclass(kind, (Pretrained, SchedulerMixin)):
-        return name
-    filename = "config.json" if issubclass(kind, Pretrained) else CONFIG_NAME
-    flat = repo.at(name).optional_file(filename) is None and repo.optional_file(filename) is not None
-    return None if flat else name
-
-
-def _library_and_class(name: str, component: Any, optional: bool) -> tuple[str | None, str | None]:
-    """Return the entry of ``model_index.json``: where the reference has the class that is ours of the same name."""
-    if component is None:
-        return None, None
-    for kind in type(component).__mro__:  # a class derived from ours elsewhere is saved as ours
-        if HOME.get(kind.__name__) == kind.__module__ and not kind.__name__.endswith("Mixin"):
-            return "transformers" if kind.__module__ in TRANSFORMERS else "diffusers", kind.__name__
-    if hasattr(component, "save_pretrained") and hasattr(component, "from_pretrained"):
-        return type(component).__module__, type(component).__name__
-    if optional:
-        return None, None
-    raise TypeError(
-        f"{name} is a {type(component).__name__}, which is not one of minidiff's classes and has no save_pretrained"
-    )
-
-
-def _say_once(message: str) -> None:
-    if message not in _said:
-        _said.add(message)
-        logger.warning(message)

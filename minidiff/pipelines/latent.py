@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
-import torch
 from torch import Tensor
 
 from minidiff.adapters.lora_loader import LoraLoader
@@ -14,9 +13,9 @@ from minidiff.networks.vae import AutoencoderKL, DiagonalGaussian
 from minidiff.noise import Generators
 from minidiff.pipelines.base import DiffusionPipeline
 from minidiff.pipelines.by_hand import ByHand
-from minidiff.pipelines.foreign import STEPS, encoding, first, overridden
-from minidiff.pipelines.request import Request, check_count
-from minidiff.pipelines.run import LatentGeneration, Run, repeat_to_batch
+from minidiff.pipelines.foreign import STEPS, first, overridden
+from minidiff.pipelines.request import check_count
+from minidiff.pipelines.run import LatentGeneration, repeat_to_batch
 
 if TYPE_CHECKING:
     import numpy as np
@@ -43,7 +42,6 @@ class LatentPipeline(ByHand, LatentGeneration, LoraLoader, TextualInversionLoade
 
     _optional_components: ClassVar[tuple[str, ...]] = ("image_encoder", "feature_extractor")
     unet_inputs: ClassVar[tuple[str, ...]] = ("latents",)  # what its UNets may read: keys of ``UNET_INPUTS``
-    _by_position: ClassVar[tuple[str, ...]] = ()  # the arguments that ``encode_prompt`` is given by position
     _layers_before_the_last: ClassVar[int] = 0  # that are never read
     _calls: ClassVar[tuple[str, ...]] = ("encode_prompt", "prepare_extra_step_kwargs", "prepare_latents")
 
@@ -51,23 +49,6 @@ class LatentPipeline(ByHand, LatentGeneration, LoraLoader, TextualInversionLoade
     def vae_scale_factor(self) -> int:
         """Pixels per latent along each side."""
         return 2 ** (len(self.vae.config.block_out_channels) - 1) if self.vae is not None else 8
-
-    @torch.no_grad()
-    def decode(self, latents: Tensor, output_type: str = "pil") -> "Images":
-        """Turn latents of the diffusion process (B, C, H, W) into pictures, as ``output_type`` of a call says.
-
-        Raises:
-            ValueError: if the decoded pictures hold NaN or infinity, naming the fix.
-        """
-        if output_type == "latent":
-            return latents
-        return self.image_processor.postprocess(self._decoded(latents), output_type)
-
-    def _decoded(self, latents: Tensor) -> Tensor:
-        if self.vae is None:
-            raise ValueError("this pipeline has no vae: take the latents with output_type='latent'")
-        vae = self._decoder()
-        return first(vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor), "sample")
 
     def _decoder(self) -> AutoencoderKL:
         """Return the autoencoder in the dtype that it is to decode in."""
@@ -139,19 +120,6 @@ class LatentPipeline(ByHand, LatentGeneration, LoraLoader, TextualInversionLoade
             generator = generator[: len(x)]
         return repeat_to_batch(vae.config.scaling_factor * posterior.sample(generator).to(like), count)
 
-    @torch.no_grad()
-    def _encode(self, request: Request, run: Run) -> dict[str, Tensor]:
-        """Encode the texts of a request; return what goes into its run, with a row for each copy of the latents."""
-        self._check_clip_skip(request.clip_skip)
-        for name in ("prompt_embeds", "negative_prompt_embeds"):
-            self._check_width(name, getattr(request, name))
-        asked = encoding(request, run.guided, self.device)
-        if overridden(self, "encode_prompt"):
-            found = self.encode_prompt(*[asked.pop(name) for name in self._by_position], **asked)
-        else:
-            *found, run.dropped = self._embed(asked)
-        return self._text_tensors(run, *found)
-
     def _check_clip_skip(self, clip_skip: int | None) -> None:
         encoders = [getattr(self, name, None) for name in ("text_encoder", "text_encoder_2")]
         layers = [encoder.config.num_hidden_layers for encoder in encoders if encoder is not None]
@@ -171,16 +139,6 @@ class LatentPipeline(ByHand, LatentGeneration, LoraLoader, TextualInversionLoade
                     f"{type(self).__name__}.{name} is overridden, and a call does not go through it: override "
                     f"{' or '.join(self._calls)}, or write a __call__ of your own"
                 )
-
-    def _pictures(self, run: Run, output_type: str) -> "Images":
-        """Decode, and let ``run_safety_checker`` look at pixels in [-1, 1], where a program has set one."""
-        checked = getattr(self, "safety_checker", None) is not None or overridden(self, "run_safety_checker")
-        if output_type == "latent" or not checked:
-            return self.decode(run.latents, output_type)
-        image = self._decoded(run.latents)
-        image, run.flagged = self.run_safety_checker(image, image.device, run.tensors["prompt_embeds"].dtype)
-        signed = None if run.flagged is None else [not flag for flag in run.flagged]
-        return self.image_processor.postprocess(image, output_type, signed)
 
     def _latent_size(self, height: int | None, width: int | None) -> tuple[int, int]:
         """Return height and width in latents; a side that was not given is what the UNet was trained on."""

@@ -148,6 +148,45 @@ class MemorySavers:
         return places
 
     @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the networks; if they differ, of the first by name."""
+        return next((network.dtype for network in self._networks()), torch.float32)
+
+    def to(
+        self,
+        *args: torch.device | str | int | torch.dtype | None,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+        torch_device: torch.device | str | int | None = None,
+        torch_dtype: torch.dtype | None = None,
+        silence_dtype_warnings: bool = False,
+    ) -> "MemorySavers":
+        """Move all networks to a device, a dtype or both, and return the pipeline itself.
+
+        Call it as ``to(device)``, ``to(dtype)``, ``to(device, dtype)`` or with keywords. ``silence_dtype_warnings`` is
+        part of the reference's signature; there are no such warnings here. Offloaded networks take a dtype only: they
+        go to their device by themselves. ``torch_device`` and ``torch_dtype`` are other names of the two.
+        """
+        device, dtype = (torch_device if device is None else device), (torch_dtype if dtype is None else dtype)
+        if len(args) > 2:
+            raise ValueError(f"to() takes a device and a dtype, found {len(args)} arguments")
+        if len(args) == 2 and isinstance(args[0], torch.dtype):
+            raise ValueError(f"to({args[0]}, {args[1]}): the device comes first, then the dtype")
+        for arg, role in zip(args, ("device", "dtype"), strict=False):
+            role = "dtype" if isinstance(arg, torch.dtype) else role
+            if arg is not None and (dtype if role == "dtype" else device) is not None:
+                raise ValueError(f"to() got {role} both as a positional and as a keyword argument")
+            if role == "dtype":
+                dtype = arg if arg is not None else dtype
+            else:
+                device = arg if arg is not None else device
+        if dtype is not None and not isinstance(dtype, torch.dtype):
+            raise ValueError(f"to() needs a torch.dtype, found {dtype!r}")
+        for network, place in zip(self._networks(), self._destinations(device), strict=True):
+            network.to(device=place, dtype=dtype)
+        return self
+
+    @property
     def device(self) -> torch.device:
         """The device that the networks compute on; the accelerator if some are on the CPU and some are not."""
         offloaded = [offload.device for offload in map(offload_of, self._networks()) if offload is not None]

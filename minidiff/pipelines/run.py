@@ -29,7 +29,7 @@ from minidiff.adapters.lora import lora_scaled, scale_argument
 from minidiff.noise import Generators, initial_latents, make_generators
 from minidiff.outputs import Output
 from minidiff.pipelines.callbacks import FACTS, Callbacks, OutputOptions
-from minidiff.pipelines.foreign import ByFace, core_of, first, overridden
+from minidiff.pipelines.foreign import ByFace, core_of, encoding, first, overridden
 from minidiff.pipelines.request import Request
 from minidiff.pipelines.strength import steps_until
 from minidiff.schedulers.base import Plan, Scheduler
@@ -141,6 +141,7 @@ class LatentGeneration(Callbacks):
     request: ClassVar[type[Request]]  # the arguments of a call that concern the generation
     output_class: ClassVar[type[Output]]  # of a call; has images, seeds and dropped, and the names of reference_fields
     guidance: ClassVar["ClassifierFree"]
+    _by_position: ClassVar[tuple[str, ...]] = ()  # the arguments that ``encode_prompt`` is given by position
 
     @torch.no_grad()
     def _generate(self, request: Request, output_type: str | None = None) -> Iterator[Run]:
@@ -160,35 +161,6 @@ class LatentGeneration(Callbacks):
             if output_type is not None:
                 run.images = self._pictures(run, output_type)
 
-    def _predict(self, x: Tensor, t: Tensor, run: Run) -> Tensor:
-        """Ask the UNet about what the scheduler shows it, x (passes * B, C, H, W)."""
-        x = torch.cat([x, *(run.tensors[name] for name in run.beside)], dim=1) if run.beside else x
-        shown: dict[str, Any] = {}
-        for condition in run.conditions:
-            for name, value in condition(x, t, run).items():  # what is said in a dict is added to those of others
-                shown[name] = {**shown.get(name, {}), **value} if isinstance(value, Mapping) else value
-        with lora_scaled(run.lora_scale), computing(run):
-            return first(self.unet(x, t, encoder_hidden_states=run.tensors["prompt_embeds"], **shown), "sample")
-
-    def _plan(self, request: Request, run: Run) -> Plan:
-        """Plan all steps; custom ``timesteps`` or ``sigmas`` replace their number; ``eta`` is for DDIM-like solvers."""
-        options = {"eta": request.eta} if "eta" in run.core.run_options else {}
-        custom = request.timesteps is not None or request.sigmas is not None
-        steps = None if custom else request.num_inference_steps
-        where = {"device": self.device, "timesteps": request.timesteps, "sigmas": request.sigmas}
-        plan = run.core.plan(steps, **where, **options)
-        run.core.show(plan)
-        return plan
-
-    def _conditions(self, request: Request, run: Run) -> list[Condition]:
-        """Return what shows the UNet more than the text: here the guidance scale, to a UNet that is told it."""
-        if not run.told_guidance:
-            return []
-        w = torch.tensor([run.guidance_scale - 1])
-        embedding = self.get_guidance_scale_embedding(w, self.unet.config.time_cond_proj_dim)
-        run.timestep_cond = embedding.to(run.latents)
-        return [lambda x, t, run: {"timestep_cond": run.timestep_cond}]
-
     def _open(self, request: Request) -> Run:
         """Open the run of a request. Raises if this pipeline cannot serve it."""
         if absent := [f"no {name}" for name in ("unet", "scheduler") if getattr(self, name) is None]:
@@ -200,6 +172,74 @@ class LatentGeneration(Callbacks):
         told = self.unet.config.get("time_cond_proj_dim") is not None
         facts = {name: getattr(request, name) for name in FACTS if hasattr(request, name)}
         return Run(core_of(self), self.guidance, generator, seeds, **facts, told_guidance=told)
+
+    def _plan(self, request: Request, run: Run) -> Plan:
+        """Plan all steps; custom ``timesteps`` or ``sigmas`` replace their number; ``eta`` is for DDIM-like solvers."""
+        options = {"eta": request.eta} if "eta" in run.core.run_options else {}
+        custom = request.timesteps is not None or request.sigmas is not None
+        steps = None if custom else request.num_inference_steps
+        where = {"device": self.device, "timesteps": request.timesteps, "sigmas": request.sigmas}
+        plan = run.core.plan(steps, **where, **options)
+        run.core.show(plan)
+        return plan
+
+    def _encode(self, request: Request, run: Run) -> dict[str, Tensor]:
+        """Encode the texts of a request; return what goes into its run, with a row for each copy of the latents."""
+        self._check_clip_skip(request.clip_skip)
+        for name in ("prompt_embeds", "negative_prompt_embeds"):
+            self._check_width(name, getattr(request, name))
+        asked = encoding(request, run.guided, self.device)
+        if overridden(self, "encode_prompt"):
+            found = self.encode_prompt(*[asked.pop(name) for name in self._by_position], **asked)
+        else:
+            *found, run.dropped = self._embed(asked)
+        return self._text_tensors(run, *found)
+
+    def _conditions(self, request: Request, run: Run) -> list[Condition]:
+        """Return what shows the UNet more than the text: here the guidance scale, to a UNet that is told it."""
+        if not run.told_guidance:
+            return []
+        w = torch.tensor([run.guidance_scale - 1])
+        embedding = self.get_guidance_scale_embedding(w, self.unet.config.time_cond_proj_dim)
+        run.timestep_cond = embedding.to(run.latents)
+        return [lambda x, t, run: {"timestep_cond": run.timestep_cond}]
+
+    def _predict(self, x: Tensor, t: Tensor, run: Run) -> Tensor:
+        """Ask the UNet about what the scheduler shows it, x (passes * B, C, H, W)."""
+        x = torch.cat([x, *(run.tensors[name] for name in run.beside)], dim=1) if run.beside else x
+        shown: dict[str, Any] = {}
+        for condition in run.conditions:
+            for name, value in condition(x, t, run).items():  # what is said in a dict is added to those of others
+                shown[name] = {**shown.get(name, {}), **value} if isinstance(value, Mapping) else value
+        with lora_scaled(run.lora_scale), computing(run):
+            return first(self.unet(x, t, encoder_hidden_states=run.tensors["prompt_embeds"], **shown), "sample")
+
+    def _pictures(self, run: Run, output_type: str) -> "Images":
+        """Decode, and let ``run_safety_checker`` look at pixels in [-1, 1], where a program has set one."""
+        checked = getattr(self, "safety_checker", None) is not None or overridden(self, "run_safety_checker")
+        if output_type == "latent" or not checked:
+            return self.decode(run.latents, output_type)
+        image = self._decoded(run.latents)
+        image, run.flagged = self.run_safety_checker(image, image.device, run.tensors["prompt_embeds"].dtype)
+        signed = None if run.flagged is None else [not flag for flag in run.flagged]
+        return self.image_processor.postprocess(image, output_type, signed)
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor, output_type: str = "pil") -> "Images":
+        """Turn latents of the diffusion process (B, C, H, W) into pictures, as ``output_type`` of a call says.
+
+        Raises:
+            ValueError: if the decoded pictures hold NaN or infinity, naming the fix.
+        """
+        if output_type == "latent":
+            return latents
+        return self.image_processor.postprocess(self._decoded(latents), output_type)
+
+    def _decoded(self, latents: Tensor) -> Tensor:
+        if self.vae is None:
+            raise ValueError("this pipeline has no vae: take the latents with output_type='latent'")
+        vae = self._decoder()
+        return first(vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor), "sample")
 
     # --- the two ways to ask -----------------------------------------------------------------------------------------
 
