@@ -13,7 +13,7 @@ from torch import Generator, Tensor
 Generators = Generator | Sequence[Generator] | None
 
 
-class Asked(Protocol):
+class DrawsNoise(Protocol):
     """What a request must say for its noise to be drawn."""
 
     count: int  # of pictures
@@ -22,7 +22,7 @@ class Asked(Protocol):
     seeds: Sequence[int] | None
 
 
-def make_generators(request: Asked) -> tuple[Generators, list[int] | None]:
+def make_generators(request: DrawsNoise) -> tuple[Generators, list[int] | None]:
     """Return what draws the noise of the pictures, and their seeds if they have some.
 
     Seeds give every picture a CPU generator of its own, so picture k depends neither on the rest of the batch nor on

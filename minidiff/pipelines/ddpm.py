@@ -40,7 +40,7 @@ class ImagePipelineOutput(Output):
 
 
 @dataclass(frozen=True)
-class Request:
+class PictureRequest:
     """What a caller asks for: how many pictures, in how many steps, and what draws their noise.
 
     Attributes:
@@ -67,7 +67,7 @@ class Request:
 
 
 @dataclass
-class Run:
+class PictureRun:
     """The state of one call: nothing of it is kept on the pipeline, so any number of threads may share that."""
 
     core: Scheduler | ByFace  # what takes the steps
@@ -85,7 +85,9 @@ class UnconditionalPipeline(DiffusionPipeline):
         self.register_modules(unet=unet, scheduler=scheduler)
 
     @torch.no_grad()
-    def _generate(self, request: Request, output_type: str, return_dict: bool) -> ImagePipelineOutput | tuple[Any]:
+    def _generate(
+        self, request: PictureRequest, output_type: str, return_dict: bool
+    ) -> ImagePipelineOutput | tuple[Any]:
         check_choice("output_type", output_type, _OUTPUT_TYPES)
         run = self._start(request)
         with self.progress_bar(total=len(run.plan.coefficients)) as bar:
@@ -96,11 +98,11 @@ class UnconditionalPipeline(DiffusionPipeline):
         return ImagePipelineOutput(images, run.seeds) if return_dict else (images,)
 
     @torch.no_grad()
-    def _yield_steps(self, run: Run) -> Iterator[Step]:
+    def _yield_steps(self, run: PictureRun) -> Iterator[Step]:
         for i, x, out in self._denoise(run):
             yield Step(i, run.plan.timesteps[i], run.x, run.core.denoised(run.plan, i, x, out))
 
-    def _start(self, request: Request) -> Run:
+    def _start(self, request: PictureRequest) -> PictureRun:
         """Plan the steps and draw the noise."""
         unet, scheduler, device = self.unet, core_of(self), self.device
         options: dict[str, Any] = {"eta": request.eta} if "eta" in scheduler.run_options else {}
@@ -116,9 +118,9 @@ class UnconditionalPipeline(DiffusionPipeline):
         generator, seeds = make_generators(request)
         shape = (request.count, unet.config.in_channels, *_trained_size(unet))
         noise = randn(shape, generator, device=device, dtype=unet.dtype)
-        return Run(scheduler, plan, noise * plan.init_noise_sigma, generator, seeds)
+        return PictureRun(scheduler, plan, noise * plan.init_noise_sigma, generator, seeds)
 
-    def _denoise(self, run: Run) -> Iterator[tuple[int, Tensor, Tensor]]:
+    def _denoise(self, run: PictureRun) -> Iterator[tuple[int, Tensor, Tensor]]:
         """Take every step of the run; yield its index, the x it started from and the prediction ``out``."""
         scheduler, plan, past = run.core, run.plan, ()
         for i in range(plan.start, len(plan.coefficients)):
@@ -161,7 +163,7 @@ class DDPMPipeline(UnconditionalPipeline):
     ) -> ImagePipelineOutput | tuple[Any]:
         """Generate pictures of the size that the UNet was trained on.
 
-        Args: see ``Request``; besides
+        Args: see ``PictureRequest``; besides
             batch_size: the number of pictures, B.
             output_type: "pil", "np" (B, H, W, C) in [0, 1], or "pt" (B, C, H, W) in [0, 1].
             return_dict: whether to return a record or the tuple (images,).
@@ -169,7 +171,7 @@ class DDPMPipeline(UnconditionalPipeline):
         Raises:
             TypeError, ValueError: naming the argument, what was found and what was expected.
         """
-        request = Request(batch_size, num_inference_steps, generator, seed, seeds)
+        request = PictureRequest(batch_size, num_inference_steps, generator, seed, seeds)
         return self._generate(request, output_type, return_dict)
 
     def steps(
@@ -188,7 +190,7 @@ class DDPMPipeline(UnconditionalPipeline):
             for step in pipe.steps(num_inference_steps=50, seed=7):
                 preview = pipe.decode(step.denoised)
         """
-        return self._yield_steps(self._start(Request(batch_size, num_inference_steps, generator, seed, seeds)))
+        return self._yield_steps(self._start(PictureRequest(batch_size, num_inference_steps, generator, seed, seeds)))
 
 
 class DDIMPipeline(UnconditionalPipeline):
@@ -217,12 +219,12 @@ class DDIMPipeline(UnconditionalPipeline):
     ) -> ImagePipelineOutput | tuple[Any]:
         """Generate pictures of the size that the UNet was trained on.
 
-        Args: see ``Request``, and ``DDPMPipeline`` for the others.
+        Args: see ``PictureRequest``, and ``DDPMPipeline`` for the others.
 
         Raises:
             TypeError, ValueError: naming the argument, what was found and what was expected.
         """
-        request = Request(batch_size, num_inference_steps, generator, seed, seeds, eta, use_clipped_model_output)
+        request = PictureRequest(batch_size, num_inference_steps, generator, seed, seeds, eta, use_clipped_model_output)
         return self._generate(request, output_type, return_dict)
 
     def steps(
@@ -237,7 +239,7 @@ class DDIMPipeline(UnconditionalPipeline):
         seeds: Sequence[int] | None = None,
     ) -> Iterator[Step]:
         """Generate step by step, see ``DDPMPipeline.steps``."""
-        request = Request(batch_size, num_inference_steps, generator, seed, seeds, eta, use_clipped_model_output)
+        request = PictureRequest(batch_size, num_inference_steps, generator, seed, seeds, eta, use_clipped_model_output)
         return self._yield_steps(self._start(request))
 
 

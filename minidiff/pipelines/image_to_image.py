@@ -16,7 +16,7 @@ from minidiff.noise import randn
 from minidiff.pipelines.by_hand import ImageByHand
 from minidiff.pipelines.request import Request
 from minidiff.pipelines.run import LatentGeneration, Run
-from minidiff.pipelines.strength import begin, take_over
+from minidiff.pipelines.strength import last_steps, take_over
 from minidiff.schedulers.base import Plan
 
 
@@ -30,7 +30,7 @@ class FromImage(ImageByHand, LatentGeneration):
         plan = super()._plan(request, run)
         if run.denoising_start is not None:
             return take_over(run.core, plan, run.denoising_start)
-        return begin(run.core, plan, request, self.least_steps)
+        return last_steps(run.core, plan, request, self.least_steps)
 
 
 class ImageToImage(FromImage):

@@ -39,7 +39,7 @@ class ImageRequest(Request):
 
 
 @dataclass(frozen=True)
-class Inpainting:
+class AsksForInpainting:
     """What inpainting asks for besides the fields of a request with an ``image``, which it is mixed into.
 
     Attributes:
@@ -81,10 +81,10 @@ class Inpainting:
 
 
 @dataclass(frozen=True)
-class InpaintRequest(Inpainting, ImageRequest):
+class InpaintRequest(AsksForInpainting, ImageRequest):
     """The arguments of one inpainting, with the reference's names and defaults.
 
-    Those of ``ImageRequest`` and of ``Inpainting``, with
+    Those of ``ImageRequest`` and of ``AsksForInpainting``, with
 
     Attributes:
         height, width: the size to work at, in pixels, which image and mask are brought to; default: what the UNet was

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from minidiff.pipelines.request import Prompt, Request, check_number
-from minidiff.pipelines.request_image import Inpainting
+from minidiff.pipelines.request_image import AsksForInpainting
 
 Size = Sequence[int]  # (height, width) in pixels; of crops (top, left)
 
@@ -124,10 +124,10 @@ class XLImageRequest(XLRequest):
 
 
 @dataclass(frozen=True)
-class XLInpaintRequest(Inpainting, XLImageRequest):
+class XLInpaintRequest(AsksForInpainting, XLImageRequest):
     """The arguments of one inpainting with SDXL, with the reference's names and defaults.
 
-    Those of ``XLImageRequest`` and of ``Inpainting``, with
+    Those of ``XLImageRequest`` and of ``AsksForInpainting``, with
 
     Attributes:
         height, width: the size to work at, in pixels, which image and mask are brought to; default: what the UNet was

@@ -28,7 +28,7 @@ from minidiff.pipelines.request import Prompt, Request
 from minidiff.pipelines.run import Run, TextToImage
 from minidiff.schedulers.base import Scheduler
 from minidiff.text.tokenizer import CLIPTokenizer
-from minidiff.text.windows import Dropped, Encoder, Read, as_list, embed, negative_texts, plain
+from minidiff.text.windows import Dropped, Read, TextEncoder, as_list, embed, negative_texts, plain
 
 if TYPE_CHECKING:
     import numpy as np
@@ -141,13 +141,13 @@ class StableDiffusion(LatentPipeline):
         states = [z.to(asked["device"], like.dtype).repeat_interleave(N, dim=0) for z, _ in found]
         return states[0], states[1] if len(states) == 2 else None, dropped
 
-    def _encoders(self) -> list[Encoder]:
+    def _encoders(self) -> list[TextEncoder]:
         if self.text_encoder is None or self.tokenizer is None:
             raise ValueError(
                 "this pipeline has no text encoder or tokenizer: pass prompt_embeds (and, under guidance, "
                 "negative_prompt_embeds of the same shape)"
             )
-        return [Encoder(self.tokenizer, self._states)]
+        return [TextEncoder(self.tokenizer, self._states)]
 
     def _states(self, ids: Tensor, clip_skip: int | None) -> tuple[Tensor, None]:
         if clip_skip is None:

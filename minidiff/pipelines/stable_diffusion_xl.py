@@ -35,7 +35,7 @@ from minidiff.pipelines.request_xl import Size, XLRequest
 from minidiff.pipelines.run import Condition, Run, TextToImage
 from minidiff.schedulers.base import Scheduler
 from minidiff.text.tokenizer import CLIPTokenizer
-from minidiff.text.windows import Dropped, Encoder, Read, as_list, embed, negative_texts, plain
+from minidiff.text.windows import Dropped, Read, TextEncoder, as_list, embed, negative_texts, plain
 
 if TYPE_CHECKING:
     import numpy as np
@@ -159,7 +159,7 @@ class StableDiffusionXL(LatentPipeline):
             logger.warning("prompt_2 and negative_prompt_2 are not used: this pipeline has one text encoder")
         return [(name, texts)]
 
-    def _encoders(self) -> list[Encoder]:
+    def _encoders(self) -> list[TextEncoder]:
         """Return the text encoders that there are, with their tokenizers."""
         pairs = [(self.tokenizer, self.text_encoder), (self.tokenizer_2, self.text_encoder_2)]
         if None in pairs[1]:
@@ -167,7 +167,7 @@ class StableDiffusionXL(LatentPipeline):
                 "this pipeline has no text_encoder_2 or tokenizer_2: pass prompt_embeds and pooled_prompt_embeds (and, "
                 "under guidance, those of the negative prompt, of the same shape)"
             )
-        return [Encoder(pair[0], partial(_states, pair[1])) for pair in pairs if None not in pair]
+        return [TextEncoder(pair[0], partial(_states, pair[1])) for pair in pairs if None not in pair]
 
     def _get_add_time_ids(
         self,

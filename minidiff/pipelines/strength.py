@@ -18,7 +18,7 @@ from typing import Protocol
 from minidiff.schedulers.base import Plan, Scheduler
 
 
-class Asked(Protocol):
+class HasStrength(Protocol):
     """What a request must say for its part of a run to be known."""
 
     strength: float
@@ -26,7 +26,7 @@ class Asked(Protocol):
     sigmas: Sequence[float] | None
 
 
-def begin(scheduler: Scheduler, plan: Plan, request: Asked, minimum: int = 0) -> Plan:
+def last_steps(scheduler: Scheduler, plan: Plan, request: HasStrength, minimum: int = 0) -> Plan:
     """Return the plan of the last steps of ``plan``, as many as the strength asks for, at least ``minimum``.
 
     Raises:

@@ -35,14 +35,14 @@ Read = Callable[[str], list[Piece]]
 Dropped = dict[str, list[str]]  # the name of an argument -> what was cut off each of its texts, "" where nothing was
 
 
-class Encoder(NamedTuple):
+class TextEncoder(NamedTuple):
     """A text encoder: ids (n, L) and layers to skip -> states (n, L, D) and, if it has them, pooled ones (n, P)."""
 
     tokenizer: CLIPTokenizer
     states: Callable[[Tensor, int | None], tuple[Tensor, Tensor | None]]
 
 
-Asked = Mapping[str, list[tuple[str, list[str]]]]
+TextsOfSides = Mapping[str, list[tuple[str, list[str]]]]
 """Side of guidance ("" or "negative_") -> for each encoder, the name of the argument that its B texts come from, and
 these; nothing where the caller has encoded them."""
 
@@ -76,8 +76,8 @@ class Windows(NamedTuple):
 
 
 def embed(
-    encoders: Callable[[], list[Encoder]],
-    asked: Asked,
+    encoders: Callable[[], list[TextEncoder]],
+    asked: TextsOfSides,
     given: Mapping[str, Any],
     device: torch.device | str,
     read: Read = plain,
@@ -189,7 +189,7 @@ def apply_weights(z: Tensor, weights: Tensor) -> Tensor:
 
 
 def _encode_side(
-    parts: list[Encoder], texts: list[list[Windows]], K: int, L: int, skip: int | None, device: torch.device | str
+    parts: list[TextEncoder], texts: list[list[Windows]], K: int, L: int, skip: int | None, device: torch.device | str
 ) -> tuple[Tensor, Tensor | None]:
     """Return the states (B, K L, D) of a side, those of several encoders side by side, and its pooled states (B, P)."""
     found = [_encode(part, some, K, L, skip, device) for part, some in zip(parts, texts, strict=True)]
@@ -197,7 +197,7 @@ def _encode_side(
 
 
 def _fill_up(
-    z: Tensor, parts: list[Encoder], missing: int, L: int, skip: int | None, device: torch.device | str
+    z: Tensor, parts: list[TextEncoder], missing: int, L: int, skip: int | None, device: torch.device | str
 ) -> Tensor:
     """Return given states with ``missing`` windows of the empty text behind them."""
     if not missing:
@@ -207,7 +207,7 @@ def _fill_up(
 
 
 def _encode(
-    part: Encoder, texts: list[Windows], K: int, L: int, skip: int | None, device: torch.device | str
+    part: TextEncoder, texts: list[Windows], K: int, L: int, skip: int | None, device: torch.device | str
 ) -> tuple[Tensor, Tensor | None]:
     """Return the states (B, K L, D) of texts filled up to K windows, and the pooled ones (B, P) of the first window."""
     empty = pad(part.tokenizer, [], L)
@@ -219,7 +219,7 @@ def _encode(
     return rearrange(z, "(B K) L D -> B (K L) D", K=K), None if pooled is None else pooled[::K]
 
 
-def _dropped(asked: Asked, read: Mapping[str, list[list[Windows]]]) -> Dropped | None:
+def _dropped(asked: TextsOfSides, read: Mapping[str, list[list[Windows]]]) -> Dropped | None:
     """Return what was cut off, by argument; where two tokenizers read the same text, the longer of the two."""
     found: Dropped = {}
     for side, of_side in read.items():

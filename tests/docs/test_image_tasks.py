@@ -9,7 +9,7 @@ import pytest
 
 from minidiff import EulerDiscreteScheduler, HeunDiscreteScheduler, PNDMScheduler
 from minidiff.embedded import embedded_checkpoint
-from minidiff.pipelines.strength import begin
+from minidiff.pipelines.strength import last_steps
 
 PAGE = (Path(__file__).parents[2] / "docs/image_tasks.md").read_text(encoding="utf-8")
 CHECKPOINT = "weights/emoji64"
@@ -45,9 +45,9 @@ def test_the_table_counts_evaluations(row: tuple[str, ...]) -> None:
         plan = scheduler.plan(steps)
         if expected == "error":
             with pytest.raises(ValueError, match="leaves no step"):
-                begin(scheduler, plan, request)
+                last_steps(scheduler, plan, request)
         else:
-            part = begin(scheduler, plan, request)
+            part = last_steps(scheduler, plan, request)
             assert len(part.coefficients) - part.start == int(expected)
 
 

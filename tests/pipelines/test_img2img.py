@@ -11,7 +11,7 @@ from PIL import Image
 
 import minidiff
 from minidiff import StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
-from minidiff.pipelines.strength import begin
+from minidiff.pipelines.strength import last_steps
 from tests.theirs import diffusers, relative_error
 from tests.tiny import SCHEDULER, save_tiny
 
@@ -86,9 +86,9 @@ def test_number_of_steps(name: str) -> None:
             request = SimpleNamespace(strength=strength, timesteps=None, sigmas=None)
             if not len(expected):
                 with pytest.raises(ValueError, match=f"strength={strength} of {steps} steps leaves no step"):
-                    begin(ours, plan, request)
+                    last_steps(ours, plan, request)
                 continue
-            part = begin(ours, plan, request)
+            part = last_steps(ours, plan, request)
             assert part.times[part.start :] == tuple(expected.tolist()), (steps, strength)
 
 
