@@ -77,6 +77,14 @@ def _reproducible() -> Iterator[None]:
     torch.set_default_dtype(dtype)
 
 
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Stable Diffusion checkpoint that the reference made, to read."""
+    from tests.tiny import save_tiny  # imports the reference, which takes seconds
+
+    return save_tiny(tmp_path_factory.mktemp("tiny"))
+
+
 @pytest.fixture
 def rng() -> torch.Generator:
     """A CPU generator with a fixed seed."""

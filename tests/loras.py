@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tests.pictures import seeded
 from tests.theirs import relative_error
 
 Tensors = dict[str, Tensor]
@@ -21,10 +22,6 @@ def cleaned(pipes: Pipes) -> Iterator[Pipes]:
     for pipe in pipes:
         pipe.unload_lora_weights()
     pipes[1]._lora_scale = 1.0  # theirs keeps the scale of its last call for what it loads next
-
-
-def seeded(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 @torch.no_grad()

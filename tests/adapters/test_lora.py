@@ -26,9 +26,9 @@ from tests.loras import (
     load_both,
     outputs,
     peft,
-    seeded,
     spell,
 )
+from tests.pictures import seeded
 from tests.theirs import diffusers, relative_error
 from tests.tiny import save_tiny
 from tests.tiny_xl import save_base

@@ -13,7 +13,8 @@ from torch import Tensor
 
 import minidiff
 from minidiff.errors import CheckpointError
-from tests.loras import Pipes, Tensors, assert_same, attention, cleaned, draw, every, load_both, outputs, peft, seeded
+from tests.loras import Pipes, Tensors, assert_same, attention, cleaned, draw, every, load_both, outputs, peft
+from tests.pictures import seeded
 from tests.theirs import diffusers, relative_error
 from tests.tiny import save_tiny
 

@@ -15,7 +15,6 @@ from minidiff.checkpoints.remap import translate
 from minidiff.pipelines import base
 from tests.hub_server import HubServer, Repository, run_with
 from tests.theirs import diffusers, transformers
-from tests.tiny import save_tiny
 
 NETWORKS = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL", "text_encoder": "CLIPTextModel"}
 
@@ -44,12 +43,6 @@ def assert_same_weights(our: nn.Module, their: nn.Module) -> None:
     assert found.keys() == expected.keys()
     different = [key for key in found if found[key].dtype != expected[key].dtype or not found[key].equal(expected[key])]
     assert different == []
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny pipeline that the reference saved."""
-    return save_tiny(tmp_path_factory.mktemp("theirs"))
 
 
 @pytest.mark.parametrize("name", NETWORKS)

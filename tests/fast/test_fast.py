@@ -24,7 +24,6 @@ from minidiff.networks.vae import Level
 from minidiff.threads import computing
 from tests.fast_ways import UNET, VAE, a_run, error, random
 from tests.theirs import diffusers
-from tests.tiny import save_tiny
 from tests.tiny_xl import save_base
 
 TOPOLOGIES = {
@@ -32,11 +31,6 @@ TOPOLOGIES = {
     "SD 2": UNET | {"use_linear_projection": True, "attention_head_dim": [2, 4]},
     "text late": UNET | {"down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"]},
 }
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return save_tiny(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,6 @@ from minidiff.fast import optimize, restore
 from minidiff.networks.layers import Attention, FeedForward, TransformerBlock, Upsample
 from minidiff.networks.vae import Level
 from tests.fast_ways import UNET, error, random
-from tests.tiny import save_tiny
 
 LAYERS = {
     "linear": lambda: nn.Linear(24, 24),
@@ -453,11 +452,6 @@ def seen(network, ask):
     ask()
     [handle.remove() for handle in handles]
     return calls
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return save_tiny(tmp_path_factory.mktemp("tiny"))
 
 
 CALL = {"num_inference_steps": 3, "output_type": "pt", "guidance_scale": 5.0, "seed": 1}

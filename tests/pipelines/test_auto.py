@@ -14,11 +14,6 @@ AUTO = ("AutoPipelineForText2Image", "AutoPipelineForImage2Image", "AutoPipeline
 MAPPINGS = {name: f"AUTO_{name.removeprefix('AutoPipelineFor').upper()}_PIPELINES_MAPPING" for name in AUTO}
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny(tmp_path_factory.mktemp("tiny"))
-
-
 @pytest.mark.parametrize("made_for", [family + task for family in FAMILIES for task in TASKS])
 @pytest.mark.parametrize("name", AUTO)
 def test_every_family_and_task(name: str, made_for: str) -> None:

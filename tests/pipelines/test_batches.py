@@ -12,6 +12,7 @@ import torch
 
 import minidiff
 from minidiff import StableDiffusionPipeline, StableDiffusionXLPipeline
+from tests.pictures import quiet, seeded
 from tests.tiny import save_tiny
 from tests.tiny_xl import save_base
 
@@ -29,15 +30,6 @@ def sd(tmp_path_factory: pytest.TempPathFactory) -> StableDiffusionPipeline:
 @pytest.fixture(scope="module")
 def xl(tmp_path_factory: pytest.TempPathFactory) -> StableDiffusionXLPipeline:
     return quiet(StableDiffusionXLPipeline.from_pretrained(save_base(tmp_path_factory.mktemp("xl"))))
-
-
-def quiet(pipe: Any) -> Any:
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
-def seeded(seed: int) -> torch.Generator:
-    return torch.Generator("cpu").manual_seed(seed)
 
 
 def with_scheduler(pipe: Any, name: str) -> Any:

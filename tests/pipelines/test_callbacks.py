@@ -16,22 +16,12 @@ import minidiff
 from minidiff import StableDiffusionPipeline
 from minidiff.callbacks import SDCFGCutoffCallback
 from minidiff.pipelines.base import DiffusionPipeline
+from tests.pictures import quiet
 from tests.theirs import diffusers, relative_error
-from tests.tiny import save_tiny
 from tests.tiny_xl import save_base
 
 CALL = {"prompt": "red heart", "num_inference_steps": 4, "output_type": "latent", "height": 32, "width": 32}
 FACTS = ("guidance_scale", "guidance_rescale", "clip_skip", "num_timesteps", "interrupt", "cross_attention_kwargs")
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny(tmp_path_factory.mktemp("tiny"))
-
-
-def quiet(pipe: Any) -> Any:
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
 
 
 @pytest.fixture

@@ -18,6 +18,7 @@ import minidiff
 from minidiff import DDIMPipeline, DDPMPipeline, DiffusionPipeline, UNet2DModel
 from minidiff.errors import ConfigError
 from tests.hub_server import HubServer, Repository, run_with
+from tests.pictures import seeded
 from tests.theirs import diffusers, relative_error
 from tests.tiny_ddpm import save_tiny
 
@@ -47,10 +48,6 @@ def ddpm(folder: Path) -> tuple[Any, Any]:
 @pytest.fixture(scope="module")
 def ddim(folder: Path) -> tuple[Any, Any]:
     return load(folder, "DDIMPipeline")
-
-
-def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator("cpu").manual_seed(seed)
 
 
 def assert_same_call(pipes: tuple[Any, Any], make: Callable[[], dict[str, Any]]) -> None:

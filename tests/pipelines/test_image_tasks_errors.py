@@ -23,7 +23,7 @@ from minidiff import (
 from minidiff.errors import ConfigError
 from minidiff.images.processor import mask_tensor, to_tensor
 from minidiff.images.regions import crop_region, overlay
-from tests.tiny import UNET, save_tiny
+from tests.tiny import UNET
 
 PROMPT = "a red heart"
 PICTURE = torch.full((1, 3, 32, 32), 0.5)
@@ -31,11 +31,6 @@ MASK = torch.ones(1, 1, 32, 32)
 PIL = Image.new("RGB", (40, 32), "red")
 WHITE = Image.new("L", (40, 32), 255)
 Wrong = dict[str, tuple[dict[str, Any], type[Exception], str]]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture(scope="module")

@@ -12,45 +12,19 @@ from PIL import Image
 import minidiff
 from minidiff import StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
 from minidiff.pipelines.strength import last_steps
-from tests.theirs import diffusers, relative_error
-from tests.tiny import SCHEDULER, save_tiny
+from tests.pictures import assert_same_latents, load_both, seeded
+from tests.theirs import diffusers
+from tests.tiny import SCHEDULER
 
 SCHEDULERS = [name for name in minidiff.__all__ if name.endswith("Scheduler")]
-IN_FLOAT32 = (  # within whose steps the reference rounds to float32, whatever the dtype of the latents
-    "DPMSolverMultistepScheduler",
-    "EulerAncestralDiscreteScheduler",
-    "EulerDiscreteScheduler",
-    "LMSDiscreteScheduler",
-)
 STRENGTHS = (0.4, 0.7, 1.0)  # of 3 steps: 1, 2 and 3
 PROMPT = "a red heart over two cats"
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny(tmp_path_factory.mktemp("tiny"))
-
-
-@pytest.fixture(scope="module")
 def pipes(folder: Path) -> tuple[Any, Any]:
     """Ours and theirs from the same text-to-image files, in float64 so that only a wrong formula makes a difference."""
-    ours = StableDiffusionImg2ImgPipeline.from_pretrained(folder, torch_dtype=torch.float64)
-    theirs = diffusers.StableDiffusionImg2ImgPipeline.from_pretrained(
-        folder, torch_dtype=torch.float64, safety_checker=None
-    )
-    for pipe in (ours, theirs):
-        pipe.set_progress_bar_config(disable=True)
-    return ours, theirs
-
-
-def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator("cpu").manual_seed(seed)
-
-
-def assert_same(ours: torch.Tensor, theirs: torch.Tensor, scheduler: str = "") -> None:
-    """Compare latents of float64 runs: measured at most 2e-14, or 4.6e-8 where the reference rounds to float32."""
-    assert theirs.std() > 0.1
-    assert relative_error(ours, theirs) < (2e-7 if scheduler in IN_FLOAT32 else 1e-12)
+    return load_both("StableDiffusionImg2ImgPipeline", folder, safety_checker=None)
 
 
 PICTURE = torch.rand(1, 3, 32, 32, generator=seeded(6), dtype=torch.float64)
@@ -69,7 +43,7 @@ def test_every_scheduler_at_every_strength(pipes: tuple[Any, Any], name: str) ->
             found.append(pipe(PROMPT, image=PICTURE, strength=strength, generator=seeded(), **options).images)
         pipe.scheduler = original
     for found in results.values():
-        assert_same(*found, name)
+        assert_same_latents(*found, name)
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)
@@ -134,7 +108,7 @@ def test_every_argument(pipes: tuple[Any, Any], name: str) -> None:
         drawn = arguments.get("generator", seeded())
         drawn = [one.manual_seed(k) for k, one in enumerate(drawn)] if isinstance(drawn, list) else drawn
         results.append(pipe(**arguments | {"generator": drawn}, output_type="latent").images)
-    assert_same(*results)
+    assert_same_latents(*results)
 
 
 SCHEDULED: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
@@ -157,7 +131,7 @@ def test_every_argument_of_schedulers(pipes: tuple[Any, Any], name: str) -> None
         options = {"num_inference_steps": 5, "strength": 0.7, "output_type": "latent"} | arguments
         results.append(pipe(PROMPT, image=PICTURE, generator=seeded(), **options).images)
         pipe.scheduler = original
-    assert_same(*results, scheduler)
+    assert_same_latents(*results, scheduler)
 
 
 def test_pictures_are_at_most_one_level_apart(folder: Path) -> None:
@@ -191,7 +165,7 @@ def test_callbacks(pipes: tuple[Any, Any]) -> None:
         results.append(pipe(PROMPT, image=PICTURE, **options).images)
         seen.append(found)
     assert seen[0] == seen[1] and len(seen[0]) == 3
-    assert_same(*results)
+    assert_same_latents(*results)
 
 
 def test_a_picture_is_the_same_alone_and_in_a_batch(pipes: tuple[Any, Any]) -> None:

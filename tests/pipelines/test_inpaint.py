@@ -10,16 +10,11 @@ from PIL import Image, ImageDraw
 
 import minidiff
 from minidiff import StableDiffusionInpaintPipeline, StableDiffusionPipeline
-from tests.theirs import diffusers, relative_error
+from tests.pictures import assert_same_latents, seeded
+from tests.theirs import diffusers
 from tests.tiny import save_tiny
 
 SCHEDULERS = [name for name in minidiff.__all__ if name.endswith("Scheduler")]
-IN_FLOAT32 = (  # within whose steps the reference rounds to float32, whatever the dtype of the latents
-    "DPMSolverMultistepScheduler",
-    "EulerAncestralDiscreteScheduler",
-    "EulerDiscreteScheduler",
-    "LMSDiscreteScheduler",
-)
 PROMPT = "a red heart over two cats"
 RUNS = [(name, 4, strength) for name in SCHEDULERS for strength in (1.0, 0.7)]
 RUNS += [(f"{name}Scheduler", 9, 0.7) for name in ("EulerDiscrete", "HeunDiscrete", "PNDM")]
@@ -46,16 +41,6 @@ def load(library: Any, folder: Path, dtype: torch.dtype = torch.float64) -> Any:
     return pipe
 
 
-def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator("cpu").manual_seed(seed)
-
-
-def assert_same(ours: torch.Tensor, theirs: torch.Tensor, scheduler: str = "") -> None:
-    """Compare latents of float64 runs: measured at most 2e-14, or 4.6e-8 where the reference rounds to float32."""
-    assert theirs.std() > 0.1
-    assert relative_error(ours, theirs) < (2e-7 if scheduler in IN_FLOAT32 else 1e-12)
-
-
 PICTURE = torch.rand(1, 3, 32, 32, generator=seeded(6), dtype=torch.float64)
 LATENTS = torch.randn(1, 4, 8, 8, generator=seeded(7), dtype=torch.float64)
 MASK = (torch.rand(1, 1, 32, 32, generator=seeded(8)) > 0.6).double()
@@ -79,7 +64,7 @@ def test_every_scheduler(pipes: Pipes, name: str, channels: int, strength: float
         options = {"num_inference_steps": 3, "strength": strength, "guidance_scale": 1.0, "output_type": "latent"}
         results.append(pipe(PROMPT, PICTURE, MASK, generator=seeded(), **options).images)
         pipe.scheduler = original
-    assert_same(*results, name)
+    assert_same_latents(*results, name)
 
 
 CALLS: dict[str, dict[str, Any]] = {
@@ -145,7 +130,7 @@ def test_every_argument(pipes: Pipes, name: str, channels: int) -> None:
         pipe.scheduler = library.DDPMScheduler.from_config(original.config)
         results.append(pipe(**arguments | {"generator": drawn}, output_type="latent").images)
         pipe.scheduler = original
-    assert_same(*results)
+    assert_same_latents(*results)
 
 
 @pytest.mark.parametrize("channels", [4, 9])
@@ -219,7 +204,7 @@ def test_callbacks(pipes: Pipes, channels: int) -> None:
     assert len(seen[0]) == 4 and [one[:3] for one in seen[0]] == [one[:3] for one in seen[1]]
     for ours, theirs in zip(*seen, strict=True):
         assert ours[3] == pytest.approx(theirs[3], rel=1e-9)  # measured: 1e-14
-    assert_same(*results)
+    assert_same_latents(*results)
 
 
 def test_outdated_schedulers_are_corrected(pipes: Pipes) -> None:
@@ -236,7 +221,7 @@ def test_outdated_schedulers_are_corrected(pipes: Pipes) -> None:
             built.set_progress_bar_config(disable=True)
             options = {"num_inference_steps": 3, "output_type": "latent", "generator": seeded()}
             results.append(built(PROMPT, PICTURE, MASK, **options).images)
-        assert_same(*results)
+        assert_same_latents(*results)
 
 
 @pytest.mark.parametrize("channels", [4, 9])

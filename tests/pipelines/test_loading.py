@@ -9,12 +9,6 @@ import torch
 import minidiff
 from minidiff import AutoPipelineForImage2Image, DiffusionPipeline, StableDiffusionPipeline
 from tests.theirs import diffusers
-from tests.tiny import save_tiny
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.mark.parametrize("device_map", ["cpu", torch.device("cpu"), "meta", "balanced", {"": "cpu"}])

@@ -15,7 +15,7 @@ import torch
 import minidiff
 from tests.schedulers.runs import check_same_run
 from tests.theirs import diffusers, relative_error
-from tests.tiny import SCHEDULER, UNET, save_tiny
+from tests.tiny import SCHEDULER, UNET
 from tests.tiny_xl import save_base
 
 SCHEDULERS = [name for name in minidiff.__all__ if name.endswith("Scheduler")]
@@ -23,11 +23,6 @@ PIPELINES = [f"StableDiffusion{task}Pipeline" for task in ("", "Img2Img", "Inpai
 XL_PIPELINES = [f"StableDiffusionXL{task}Pipeline" for task in ("", "Img2Img", "Inpaint")]
 OLD = {"steps_offset": 0, "clip_sample": True, "skip_prk_steps": False}
 Parts = tuple[tuple[Any, dict[str, Any]], ...]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture(scope="module")

@@ -33,11 +33,6 @@ TASKS = {
 }
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny(tmp_path_factory.mktemp("tiny"))
-
-
 def pair(folder: Path, task: str = "text", scheduler: str = "EulerDiscreteScheduler", **fields: Any) -> list[Any]:
     made = []
     for module in (minidiff, diffusers):

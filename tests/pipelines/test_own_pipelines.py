@@ -18,16 +18,13 @@ from PIL import Image
 
 import minidiff
 from minidiff.errors import ConfigError
+from tests.pictures import load, seeded
 from tests.theirs import diffusers, relative_error
 from tests.tiny import save_tiny
 from tests.tiny_xl import POOLED, save_base, save_refiner
 
 PROMPT, NEGATIVE = ["a red heart", "two cats"], ["blue sky", ""]
 SD = "pipelines.stable_diffusion.pipeline_stable_diffusion"
-
-
-def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator("cpu").manual_seed(seed)
 
 
 PICTURE = torch.rand(1, 3, 32, 32, generator=seeded(6), dtype=torch.float64)
@@ -44,13 +41,6 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "xl": save_base(make("xl")),
         "refiner": save_refiner(make("refiner")),
     }
-
-
-def load(cls: Any, folder: Path, **options: Any) -> Any:
-    pipe = cls.from_pretrained(folder, torch_dtype=torch.float64, **options)
-    pipe.to(torch.float64)  # transformers takes the dtype of text encoders from their files
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
 
 
 def both(make: Any, folder: Path, **options: Any) -> tuple[Any, Any]:

@@ -10,6 +10,7 @@ from PIL import Image
 
 import minidiff
 from minidiff.pipelines.editing import guide_twice
+from tests.pictures import assert_same, load, load_both, seeded, with_scheduler
 from tests.theirs import diffusers
 from tests.tiny import save_tiny
 from tests.tiny_xl import POOLED, save_base
@@ -25,33 +26,6 @@ SCHEDULERS = [  # one of each kind: the three passes meet a scheduler as the two
 PROMPT = "a red heart over two cats"
 
 
-def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator("cpu").manual_seed(seed)
-
-
-def assert_same(ours: np.ndarray, theirs: np.ndarray) -> None:
-    """Compare pictures in [0, 1]: measured 0 to 1.2e-7 (float32 pictures of float64 runs)."""
-    assert ours.shape == theirs.shape
-    assert theirs.std() > 0.05  # not a flat picture
-    np.testing.assert_allclose(ours, theirs, atol=2e-7, rtol=0)
-
-
-def load(cls: Any, folder: Path, **options: Any) -> Any:
-    pipe = cls.from_pretrained(folder, torch_dtype=torch.float64, **options)
-    pipe.to(torch.float64)  # transformers takes the dtype of text encoders from their files
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
-def with_scheduler(pipe: Any, library: Any, name: str, call: Any) -> Any:
-    original = pipe.scheduler
-    pipe.scheduler = getattr(library, name).from_config(original.config)
-    try:
-        return call(pipe)
-    finally:
-        pipe.scheduler = original
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny(tmp_path_factory.mktemp("edit"), unet={"in_channels": 8})
@@ -60,10 +34,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def pipes(folder: Path) -> tuple[Any, Any]:
     """Ours and theirs from the same files, in float64 so that only a wrong formula can make a difference."""
-    return tuple(
-        load(library.StableDiffusionInstructPix2PixPipeline, folder, safety_checker=None)
-        for library in (minidiff, diffusers)
-    )
+    return load_both("StableDiffusionInstructPix2PixPipeline", folder, safety_checker=None)
 
 
 PICTURE = torch.rand(1, 3, 32, 32, generator=seeded(6), dtype=torch.float64)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import minidiff
+from tests.pictures import seeded
 from tests.theirs import diffusers, relative_error, transformers
 from tests.tiny import save_tiny
 from tests.tiny_xl import save_base
@@ -54,10 +55,6 @@ def one_thread() -> Iterator[None]:
 
 def transformers_of(library: ModuleType) -> ModuleType:
     return transformers if library is diffusers else minidiff
-
-
-def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def noise(*shape: int, seed: int = 0) -> Tensor:
@@ -234,7 +231,7 @@ def previews(library: ModuleType, folder: Path) -> list[Tensor]:
 
     def on_step(pipe: Any, step: int, timestep: Tensor, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         preview = torch.einsum("bchw,cr->bhwr", tensors["latents"], rgb).clamp(0, 1)
-        seen.append(torch.from_numpy(np.asarray(Image.fromarray((preview[0] * 255).byte().numpy()))))
+        seen.append(torch.from_numpy(np.array(Image.fromarray((preview[0] * 255).byte().numpy()))))
         if step == int(pipe.num_timesteps * 0.4):
             tensors["prompt_embeds"] = tensors["prompt_embeds"].chunk(2)[-1]
             pipe._guidance_scale = 0.0

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import minidiff
+from tests.pictures import assert_same, load_both, seeded
 from tests.theirs import diffusers, randomize, transformers
 from tests.tiny_xl import vocabulary
 
@@ -75,28 +76,7 @@ def save_twin(repo: str, folder: Path) -> Path:
 @pytest.fixture(scope="module")
 def pipes(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
     """Ours and theirs of 2.1 from the same files, in float64 so that only a wrong formula can make a difference."""
-    return load_both(save_twin("stable-diffusion-2-1", tmp_path_factory.mktemp("twin")))
-
-
-def load_both(folder: Path) -> tuple[Any, Any]:
-    found = []
-    for library in (minidiff, diffusers):
-        pipe = library.StableDiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float64)
-        pipe.to(torch.float64)  # transformers takes the dtype of text encoders from their files
-        pipe.set_progress_bar_config(disable=True)
-        found.append(pipe)
-    return tuple(found)
-
-
-def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator("cpu").manual_seed(seed)
-
-
-def assert_same(ours: np.ndarray, theirs: np.ndarray) -> None:
-    """Compare pictures in [0, 1]: measured 0 to 1.8e-7 (float32 pictures of float64 runs)."""
-    assert ours.shape == theirs.shape
-    assert theirs.std() > 0.05  # not a flat picture
-    np.testing.assert_allclose(ours, theirs, atol=2e-7, rtol=0)
+    return load_both("StableDiffusionPipeline", save_twin("stable-diffusion-2-1", tmp_path_factory.mktemp("twin")))
 
 
 def test_the_twin_is_what_is_published(pipes: tuple[Any, Any]) -> None:
@@ -177,7 +157,7 @@ def test_pndm_mixes_what_the_network_says(pipes: tuple[Any, Any]) -> None:
 
 def test_without_the_upcast_of_2_1(tmp_path: Path) -> None:
     """Stable Diffusion 2 is the same network; its file says nothing of an upcast."""
-    pipes = load_both(save_twin("stable-diffusion-2", tmp_path))
+    pipes = load_both("StableDiffusionPipeline", save_twin("stable-diffusion-2", tmp_path))
     assert pipes[0].unet.config.upcast_attention is False
     for name in ("DDIMScheduler", "PNDMScheduler"):
         options = {"num_inference_steps": 3, **SIZE}

@@ -12,6 +12,7 @@ import torch
 
 import minidiff
 from minidiff import StableDiffusionXLPipeline
+from tests.pictures import assert_same, load_both, seeded, with_scheduler
 from tests.theirs import diffusers
 from tests.tiny_xl import POOLED, save_base
 
@@ -27,33 +28,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def pipes(folder: Path) -> tuple[Any, Any]:
     """Ours and theirs from the same files, in float64 so that only a wrong formula can make a difference."""
-    found = []
-    for library in (minidiff, diffusers):
-        pipe = library.StableDiffusionXLPipeline.from_pretrained(folder, torch_dtype=torch.float64)
-        pipe.to(torch.float64)  # transformers takes the dtype of text encoders from their files
-        pipe.set_progress_bar_config(disable=True)
-        found.append(pipe)
-    return tuple(found)
-
-
-def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator("cpu").manual_seed(seed)
-
-
-def assert_same(ours: np.ndarray, theirs: np.ndarray) -> None:
-    """Compare pictures in [0, 1]: measured 0 to 1.2e-7 (float32 pictures of float64 runs)."""
-    assert ours.shape == theirs.shape
-    assert theirs.std() > 0.05  # not a flat picture
-    np.testing.assert_allclose(ours, theirs, atol=2e-7, rtol=0)
-
-
-def with_scheduler(pipe: Any, library: Any, name: str, call: Any, **fields: Any) -> Any:
-    original = pipe.scheduler
-    pipe.scheduler = getattr(library, name).from_config({**original.config, **fields})
-    try:
-        return call(pipe)
-    finally:
-        pipe.scheduler = original
+    return load_both("StableDiffusionXLPipeline", folder)
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)

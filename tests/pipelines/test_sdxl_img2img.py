@@ -11,6 +11,7 @@ from PIL import Image
 import minidiff
 from minidiff import StableDiffusionXLImg2ImgPipeline
 from minidiff.images.processor import to_tensor
+from tests.pictures import assert_same, load, load_both, seeded, with_scheduler
 from tests.theirs import diffusers, relative_error
 from tests.tiny_xl import save_base, save_refiner
 
@@ -22,7 +23,7 @@ PROMPT = "a red heart over two cats"
 def bases(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
     """Ours and theirs from the same files, in float64 so that only a wrong formula can make a difference."""
     folder = save_base(tmp_path_factory.mktemp("base"))
-    return tuple(load(library.StableDiffusionXLPipeline, folder) for library in (minidiff, diffusers))
+    return load_both("StableDiffusionXLPipeline", folder)
 
 
 @pytest.fixture(scope="module")
@@ -33,33 +34,6 @@ def refiners(tmp_path_factory: pytest.TempPathFactory, bases: tuple[Any, Any]) -
         load(library.StableDiffusionXLImg2ImgPipeline, folder, text_encoder_2=base.text_encoder_2, vae=base.vae)
         for library, base in zip((minidiff, diffusers), bases, strict=True)
     )
-
-
-def load(cls: Any, folder: Path, **components: Any) -> Any:
-    pipe = cls.from_pretrained(folder, torch_dtype=torch.float64, **components)
-    pipe.to(torch.float64)  # transformers takes the dtype of text encoders from their files
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
-def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator("cpu").manual_seed(seed)
-
-
-def assert_same(ours: np.ndarray, theirs: np.ndarray) -> None:
-    """Compare pictures in [0, 1]: measured 0 to 1.4e-7 (float32 pictures of float64 runs)."""
-    assert ours.shape == theirs.shape
-    assert theirs.std() > 0.05  # not a flat picture
-    np.testing.assert_allclose(ours, theirs, atol=2e-7, rtol=0)
-
-
-def with_scheduler(pipe: Any, library: Any, name: str, call: Any) -> Any:
-    original = pipe.scheduler
-    pipe.scheduler = getattr(library, name).from_config(original.config)
-    try:
-        return call(pipe)
-    finally:
-        pipe.scheduler = original
 
 
 PICTURE = torch.rand(1, 3, 32, 32, generator=seeded(6), dtype=torch.float64)

@@ -10,6 +10,7 @@ from PIL import Image
 
 import minidiff
 from minidiff import StableDiffusionXLInpaintPipeline
+from tests.pictures import assert_same, load, load_both, seeded, with_scheduler
 from tests.theirs import diffusers
 from tests.tiny_xl import POOLED, save_base, save_refiner
 
@@ -18,29 +19,18 @@ SCHEDULERS = [name for name in minidiff.__all__ if name.endswith("Scheduler")]
 PROMPT = "a red heart over two cats"
 
 
-def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator("cpu").manual_seed(seed)
-
-
-def load(cls: Any, folder: Path, **components: Any) -> Any:
-    pipe = cls.from_pretrained(folder, torch_dtype=torch.float64, **components)
-    pipe.to(torch.float64)  # transformers takes the dtype of text encoders from their files
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
 @pytest.fixture(scope="module")
 def pipes(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
     """Base with its 4 channels, ours and theirs, in float64 so that only a wrong formula can make a difference."""
     folder = save_base(tmp_path_factory.mktemp("base"))
-    return tuple(load(library.StableDiffusionXLInpaintPipeline, folder) for library in LIBRARIES)
+    return load_both("StableDiffusionXLInpaintPipeline", folder)
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
     """The same with a UNet of 9 channels."""
     folder = save_base(tmp_path_factory.mktemp("nine"), unet={"in_channels": 9})
-    return tuple(load(library.StableDiffusionXLInpaintPipeline, folder) for library in LIBRARIES)
+    return load_both("StableDiffusionXLInpaintPipeline", folder)
 
 
 @pytest.fixture(scope="module")
@@ -51,22 +41,6 @@ def refiners(tmp_path_factory: pytest.TempPathFactory, pipes: tuple[Any, Any]) -
         load(library.StableDiffusionXLInpaintPipeline, folder, text_encoder_2=pipe.text_encoder_2, vae=pipe.vae)
         for library, pipe in zip(LIBRARIES, pipes, strict=True)
     )
-
-
-def assert_same(ours: np.ndarray, theirs: np.ndarray) -> None:
-    """Compare pictures in [0, 1]: measured 0 to 1.2e-7 (float32 pictures of float64 runs)."""
-    assert ours.shape == theirs.shape
-    assert theirs.std() > 0.05  # not a flat picture
-    np.testing.assert_allclose(ours, theirs, atol=2e-7, rtol=0)
-
-
-def with_scheduler(pipe: Any, library: Any, name: str, call: Any) -> Any:
-    original = pipe.scheduler
-    pipe.scheduler = getattr(library, name).from_config(original.config)
-    try:
-        return call(pipe)
-    finally:
-        pipe.scheduler = original
 
 
 PICTURE = torch.rand(1, 3, 32, 32, generator=seeded(6), dtype=torch.float64)

@@ -10,6 +10,7 @@ import torch
 
 import minidiff
 from minidiff import StableDiffusionPipeline
+from tests.pictures import assert_same, load_both, seeded
 from tests.theirs import diffusers
 from tests.tiny import save_tiny
 
@@ -18,29 +19,9 @@ PROMPT = "a red heart over two cats"
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny(tmp_path_factory.mktemp("tiny"))
-
-
-@pytest.fixture(scope="module")
 def pipes(folder: Path) -> tuple[Any, Any]:
     """Ours and theirs from the same files, in float64 so that only a wrong formula can make a difference."""
-    ours = StableDiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float64)
-    theirs = diffusers.StableDiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float64)
-    for pipe in (ours, theirs):
-        pipe.set_progress_bar_config(disable=True)
-    return ours, theirs
-
-
-def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator("cpu").manual_seed(seed)
-
-
-def assert_same(ours: np.ndarray, theirs: np.ndarray) -> None:
-    """Compare pictures in [0, 1]: measured 0 to 4e-8 (float32 pictures of float64 runs)."""
-    assert ours.shape == theirs.shape
-    assert theirs.std() > 0.05  # not a flat picture
-    np.testing.assert_allclose(ours, theirs, atol=2e-7, rtol=0)
+    return load_both("StableDiffusionPipeline", folder)
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)

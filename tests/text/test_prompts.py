@@ -11,8 +11,7 @@ import torch
 import minidiff
 from minidiff import StableDiffusionPipeline, StableDiffusionXLImg2ImgPipeline, prompts
 from minidiff.text.windows import pack_windows as pack
-from tests.theirs import diffusers
-from tests.tiny import save_tiny
+from tests.pictures import load_both
 from tests.tiny_xl import save_base, save_refiner
 
 Pair = tuple[Any, Any]  # ours and theirs
@@ -25,29 +24,14 @@ PIPELINES = [name for name in minidiff.__all__ if name.startswith("StableDiffusi
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny(tmp_path_factory.mktemp("sd"))
-
-
-@pytest.fixture(scope="module")
 def sd(folder: Path) -> Pair:
     """Ours and theirs from the same files, in float64."""
-    return load("StableDiffusionPipeline", folder)
+    return load_both("StableDiffusionPipeline", folder)
 
 
 @pytest.fixture(scope="module")
 def xl(tmp_path_factory: pytest.TempPathFactory) -> Pair:
-    return load("StableDiffusionXLPipeline", save_base(tmp_path_factory.mktemp("xl")))
-
-
-def load(name: str, folder: Path) -> Pair:
-    found = []
-    for library in (minidiff, diffusers):
-        pipe = getattr(library, name).from_pretrained(folder, torch_dtype=torch.float64)
-        pipe.to(torch.float64)  # transformers takes the dtype of text encoders from their files
-        pipe.set_progress_bar_config(disable=True)
-        found.append(pipe)
-    return tuple(found)
+    return load_both("StableDiffusionXLPipeline", save_base(tmp_path_factory.mktemp("xl")))
 
 
 def encoded(pipe: Any, *texts: str, guided: bool = True, **options: Any) -> tuple[torch.Tensor | None, ...]:
