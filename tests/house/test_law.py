@@ -15,11 +15,11 @@ FUNCTIONS = {function.name: function for module in MODULES.values() for function
 # From the bottom up. A module imports from its own row and from those above it here, in functions too; what is in none,
 # ``minidiff/__init__.py``, is the top. ``compat/paths.py`` is at the bottom: it names modules and imports none.
 ROWS = """
-errors registry config outputs noise threads embedded compat
+errors registry config outputs noise threads embedded sniff compat
 networks.specs
-compat.published compat.network compat.attention
+checkpoints.arguments checkpoints.hub checkpoints.remap checkpoints.original.prefixes
+configured compat.published compat.network compat.attention compat.utils
 checkpoints
-configured compat.utils
 networks
 text
 images
@@ -35,45 +35,28 @@ TOP = len(RANKS)
 
 # Lines of code of a room, signatures and all, docstrings not. Raise one only in a commit that says why.
 BUDGET = {
-    "adapters": 1110,
-    "checkpoints": 2140,
-    "cli": 230,
-    "compat": 820,
-    "fast": 560,
-    "images": 410,
-    "networks": 1470,
+    "adapters": 1150,
+    "checkpoints": 2200,
+    "cli": 250,
+    "compat": 850,
+    "fast": 600,
+    "images": 420,
+    "networks": 1550,
     "pipelines": 3600,
-    "schedulers": 2490,
-    "text": 620,
-    "top": 780,
+    "schedulers": 2500,
+    "text": 650,
+    "top": 800,
 }
 
 OFFENDERS = {
-    "nesting": {"adapters.lora_weights._unet_weights", "pipelines.offload.Part.fetch"},
-    "function": {
-        "checkpoints.hub.Repo._download",
-        "checkpoints.names._unet_rows",
-        "compat.published.grow",
-        "networks.unet.unet_config",
-    },
-    "file": {"networks.unet", "pipelines.base", "pipelines.stable_diffusion_xl", "text.tokenizer"},
+    "nesting": {"adapters.lora_weights._unet_weights"},
+    "function": set(),
+    "file": {"pipelines.base"},
     "upwards": {
-        "checkpoints.names -> networks.clip",
-        "checkpoints.names -> networks.unet",
-        "checkpoints.names -> networks.vae",
         "checkpoints.original.families -> text.tokenizer",
         "checkpoints.original.families -> text.tokenizer_files",
-        "checkpoints.original.write -> networks.clip",
-        "checkpoints.own_model -> configured",
-        "compat.network -> checkpoints.remap",
-        "compat.published -> checkpoints.remap",
-        "config -> checkpoints.sniff",
-        "images.processor -> pipelines.request",
-        "images.regions -> pipelines.request",
         "networks.clip -> adapters.network",
         "networks.unet -> adapters.network",
-        "text.windows -> adapters.textual_inversion",
-        "text.windows -> pipelines.request",
     },
 }
 
@@ -130,9 +113,7 @@ def test_budget(name: str) -> None:
 def test_every_module_has_a_row_and_a_budget() -> None:
     assert [name for name in MODULES if rank(name) == TOP] == ["minidiff"]
     assert {room(name) for name in MODULES} == set(BUDGET)
-    assert {name for name in RANKS if not any(f"{module}.".startswith(f"{name}.") for module in MODULES)} == {
-        "minidiff.networks.specs"
-    }
+    assert RANKS.keys() <= MODULES.keys()
 
 
 # --- The measure itself ------------------------------------------------------------------------------------------
