@@ -469,7 +469,7 @@ def test_hooks_see_what_they_saw(folder, small_blocks):
         assert [call[:2] for call in fast] == [call[:2] for call in plain]
         for (*_, ours), (*_, theirs) in zip(fast, plain, strict=True):
             if isinstance(ours, torch.Tensor):
-                assert error(ours, theirs) <= 1e-4  # measured
+                assert error(ours, theirs) <= 1e-4  # measured: at most 5.3e-6
 
 
 # --- in the middle of a run ------------------------------------------------------------------------------------------
@@ -567,7 +567,7 @@ def run(folder, optimized, change=None, step=None):
 def test_changes_in_a_run(name, step, folder, unchanged, small_blocks):
     """Made before a run, or by the callback of its first step, when keys and times are already kept."""
     expected = run(folder, False, IN_A_RUN[name], step)
-    assert (run(folder, True, IN_A_RUN[name], step) - expected).abs().max() <= 1e-5  # measured
+    assert (run(folder, True, IN_A_RUN[name], step) - expected).abs().max() <= 1e-5  # measured: at most 3e-6
     assert (expected - unchanged).abs().max() > 1e-3
 
 
@@ -586,5 +586,5 @@ def test_an_adapter_in_a_run(folder, small_blocks):
         return pipe("red heart", callback_on_step_end=change, **CALL).images
 
     expected = images(False, 3.0)
-    assert (images(True, 3.0) - expected).abs().max() <= 1e-5  # measured
+    assert (images(True, 3.0) - expected).abs().max() <= 1e-5  # measured: 1.8e-6
     assert (expected - images(False, 1.0)).abs().max() > 1e-3

@@ -3,8 +3,7 @@
 import pytest
 
 import minidiff
-from minidiff.pipelines.strength import cut_timestep, steps_until
-from minidiff.pipelines.stable_diffusion_xl_img2img import take_over
+from minidiff.pipelines.strength import cut_timestep, steps_until, take_over
 
 SCHEDULERS = [name for name in minidiff.__all__ if name.endswith("Scheduler")]
 FIELDS = {

@@ -1,5 +1,6 @@
 """Whole pictures, seed for seed: StableDiffusionPipeline against the reference's, on one tiny random checkpoint."""
 
+import multiprocessing
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 
 import minidiff
 from minidiff import StableDiffusionPipeline
-from tests.pictures import assert_same, load_both, seeded
+from tests.pictures import assert_same, load_both, quiet, seeded
 from tests.theirs import diffusers
 from tests.tiny import save_tiny
 
@@ -264,6 +265,16 @@ def test_threads_share_one_pipeline(pipes: tuple[Any, Any]) -> None:
     for k, expected in enumerate(serial):
         assert len(found[k]) == 3
         assert all(np.array_equal(images, expected) for images in found[k])
+
+
+def test_a_pipeline_is_sent_to_another_process(folder: Path) -> None:
+    """A worker that is spawned, as web servers and loaders of data do it, gets the pipeline itself."""
+    pipe = quiet(StableDiffusionPipeline.from_pretrained(folder))
+    call = {"num_inference_steps": 2, "seed": 3, "output_type": "np"}
+    spawned = multiprocessing.get_context("spawn").Pool(1, initializer=torch.set_num_threads, initargs=(1,))
+    with spawned as pool:
+        there = pool.apply(pipe, (PROMPT,), call).images
+    assert np.array_equal(there, pipe(PROMPT, **call).images)
 
 
 def test_loading_by_the_class_in_the_index(folder: Path) -> None:
