@@ -85,7 +85,7 @@ def card(pipe: StableDiffusionPipeline, run: Path, pictures: int, steps: int) ->
 
 
 def _quality(path: Path) -> str:
-    """Return a sentence with what ``benchmarks/emoji_quality.py`` measured."""
+    """Return a sentence with what ``weights/emoji_quality.py`` measured."""
     if not path.exists():
         return "not measured yet"
     found = json.loads(path.read_text(encoding="utf-8"))

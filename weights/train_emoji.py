@@ -6,7 +6,7 @@ Every stage resumes where it was interrupted; its losses are in ``runs/emoji64/*
     python weights/train_emoji.py vae --data package
     torchrun --nproc-per-node 2 weights/train_emoji.py denoiser --data package
     python weights/train_emoji.py export --data package --to runs/emoji64/export
-    python -m benchmarks.emoji_quality --model runs/emoji64/export --json runs/emoji64/quality.json
+    python -m weights.emoji_quality --model runs/emoji64/export --json runs/emoji64/quality.json
     python weights/train_emoji.py export --data package --to weights/emoji64                   # card with the quality
 
 The stages are ``emoji_vae.py`` (pictures <-> latents), ``emoji_denoiser.py`` (text encoder and UNet) and

@@ -12,7 +12,7 @@ because linear ones waste their last steps on pictures as small as these. A run 
     npm pack emoji-datasource-google@16.0.0 && tar xzf emoji-datasource-google-16.0.0.tgz     # gives package/
     torchrun --nproc-per-node 2 weights/train_emoji32.py train --data package
     python weights/train_emoji32.py export --to runs/emoji32/export
-    python -m benchmarks.emoji32_quality --model runs/emoji32/export --json runs/emoji32/quality.json
+    python -m weights.emoji32_quality --model runs/emoji32/export --json runs/emoji32/quality.json
     python weights/train_emoji32.py export --to weights/emoji32-ddpm                           # card with the quality
 """
 
@@ -169,7 +169,7 @@ def card(unet: UNet2DModel, run: Path, steps: int) -> str:
 
 
 def _quality(path: Path) -> str:
-    """Return a table of what ``benchmarks/emoji32_quality.py`` measured."""
+    """Return a table of what ``weights/emoji32_quality.py`` measured."""
     if not path.exists():
         return "not measured yet"
     found = json.loads(path.read_text(encoding="utf-8"))

@@ -2,6 +2,7 @@
 
 import ast
 import re
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -22,11 +23,12 @@ def found(pattern: str) -> list[tuple[str, ...]]:
 
 LINKS = found(r"\]\((?!https?://|#)([^)#\s]+)[^)]*\)")
 NAMES = found(r"`((?:minidiff|tests|weights|benchmarks|docs)/[\w./-]*|\.ci/run)(?:::([\w.]+))?`")
+COMMANDS = found(r"python -m ((?:benchmarks|docs|weights)[\w.]*)")
 EXCERPTS = found(r"^```python\n# ((?:minidiff|tests|weights)/[\w/]+\.py)\n(.*?)^```")
 
 
 def test_there_is_something_to_check():
-    assert len(LINKS) > 2 and len(NAMES) > 70 and len(EXCERPTS) > 4
+    assert len(LINKS) > 2 and len(NAMES) > 70 and len(COMMANDS) > 20 and len(EXCERPTS) > 4
 
 
 @pytest.mark.parametrize("page, target", LINKS)
@@ -52,6 +54,25 @@ def test_named_code_exists(page, path, name):
     assert (ROOT / path).exists()
     if name:
         assert name in definitions(ast.parse((ROOT / path).read_text(encoding="utf-8")))
+
+
+@pytest.mark.parametrize("page, module", sorted(set(COMMANDS)))
+def test_commands_exist(page, module):
+    path = ROOT / module.replace(".", "/")
+    assert path.with_suffix(".py").is_file() or (path / "__main__.py").is_file()
+
+
+SCRIPTS = sorted(path for folder in ("benchmarks", "docs", "weights") for path in (ROOT / folder).rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_scripts_import_what_there_is(path):
+    """Of minidiff and of each other: no test runs what draws figures."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module.partition(".")[0] in ("minidiff", "benchmarks", "tests", "weights"):
+            module = import_module(node.module)
+            for alias in node.names:
+                assert hasattr(module, alias.name) or import_module(f"{node.module}.{alias.name}")
 
 
 @pytest.mark.parametrize("page, path, code", EXCERPTS)

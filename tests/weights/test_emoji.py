@@ -5,10 +5,10 @@ import re
 import pytest
 import torch
 
-from benchmarks.emoji_quality import measure
-from benchmarks.emoji_reference import groups_of, read_reference
 from minidiff import DDPMScheduler, PNDMScheduler, StableDiffusionPipeline
 from minidiff.embedded import GUIDANCE, embedded_checkpoint
+from weights.emoji_quality import measure
+from weights.emoji_reference import groups_of, read_reference
 
 FOLDER = embedded_checkpoint("emoji64")
 # Right with each of the seeds 0, 100 and 200 at 12 steps, and the second nearest at least 1.5 times as far.

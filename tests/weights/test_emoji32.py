@@ -8,11 +8,11 @@ import torch
 from PIL import Image
 
 import minidiff
-from benchmarks.emoji32_quality import RUNS, contact_sheet, measure, nearest, shrink
-from benchmarks.emoji_reference import Reference
 from minidiff.cli import main as cli
 from minidiff.embedded import embedded_checkpoint, embedded_names
 from minidiff.images.tensors import read_metadata
+from weights.emoji32_quality import RUNS, contact_sheet, measure, nearest, shrink
+from weights.emoji_reference import Reference
 
 FOLDER = embedded_checkpoint("emoji32-ddpm")
 PIPELINES = ["DDPMPipeline", "DDIMPipeline"]

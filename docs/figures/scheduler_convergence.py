@@ -1,4 +1,4 @@
-"""Draw docs/scheduler_convergence.png: ``python -m benchmarks.scheduler_convergence``.
+"""Draw docs/scheduler_convergence.png: ``python -m docs.figures.scheduler_convergence``.
 
 The error of the deterministic solvers against the number of network evaluations, on data whose exact solution is known
 (tests/schedulers/mixture.py), in double logarithmic scale: the slope of a line is the order of its solver. Needs

@@ -1,4 +1,4 @@
-"""Draw docs/checkpoints.svg: ``python -m benchmarks.name_table``.
+"""Draw docs/checkpoints.svg: ``python -m docs.figures.name_table``.
 
 Three columns of names, ours, the Hub's and the original's, and a line for each pair of groups that hold the same
 weights. Everything is read from the name table; only where a name is cut off, to make groups, is chosen here.

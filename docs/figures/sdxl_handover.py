@@ -1,4 +1,4 @@
-"""Draw docs/sdxl_handover.png: ``python -m benchmarks.sdxl_handover``.
+"""Draw docs/sdxl_handover.png: ``python -m docs.figures.sdxl_handover``.
 
 The noise levels that a run of SDXL passes through, and which of its steps base and refiner take: once with the spacing
 of the published scheduler, once with Karras'. Needs matplotlib.
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from minidiff import DPMSolverMultistepScheduler, EulerDiscreteScheduler
-from minidiff.pipelines.stable_diffusion_xl import cut_timestep, steps_until
+from minidiff.pipelines.strength import cut_timestep, steps_until
 
 CONFIG = {  # scheduler_config.json of stabilityai/stable-diffusion-xl-base-1.0
     "num_train_timesteps": 1000,

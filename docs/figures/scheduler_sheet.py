@@ -1,4 +1,4 @@
-"""Draw docs/scheduler_sheet.webp: ``python -m benchmarks.scheduler_sheet``.
+"""Draw docs/scheduler_sheet.webp: ``python -m docs.figures.scheduler_sheet``.
 
 One picture of the embedded checkpoint per scheduler class (down) and number of steps (across), from the same noise.
 The number is that of ``num_inference_steps``; classes with two evaluations per step ask the network twice as often.

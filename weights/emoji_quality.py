@@ -1,4 +1,4 @@
-"""How often emoji64 draws what it is told: ``python -m benchmarks.emoji_quality``.
+"""How often emoji64 draws what it is told: ``python -m weights.emoji_quality``.
 
 200 names, drawn once from the training data, are generated with one fixed seed each, 25 UniPC steps and the guidance
 below. A picture is right if its nearest training picture, by squared difference of pixels, is the one of that name
@@ -18,9 +18,9 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 from tqdm import tqdm
 
-from benchmarks.emoji_reference import Reference, read_reference
 from minidiff import StableDiffusionPipeline
 from minidiff.embedded import embedded_checkpoint
+from weights.emoji_reference import Reference, read_reference
 
 COUNT, STEPS, BATCH = 200, 25, 25
 GUIDANCE = 2.0  # tuned once, on other names than the 200: see the model card

@@ -1,4 +1,4 @@
-"""Draw docs/image_to_image.png and docs/inpainting.png: ``python -m benchmarks.image_task_sheet``.
+"""Draw docs/image_to_image.png and docs/inpainting.png: ``python -m docs.figures.image_task_sheet``.
 
 The embedded checkpoint redraws one of its pictures, more and more of it, and repaints the right half of another.
 """

@@ -2,7 +2,7 @@
 
 ``emoji_reference.webp`` is a sheet of 64x64 tiles, 40 in a row; ``emoji_reference.json`` names each tile and says which
 other tiles are the same picture, pixel for pixel, in the data. The sheet is compressed (WebP, quality 90), which moves
-a pixel by about 1 %. Made from the unpacked npm package by ``python -m benchmarks.emoji_reference --data package``.
+a pixel by about 1 %. Made from the unpacked npm package by ``python -m weights.emoji_reference --data package``.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Draw docs/training.png: ``python -m benchmarks.training_sheet --run runs/emoji32``.
+"""Draw docs/training.png: ``python -m docs.figures.training_sheet --run runs/emoji32``.
 
 The pictures that ``weights/train_emoji32.py`` drew on the way, always from the same seeds, one row per stage; at the
 left the number of training steps, and the loss then.

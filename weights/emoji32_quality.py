@@ -1,4 +1,4 @@
-"""How near the pictures of emoji32-ddpm are to its training data: ``python -m benchmarks.emoji32_quality``.
+"""How near the pictures of emoji32-ddpm are to its training data: ``python -m weights.emoji32_quality``.
 
 128 pictures are drawn without a prompt, with the seeds 0 to 127, by each of two samplers. The distance of two pictures
 is the root of the mean squared difference of their pixels in [0, 1], at 32x32. For each picture drawn,
@@ -22,9 +22,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 import minidiff
-from benchmarks.emoji_reference import Reference, read_reference
 from minidiff import DDIMPipeline, DDPMPipeline
 from minidiff.embedded import embedded_checkpoint
+from weights.emoji_reference import Reference, read_reference
 
 SIZE, COUNT, BATCH = 32, 128, 32
 RUNS = (("DDPMPipeline", 50), ("DDIMPipeline", 50))  # the first is what the command line does by default
