@@ -62,6 +62,7 @@ def test_commands_exist(page, module):
     assert path.with_suffix(".py").is_file() or (path / "__main__.py").is_file()
 
 
+OURS = {"minidiff", "benchmarks", "tests", "weights"}
 SCRIPTS = sorted(path for folder in ("benchmarks", "docs", "weights") for path in (ROOT / folder).rglob("*.py"))
 
 
@@ -69,7 +70,12 @@ SCRIPTS = sorted(path for folder in ("benchmarks", "docs", "weights") for path i
 def test_scripts_import_what_there_is(path):
     """Of minidiff and of each other: no test runs what draws figures."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.ImportFrom) and node.module.partition(".")[0] in ("minidiff", "benchmarks", "tests", "weights"):
+        if isinstance(node, ast.ImportFrom) and node.module.partition(".")[0] in (
+            "minidiff",
+            "benchmarks",
+            "tests",
+            "weights",
+        ):
             module = import_module(node.module)
             for alias in node.names:
                 assert hasattr(module, alias.name) or import_module(f"{node.module}.{alias.name}")
