@@ -118,12 +118,12 @@ def differences(expected: Tensors, found: Tensors) -> list[str]:
 def derive(published: Published) -> Tensors:
     """Return what a published file should hold, by the name table and the packaged configuration."""
     from minidiff.checkpoints.load import OnMeta, expected_shapes
-    from minidiff.checkpoints.original.families import Published as Configs
-    from minidiff.checkpoints.original.read import NETWORKS
+    from minidiff.checkpoints.original.configs import PackagedConfigs
+    from minidiff.checkpoints.original.prefixes import NETWORKS
     from minidiff.checkpoints.original.write import original_tables
     from minidiff.checkpoints.tools.checkpoint import model_class
 
-    configs = Configs(published.config)
+    configs = PackagedConfigs(published.config)
     index = configs.read("model_index.json")
     with OnMeta():
         networks = {

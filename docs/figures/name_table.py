@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from minidiff.checkpoints.load import OnMeta
-from minidiff.checkpoints.original.families import Published
+from minidiff.checkpoints.original.configs import PackagedConfigs
 from minidiff.checkpoints.remap import SAME, Row
 from minidiff.checkpoints.tools.checkpoint import model_class
 
@@ -38,7 +38,7 @@ def main() -> None:
 
 def table(name: str, component: str) -> list[Row]:
     """Return the rows of a component of a published model."""
-    configs = Published(name)
+    configs = PackagedConfigs(name)
     with OnMeta():
         model = model_class(configs.read("model_index.json")[component][1], name).from_config(
             configs.read(f"{component}/config.json")

@@ -84,10 +84,10 @@ def _pipeline_class(model: str | Path) -> type["DiffusionPipeline"]:
 
     pipeline = public("DiffusionPipeline")
     if Path(model).is_file():
-        from minidiff.checkpoints.original.read import Contents
+        from minidiff.checkpoints.original.read import SingleFile
         from minidiff.checkpoints.original.single_file import describe
 
-        _, configs, _ = describe(Contents.of(Path(model)), None, None, {}, ask=False)
+        _, configs, _ = describe(SingleFile.of(Path(model)), None, None, {}, ask=False)
         return pipeline._class_for(configs.read(INDEX), configs)
     path = Repo(model).file(INDEX)
     return pipeline._class_for(read_json(path), path)

@@ -1,7 +1,7 @@
 """``SingleFilePipeline``: load a whole pipeline from one file in the original spelling, and write it as one.
 
 The configuration and the tokenizers come with the package, or from ``config=``; see
-``minidiff.checkpoints.original.families``. Checked against ``diffusers.loaders.FromSingleFileMixin``.
+``minidiff.checkpoints.original.configs``. Checked against ``diffusers.loaders.FromSingleFileMixin``.
 """
 
 import logging
@@ -16,8 +16,9 @@ from torch import nn
 from minidiff.checkpoints.arguments import refuse_unless_harmless
 from minidiff.checkpoints.load import OnMeta, as_dtype, paused_collector
 from minidiff.checkpoints.model import Model
-from minidiff.checkpoints.original.families import ZERO_SNR_MARK, Configs, scheduler_changes, told_prediction
-from minidiff.checkpoints.original.read import Contents
+from minidiff.checkpoints.original.configs import Configs
+from minidiff.checkpoints.original.families import ZERO_SNR_MARK, scheduler_changes, told_prediction
+from minidiff.checkpoints.original.read import SingleFile
 from minidiff.checkpoints.original.single_file import absent, describe, find, load_part, raise_if_wrong, say_ema
 from minidiff.checkpoints.save import save_json
 from minidiff.errors import CheckpointError, ConfigError
@@ -76,7 +77,7 @@ class SingleFilePipeline:
         wanted = as_dtype(torch_dtype, dtype)
         where = {"cache_dir": cache_dir, "local_files_only": bool(local_files_only), "token": token}
         path = find(pretrained_model_link_or_path, {**where, "revision": revision, "force_download": force_download})
-        contents = Contents.of(path)
+        contents = SingleFile.of(path)
         asked = prediction_type
         if asked is None and overrides.get("scheduler") is not None:
             asked = overrides["scheduler"].config.get("prediction_type")
@@ -133,7 +134,7 @@ class SingleFilePipeline:
             return said_by(folder)
 
 
-def _say_contradiction(contents: Contents, asked: str | None) -> None:
+def _say_contradiction(contents: SingleFile, asked: str | None) -> None:
     """Warn if the file says that its UNet predicts something else than the caller, or the given scheduler, does."""
     told = told_prediction(contents.shapes, contents.metadata)
     if None not in (told, asked) and told != asked:
@@ -145,7 +146,7 @@ def _say_contradiction(contents: Contents, asked: str | None) -> None:
         )
 
 
-def _small_component(kind: type, name: str, configs: Configs, contents: Contents, prediction: str | None) -> Any:
+def _small_component(kind: type, name: str, configs: Configs, contents: SingleFile, prediction: str | None) -> Any:
     """Make a tokenizer, or a scheduler that is told what the UNet predicts."""
     from minidiff.text.tokenizer import CLIPTokenizer  # a pipeline without text does not need its library
 
@@ -158,7 +159,7 @@ def _small_component(kind: type, name: str, configs: Configs, contents: Contents
 
 
 def _networks(
-    contents: Contents, configs: Configs, kinds: Mapping[str, type[Model]], dtype: torch.dtype, use_ema: bool
+    contents: SingleFile, configs: Configs, kinds: Mapping[str, type[Model]], dtype: torch.dtype, use_ema: bool
 ) -> dict[str, Model]:
     """Build the networks and fill them from the file. Tensors of networks that are not wanted are left alone."""
     for name, kind in kinds.items():

@@ -27,11 +27,13 @@ from minidiff import (
     UNet2DConditionModel,
 )
 from minidiff.checkpoints import hub
+from minidiff.checkpoints.original import configs as packaged_configs
 from minidiff.checkpoints.original import families
+from minidiff.checkpoints.original.configs import PackagedConfigs
 from minidiff.checkpoints.original.dropped import why_dropped
-from minidiff.checkpoints.original.families import FAMILIES, Published, recognise
+from minidiff.checkpoints.original.families import FAMILIES, recognise
 from minidiff.checkpoints.original.prefixes import EMA, UNET, ema_name
-from minidiff.checkpoints.original.read import Contents
+from minidiff.checkpoints.original.read import SingleFile
 from minidiff.checkpoints.original.single_file import find
 from minidiff.checkpoints.tools.checkpoint import open_checkpoint
 from minidiff.checkpoints.tools.convert import convert
@@ -110,7 +112,7 @@ def assert_same_tensors(ours: dict[str, torch.Tensor], theirs: dict[str, torch.T
 
 
 def assert_same_file(a: Path, b: Path) -> None:
-    assert Contents.of(a).metadata == Contents.of(b).metadata
+    assert SingleFile.of(a).metadata == SingleFile.of(b).metadata
     assert_same_tensors(load_file(a), load_file(b))
 
 
@@ -346,11 +348,11 @@ def test_families_are_recognised_as_the_reference_does() -> None:
         family = recognise(shapes, "model.diffusion_model.", "file")
         theirs = their_choice(shapes)
         assert theirs in family.configs.values(), family.title
-        assert Published(theirs).read("model_index.json")["_class_name"]
+        assert PackagedConfigs(theirs).read("model_index.json")["_class_name"]
         seen.add(family.title)
     xl_instruct = {f.title for f in FAMILIES if f.title.startswith("Stable Diffusion XL InstructPix2Pix")}
     assert seen | xl_instruct == {f.title for f in FAMILIES}  # the reference takes XL's instruct files for XL base
-    assert all((families.PUBLISHED / f"{name}.json").is_file() for f in FAMILIES for name in f.configs.values())
+    assert all((packaged_configs.PUBLISHED / f"{name}.json").is_file() for f in FAMILIES for name in f.configs.values())
 
 
 HUB_CONFIGS = Path(__file__).parents[1] / "data" / "hub_configs"
@@ -358,7 +360,7 @@ HUB_CONFIGS = Path(__file__).parents[1] / "data" / "hub_configs"
 
 @pytest.mark.parametrize("name", sorted({name for f in FAMILIES for name in f.configs.values()}))
 def test_packaged_configurations_are_the_published_ones(name: str) -> None:
-    configs = Published(name)
+    configs = PackagedConfigs(name)
     repo = next(HUB_CONFIGS.glob(f"*--{name}"), None)  # None: derived from another, as the file says
     index = configs.read("model_index.json")
     parts = getattr(minidiff, index["_class_name"])._from_index(index, configs, {})  # the pipeline takes them all
@@ -392,7 +394,7 @@ def described(config: Any) -> dict[str, Any]:
     ],
 )
 def test_packaged_tokenizers(model: str, component: str, published: str, tmp_path: Path) -> None:
-    ours = Published(model).tokenizer(component)
+    ours = PackagedConfigs(model).tokenizer(component)
     theirs = transformers.CLIPTokenizer.from_pretrained(write_folder(tmp_path, TOKENIZERS[published]))
     assert len(ours) == len(theirs) == 49_408 and ours.pad_token_id == theirs.pad_token_id
     texts = ["a photo of an astronaut riding a horse on mars!", "Ça va? 1234", "", "<|EndOfText|> !"]
@@ -415,8 +417,8 @@ def packaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sd1: Twin) -> Iter
     family = families.Family("Tiny 2.x", 24, 4, {"epsilon": "tiny-eps", "v_prediction": "tiny-v"})
     monkeypatch.setattr(families, "FAMILIES", (family,))
     monkeypatch.setattr(families, "AUTOENCODER", family)
-    monkeypatch.setattr(families, "PUBLISHED", tmp_path)
-    monkeypatch.setattr(families, "clip_vocabulary", vocabulary)
+    monkeypatch.setattr(packaged_configs, "PUBLISHED", tmp_path)
+    monkeypatch.setattr(packaged_configs, "clip_vocabulary", vocabulary)
     yield sd1.file
 
 
@@ -447,11 +449,11 @@ def test_what_the_file_cannot_tell_is_asked_for(packaged: Path, tmp_path: Path) 
     marked = with_metadata(packaged, tmp_path / "mark.safetensors", {}, v_pred=torch.ones(0), ztsnr=torch.ones(0))
     with pytest.raises(ConfigError, match="rescale_betas_zero_snr"):  # PNDM has no such option
         load(marked)
-    path = families.PUBLISHED / "tiny-v.json"
+    path = packaged_configs.PUBLISHED / "tiny-v.json"
     path.write_text(path.read_text().replace("PNDMScheduler", "DDIMScheduler"))
-    sections = json.loads((families.PUBLISHED / "tiny-eps.json").read_text())
+    sections = json.loads((packaged_configs.PUBLISHED / "tiny-eps.json").read_text())
     sections["model_index.json"]["scheduler"] = ["diffusers", "DDIMScheduler"]
-    (families.PUBLISHED / "tiny-eps.json").write_text(json.dumps(sections))
+    (packaged_configs.PUBLISHED / "tiny-eps.json").write_text(json.dumps(sections))
     scheduler = load(marked).scheduler
     assert scheduler.config.prediction_type == "v_prediction" and scheduler.config.rescale_betas_zero_snr
     loaded = DiffusionPipeline.from_single_file(told)  # the base class makes what the family is for
@@ -602,7 +604,7 @@ def test_a_header_is_believed_only_so_far(name: str, sd1: Twin, tmp_path: Path) 
 
 
 def test_a_header_that_describes_another_model_is_an_error(sd1: Twin, tmp_path: Path) -> None:
-    metadata = dict(Contents.of(sd1.file).metadata)
+    metadata = dict(SingleFile.of(sd1.file).metadata)
     tensors = load_file(sd1.file)
     tensors["model.diffusion_model.input_blocks.0.0.weight"] = torch.ones(16, 9, 3, 3)
     save_file(tensors, tmp_path / "x.safetensors", metadata)

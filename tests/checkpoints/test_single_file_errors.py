@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from minidiff import StableDiffusionPipeline, UNet2DConditionModel
-from minidiff.checkpoints.original.read import Contents
+from minidiff.checkpoints.original.read import SingleFile
 from minidiff.checkpoints.stream import Group, write_stream
 from minidiff.checkpoints.tools.checkpoint import open_checkpoint
 from minidiff.errors import CheckpointError
@@ -81,7 +81,7 @@ def test_order_of_the_tensors_means_nothing(
     random.Random(0).shuffle(names)
     groups = [Group([(n, tensors[n].dtype, tuple(tensors[n].shape))], lambda n=n: [tensors[n]]) for n in names]
     write_stream(tmp_path / "shuffled.safetensors", groups, {})
-    assert [tensor.name for tensor in Contents.of(tmp_path / "shuffled.safetensors").stored] == names
+    assert [tensor.name for tensor in SingleFile.of(tmp_path / "shuffled.safetensors").stored] == names
     loaded = StableDiffusionPipeline.from_single_file(tmp_path / "shuffled.safetensors", config=folder)
     assert all(states_equal(getattr(loaded, name), getattr(pipe, name)) for name in NETWORKS)
 

@@ -19,7 +19,7 @@ from minidiff import (
 )
 from minidiff.checkpoints.load import OnMeta
 from minidiff.checkpoints.original.prefixes import ema_name
-from minidiff.checkpoints.original.read import Contents
+from minidiff.checkpoints.original.read import SingleFile
 from minidiff.checkpoints.original.single_file import load_part
 from minidiff.checkpoints.tools.checkpoint import open_checkpoint
 from minidiff.errors import CheckpointError
@@ -188,7 +188,7 @@ def test_a_square_projection_is_told_by_its_name(make_twin: Callable[[str], Twin
     for name, stored in (("text_projection", W.T.contiguous()), ("text_projection.weight", W)):
         rest = without(tensors, f"{SECOND}model.text_projection")
         save_file(rest | {f"{SECOND}model.{name}": stored}, tmp_path / "x.safetensors")
-        contents = Contents.of(tmp_path / "x.safetensors")
+        contents = SingleFile.of(tmp_path / "x.safetensors")
         with OnMeta():
             model = CLIPTextModelWithProjection(fields)
         parts, wrong, _ = contents.match({"text_encoder_2": model}, ignore=lambda owner: True)

@@ -13,30 +13,18 @@ D                       C      family
 as above                9      inpainting: latent, mask (1), masked picture (4)
 as above                8      instructions (InstructPix2Pix): latent, picture to edit (4)
 ======================  =====  ===================================================================
-
-``published/*.json`` holds what the repository of each on the Hub holds besides weights and vocabulary, section by
-section under the file's name there, so that a local file needs no network.
 """
 
-import gzip
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from functools import lru_cache
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
-from minidiff.checkpoints.hub import MissingFileError, Repo
 from minidiff.checkpoints.names import unwrapped
+from minidiff.checkpoints.original.configs import PackagedConfigs
 from minidiff.checkpoints.original.prefixes import UNET, VAE, ema_name
-from minidiff.config import read_json
 from minidiff.errors import CheckpointError
 
-if TYPE_CHECKING:
-    from minidiff.text.tokenizer import CLIPTokenizer
-
-PUBLISHED = Path(__file__).with_name("published")
-MERGES = PUBLISHED / "clip_merges.txt.gz"
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
 V_MARK, ZERO_SNR_MARK = "v_pred", "ztsnr"  # empty tensors: the UNet predicts v, and was trained with zero terminal SNR
 
@@ -88,103 +76,6 @@ _STRANGERS = {  # names that only other kinds of files have -> what they are and
         "a transformer (Stable Diffusion 3, Flux), which minidiff does not implement"
     ),
 }
-
-
-class Configs:
-    """What a checkpoint's repository holds besides weights: ``read`` gives a JSON file of it, ``tokenizer`` another."""
-
-    def read(self, name: str) -> dict[str, Any]:
-        """Return a file such as ``"unet/config.json"``."""
-        raise NotImplementedError
-
-    def tokenizer(self, name: str) -> "CLIPTokenizer":
-        """Return the tokenizer of the component ``name``."""
-        raise NotImplementedError
-
-
-class Sections(Configs):
-    """A configuration that is in memory: the content of each file under its name in Hub layout."""
-
-    def __init__(self, title: str, sections: Mapping[str, Any]) -> None:
-        self.title, self.sections = title, sections
-
-    def __str__(self) -> str:
-        return self.title
-
-    def read(self, name: str) -> dict[str, Any]:
-        """Return a file such as ``"unet/config.json"``."""
-        if name not in self.sections:
-            raise MissingFileError(f"{self} has no {name}; it has {', '.join(self.sections) or 'nothing'}")
-        return dict(self.sections[name])
-
-    def tokenizer(self, name: str) -> "CLIPTokenizer":
-        """Return the tokenizer of the component ``name``."""
-        from minidiff.text.tokenizer import CLIPTokenizer
-        from minidiff.text.tokenizer_files import read_fields
-
-        config, roles = (self.read(f"{name}/{file}.json") for file in ("tokenizer_config", "special_tokens_map"))
-        vocab, merges = self._vocabulary(name)
-        return CLIPTokenizer(vocab, merges, **read_fields(config, roles, []))
-
-    def _vocabulary(self, name: str) -> tuple[dict[str, int], list[Any]]:
-        return clip_vocabulary()
-
-
-class Published(Sections):
-    """The configuration of a published model, which comes with the package."""
-
-    def __init__(self, name: str) -> None:
-        sections = read_json(PUBLISHED / f"{name}.json")
-        if base := sections.get("extends"):
-            sections = {**Published(base).sections, **sections}
-        super().__init__(f"the configuration of {name}", sections)
-
-
-class Folder(Configs):
-    """A folder or repository in Hub layout that the caller names to describe a file; its weights are not read."""
-
-    def __init__(self, repo: Repo) -> None:
-        self.repo = repo
-
-    def __str__(self) -> str:
-        return f"config={str(self.repo)!r}"
-
-    def read(self, name: str) -> dict[str, Any]:
-        """Return a file such as ``"unet/config.json"``."""
-        return read_json(self.repo.file(name))
-
-    def tokenizer(self, name: str) -> "CLIPTokenizer":
-        """Return the tokenizer in the folder of the component ``name``."""
-        from minidiff.text.tokenizer import CLIPTokenizer
-        from minidiff.text.tokenizer_files import read_tokenizer
-
-        repo = self.repo.at(name)
-        where = {"subfolder": repo.subfolder, "revision": repo.revision, "cache_dir": repo.cache_dir}
-        where |= {"local_files_only": repo.local_files_only, "token": repo.token}
-        return CLIPTokenizer(**read_tokenizer(repo.source, **where))
-
-
-@lru_cache(maxsize=1)
-def clip_vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """Return CLIP's 49,408 tokens with their ids, and its 48,894 merges.
-
-    The tokens are in the order in which CLIP made them: the 256 bytes, the 256 bytes at the end of a word, what each
-    merge joins, start and end. Only the merges are stored.
-    """
-    lines = gzip.decompress(MERGES.read_bytes()).decode().split("\n")[1:-1]  # the first line is a comment
-    letters = byte_letters()
-    tokens = [*letters, *(f"{letter}</w>" for letter in letters), *(line.replace(" ", "") for line in lines)]
-    tokens += ["<|startoftext|>", "<|endoftext|>"]
-    return {token: i for i, token in enumerate(tokens)}, [tuple(line.split(" ")) for line in lines]
-
-
-def byte_letters() -> list[str]:
-    """Return the printable letters that stand for the 256 bytes in byte-level BPE, in the order of CLIP's vocabulary.
-
-    Bytes that Latin-1 prints stand for themselves and come first; the others are letters from U+0100 on.
-    """
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    return [chr(byte) for byte in printable] + [chr(0x100 + n) for n in range(256 - len(printable))]
 
 
 def recognise(shapes: Mapping[str, tuple[int, ...]], unet: str | None, where: str) -> Family:
@@ -296,6 +187,6 @@ def choose_prediction(family: Family, asked: str | None, told: str | None, where
     return prediction or next(iter(family.configs))
 
 
-def config_of(family: Family, prediction: str | None) -> Published:
+def config_of(family: Family, prediction: str | None) -> PackagedConfigs:
     """Return the packaged configuration of a family whose UNet predicts ``prediction``; the first if there is none."""
-    return Published(family.configs.get(str(prediction), next(iter(family.configs.values()))))
+    return PackagedConfigs(family.configs.get(str(prediction), next(iter(family.configs.values()))))

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from minidiff.checkpoints.original.families import Sections, clip_vocabulary
+from minidiff.checkpoints.original.configs import Sections, clip_vocabulary
 from minidiff.config import read_json
 from minidiff.errors import CheckpointError
 
@@ -17,11 +17,11 @@ KEY = "minidiff.config"
 _MERGES = "merges.txt"
 
 
-class Said(Sections):
+class HeaderConfigs(Sections):
     """The configuration in the header of a single file. It names classes of minidiff, and is no code."""
 
     @classmethod
-    def of(cls, path: Path, metadata: Mapping[str, str]) -> "Said | None":
+    def of(cls, path: Path, metadata: Mapping[str, str]) -> "HeaderConfigs | None":
         """Return what a file says, None if it says nothing. Raises ``CheckpointError`` if it is no configuration."""
         if KEY not in metadata:
             return None

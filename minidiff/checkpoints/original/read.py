@@ -43,7 +43,7 @@ _NO_TEXT_MODEL = re.compile(r"(embeddings|encoder|final_layer_norm)\.")  # some 
 
 
 @dataclass(frozen=True)
-class Part:
+class StoredNetwork:
     """One network of a checkpoint: on the meta device, with its rows and the stored tensors by name in ``spelling``."""
 
     name: str  # of the component in its pipeline, "" for a network on its own
@@ -60,13 +60,13 @@ class Part:
 class Matched(NamedTuple):
     """The tensors of a file paired with those of networks, what is wrong with them, and what is left out and why."""
 
-    parts: list[Part]
+    parts: list[StoredNetwork]
     wrong: dict[str, list[str]]
     dropped: list[tuple[StoredTensor, str]]
 
 
 @dataclass(frozen=True)
-class Contents:
+class SingleFile:
     """The header of a single file: its tensors in order, and its metadata.
 
     A network is in the original spelling or in the Hub's, whatever stands before its names. ``rows`` gives its table
@@ -78,7 +78,7 @@ class Contents:
     metadata: Mapping[str, str]
 
     @classmethod
-    def of(cls, path: Path) -> "Contents":
+    def of(cls, path: Path) -> "SingleFile":
         """Read the header of a file. Raises ``CheckpointError`` for a pickle or a damaged file."""
         if path.suffix in PICKLES:
             raise CheckpointError(f"{path} is a pickle: {WHY_NO_PICKLES}")
@@ -186,10 +186,8 @@ class Contents:
             return None if why is not None or (owner not in networks and ignore(owner)) else table
 
         found, wrong = match(expected, self.stored, canonical, set(_flat_names(rows.values())))
-        parts = [
-            Part(component, model, rows[component], "ldm", {n: found[n] for n in shapes[component] if n in found})
-            for component, model in networks.items()
-        ]
+        mine = {component: {n: found[n] for n in shapes[component] if n in found} for component in networks}
+        parts = [StoredNetwork(name, model, rows[name], "ldm", mine[name]) for name, model in networks.items()]
         dropped = [(one, reasons[name]) for one in self.stored if (name := unwrapped(one.name)) in reasons]
         return Matched(parts, wrong, dropped)
 

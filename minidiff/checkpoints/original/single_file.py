@@ -16,11 +16,10 @@ from minidiff.checkpoints.arguments import refuse_unless_harmless
 from minidiff.checkpoints.hub import PICKLES, WHY_NO_PICKLES, Repo
 from minidiff.checkpoints.load import OnMeta, as_dtype, fill, listed, paused_collector
 from minidiff.checkpoints.model import Model
+from minidiff.checkpoints.original.configs import Configs, FolderConfigs
 from minidiff.checkpoints.original.families import (
     AUTOENCODER,
-    Configs,
     Family,
-    Folder,
     checked_prediction,
     choose_prediction,
     config_of,
@@ -28,8 +27,8 @@ from minidiff.checkpoints.original.families import (
     stranger,
     told_prediction,
 )
-from minidiff.checkpoints.original.header import Said
-from minidiff.checkpoints.original.read import Contents, Part
+from minidiff.checkpoints.original.header import HeaderConfigs
+from minidiff.checkpoints.original.read import SingleFile, StoredNetwork
 from minidiff.errors import CheckpointError, CheckpointNotFoundError
 
 logger = logging.getLogger("minidiff")
@@ -62,7 +61,7 @@ def find(source: str | Path, where: Mapping[str, Any]) -> Path:
     parts = text.removeprefix(site).split("/")
     means_a_path = isinstance(source, Path) or text.startswith((".", "/", "~")) or "\\" in text or len(parts) < 3
     if not site and (path.exists() or means_a_path):
-        return path  # Contents.of says what is wrong with it
+        return path  # SingleFile.of says what is wrong with it
     if len(parts) < 3:
         raise CheckpointNotFoundError(f"{source} names no file; expected {SITES[0]}OWNER/NAME/blob/main/FILE")
     repo, rest, revision = "/".join(parts[:2]), parts[2:], where.get("revision")
@@ -74,7 +73,7 @@ def find(source: str | Path, where: Mapping[str, Any]) -> Path:
 
 
 def describe(
-    contents: Contents, config: str | Path | None, asked: str | None, where: Mapping[str, Any], *, ask: bool = True
+    contents: SingleFile, config: str | Path | None, asked: str | None, where: Mapping[str, Any], *, ask: bool = True
 ) -> tuple[Family | None, Configs, str | None]:
     """Return the family of a file, what configures it, and what its UNet predicts.
 
@@ -84,7 +83,8 @@ def describe(
     if what := stranger(contents.shapes):
         raise CheckpointError(f"{contents.path} is {what}")
     told = told_prediction(contents.shapes, contents.metadata)
-    configs = Folder(Repo(config, **where)) if config is not None else Said.of(contents.path, contents.metadata)
+    given = None if config is None else FolderConfigs(Repo(config, **where))
+    configs = given or HeaderConfigs.of(contents.path, contents.metadata)
     if configs is not None:
         return None, configs, checked_prediction(asked) or told
     family = recognise(contents.shapes, contents.prefixes.get("unet"), str(contents.path))
@@ -97,8 +97,8 @@ def describe(
     return family, config_of(family, prediction), prediction
 
 
-def raise_if_wrong(contents: Contents, wrong: Mapping[str, list[str]], described_by: object) -> None:
-    """Raise one ``CheckpointError`` with everything that ``Contents.match`` found wrong."""
+def raise_if_wrong(contents: SingleFile, wrong: Mapping[str, list[str]], described_by: object) -> None:
+    """Raise one ``CheckpointError`` with everything that ``SingleFile.match`` found wrong."""
     if wrong:
         raise CheckpointError(
             f"{contents.path} does not fit {described_by}; `minidiff inspect` shows what it holds, and config= may "
@@ -106,7 +106,7 @@ def raise_if_wrong(contents: Contents, wrong: Mapping[str, list[str]], described
         )
 
 
-def absent(contents: Contents, component: str, kind: type) -> NoReturn:
+def absent(contents: SingleFile, component: str, kind: type) -> NoReturn:
     """Raise ``CheckpointError`` for a network that the file does not hold."""
     has = ", ".join(contents.prefixes) or "no network that minidiff knows"
     raise CheckpointError(
@@ -115,7 +115,7 @@ def absent(contents: Contents, component: str, kind: type) -> NoReturn:
     )
 
 
-def say_ema(contents: Contents, use_ema: bool) -> None:
+def say_ema(contents: SingleFile, use_ema: bool) -> None:
     """Raise if a moving average is asked for and absent; say which weights are taken if the file has both."""
     if use_ema and not contents.has_ema:
         raise CheckpointError(f"use_ema=True: {contents.path} holds no moving average (model_ema.*); leave it out")
@@ -179,7 +179,7 @@ class SingleFileModel:
         path = find(
             pretrained_model_link_or_path_or_dict, {**where, "revision": revision, "force_download": force_download}
         )
-        contents, (part,) = Contents.of(path), cls.single_file_parts
+        contents, (part,) = SingleFile.of(path), cls.single_file_parts
         family, configs, _ = describe(contents, config, prediction_type, where, ask=part == "unet")
         if part not in contents.prefixes:
             absent(contents, part, cls)
@@ -201,7 +201,7 @@ class SingleFileModel:
             return load_part(parts[0], wanted)
 
 
-def load_part(part: Part, dtype: torch.dtype) -> Model:
+def load_part(part: StoredNetwork, dtype: torch.dtype) -> Model:
     """Fill the network of a part with its tensors and return it in evaluation mode."""
     fill(part.model, part.rows, part.found, dtype, part.spelling)
     return part.model.eval()

@@ -11,7 +11,7 @@ from minidiff.checkpoints.model import Model
 from minidiff.checkpoints.original.families import V_MARK, ZERO_SNR_MARK
 from minidiff.checkpoints.original.header import KEY
 from minidiff.checkpoints.original.prefixes import PREFIXES, UNET, rows_in_file
-from minidiff.checkpoints.original.read import Part
+from minidiff.checkpoints.original.read import StoredNetwork
 from minidiff.checkpoints.remap import Op, Row, Spelling
 from minidiff.checkpoints.stream import Group
 from minidiff.errors import CheckpointError
@@ -75,7 +75,9 @@ def groups_of_model(model: Model, rows: list[Row]) -> Iterator[Group]:
         yield Group(specs, partial(row.ldm_op.from_ours, ours))
 
 
-def groups_of_part(part: Part, rows: list[Row], target: Spelling, dtype: torch.dtype | None) -> Iterator[Group]:
+def groups_of_part(
+    part: StoredNetwork, rows: list[Row], target: Spelling, dtype: torch.dtype | None
+) -> Iterator[Group]:
     """Yield the tensors of a stored network, row by row, to be read when they are written.
 
     Args:

@@ -16,8 +16,10 @@ from minidiff.checkpoints.load import (
     read_header,
 )
 from minidiff.checkpoints.model import Model
-from minidiff.checkpoints.original.families import AUTOENCODER, FAMILIES, ZERO_SNR_MARK, Configs, Family, Folder
-from minidiff.checkpoints.original.read import NETWORKS, Contents, Part
+from minidiff.checkpoints.original.configs import Configs, FolderConfigs
+from minidiff.checkpoints.original.families import AUTOENCODER, FAMILIES, ZERO_SNR_MARK, Family
+from minidiff.checkpoints.original.prefixes import NETWORKS
+from minidiff.checkpoints.original.read import SingleFile, StoredNetwork
 from minidiff.checkpoints.original.single_file import describe, say_ema
 from minidiff.errors import CheckpointError, CheckpointNotFoundError, ConfigError
 from minidiff.registry import public
@@ -39,7 +41,7 @@ class Checkpoint:
     layout: str  # "single-file" or "hub"
     title: str
     prediction: str | None
-    parts: list[Part]
+    parts: list[StoredNetwork]
     configs: Configs
     index: Mapping[str, Any] = field(default_factory=dict)
     wrong: Mapping[str, list[str]] = field(default_factory=dict)
@@ -80,7 +82,7 @@ def open_checkpoint(
     of_folder = next((v for stem in STEMS if (v := variant_of(path.name, stem)) is not None), None)
     if of_folder is not None and config is None and path.with_name("config.json").is_file():
         return _open_folder(path.parent, of_folder or None)
-    contents = Contents.of(path)
+    contents = SingleFile.of(path)
     if use_ema:
         say_ema(contents, use_ema)
     has_unet = "unet" in contents.prefixes
@@ -93,7 +95,7 @@ def open_checkpoint(
         prediction = _scheduler_prediction(configs)
     if len(parts) == 1:  # one network is written without the rest of a pipeline
         (only,) = parts
-        parts, index = [Part("", only.model, only.rows, only.spelling, only.found)], {}
+        parts, index = [StoredNetwork("", only.model, only.rows, only.spelling, only.found)], {}
     return Checkpoint(
         path=path,
         layout="single-file",
@@ -108,7 +110,7 @@ def open_checkpoint(
     )
 
 
-def _networks_of_file(contents: Contents, configs: Configs) -> Iterator[tuple[str, Model]]:
+def _networks_of_file(contents: SingleFile, configs: Configs) -> Iterator[tuple[str, Model]]:
     """Build the networks that a file has tensors of and its configuration describes."""
     index = _index(configs)
     for name in NETWORKS:
@@ -122,7 +124,7 @@ def _networks_of_file(contents: Contents, configs: Configs) -> Iterator[tuple[st
 
 def _open_folder(path: Path, variant: str | None) -> Checkpoint:
     """Read the headers and configurations of a folder in Hub layout."""
-    configs = Folder(Repo(path))
+    configs = FolderConfigs(Repo(path))
     index = _index(configs)
     if index:
         kinds = {name: entry[1] for name, entry in index.items() if isinstance(entry, list) and _is_ours(entry[1])}
@@ -135,7 +137,7 @@ def _open_folder(path: Path, variant: str | None) -> Checkpoint:
             f"{path} has neither model_index.json (a pipeline) nor config.json (a network); it holds "
             f"{', '.join(configs.repo.names()) or 'nothing'}"
         )
-    parts: list[Part] = []
+    parts: list[StoredNetwork] = []
     wrong: dict[str, list[str]] = {}
     dropped: list[tuple[StoredTensor, str]] = []
     for name, kind in kinds.items():
@@ -153,16 +155,16 @@ def _open_folder(path: Path, variant: str | None) -> Checkpoint:
 
 def _read_part(
     name: str, kind: object, repo: Repo, variant: str | None
-) -> tuple[Part, dict[str, list[str]], list[StoredTensor]]:
+) -> tuple[StoredNetwork, dict[str, list[str]], list[StoredTensor]]:
     """Return a network of a folder, what is wrong with its tensors, and those that are left out on purpose."""
     with paused_collector(), OnMeta():
-        model = model_class(kind, repo).from_config(Folder(repo).read("config.json"))
+        model = model_class(kind, repo).from_config(FolderConfigs(repo).read("config.json"))
     weights = repo.weights(model.weights_stem, variant)
     stored = [tensor for file, path in weights.files.items() for tensor in read_header(file, path)]
     rows = model.rows()
     found, wrong = match(expected_shapes(model, rows), stored, model.canonical_hub_name)
     left_out = [tensor for tensor in stored if model.canonical_hub_name(tensor.name) is None]
-    return Part(name, model, rows, "hub", found), wrong, left_out
+    return StoredNetwork(name, model, rows, "hub", found), wrong, left_out
 
 
 def _index(configs: Configs) -> dict[str, Any]:

@@ -18,7 +18,8 @@ import torch
 
 from minidiff.checkpoints.original.families import scheduler_changes
 from minidiff.checkpoints.original.header import said_by
-from minidiff.checkpoints.original.read import NETWORKS, Part
+from minidiff.checkpoints.original.prefixes import NETWORKS
+from minidiff.checkpoints.original.read import StoredNetwork
 from minidiff.checkpoints.original.write import groups_of_part, marks, original_metadata, original_tables
 from minidiff.checkpoints.save import save_json
 from minidiff.checkpoints.stream import Group, write_stream
@@ -129,7 +130,7 @@ def _write_folder(checkpoint: Checkpoint, target: Path, dtype: torch.dtype | Non
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _write_config(part: Part, groups: list[Group], folder: Path) -> None:
+def _write_config(part: StoredNetwork, groups: list[Group], folder: Path) -> None:
     part.model.to(_usual_dtype(groups))  # on the meta device: a text encoder's config.json names its dtype
     part.model.save_config(folder)
 

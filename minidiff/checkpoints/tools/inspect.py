@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from math import prod
 
 from minidiff.checkpoints.load import STORED_DTYPES, StoredTensor, expected_shapes
-from minidiff.checkpoints.original.read import Part
+from minidiff.checkpoints.original.read import StoredNetwork
 from minidiff.checkpoints.remap import SAME, Row
 from minidiff.checkpoints.tools.checkpoint import Checkpoint
 
@@ -56,7 +56,7 @@ def keys(checkpoint: Checkpoint) -> str:
     return "\n".join(lines).rstrip()
 
 
-def _key_lines(part: Part, rows: Iterable[Row]) -> Iterator[tuple[str, ...]]:
+def _key_lines(part: StoredNetwork, rows: Iterable[Row]) -> Iterator[tuple[str, ...]]:
     shapes = expected_shapes(part.model, rows, "ours")
     for row in rows:
         changes = [
