@@ -103,7 +103,7 @@ def tensors_of(source: str) -> Tensors:
 
 def differences(expected: Tensors, found: Tensors) -> list[str]:
     """Say what a checkpoint has otherwise than a list; tensors that are left out on purpose may be there."""
-    from minidiff.checkpoints.original.read import why_dropped
+    from minidiff.checkpoints.original.dropped import why_dropped
 
     lines = [f"missing     {name} {expected[name]}" for name in expected if name not in found]
     lines += [
