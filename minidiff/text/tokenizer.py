@@ -23,7 +23,7 @@ from tokenizers import AddedToken
 
 from minidiff.errors import CheckpointError, check_count
 from minidiff.text.bpe import END_OF_WORD, bpe, pairs
-from minidiff.text.tokenizer_files import NO_LIMIT, ROLES, read_tokenizer, write_tokenizer
+from minidiff.text.tokenizer_files import NO_LIMIT, ROLES, read_fields, read_tokenizer, write_tokenizer
 from minidiff.text.tokens import TokenTable, special_tokens
 
 logger = logging.getLogger("minidiff")
@@ -117,6 +117,17 @@ class CLIPTokenizer(TokenTable):
         tokenizer = cls(**read_tokenizer(pretrained_model_name_or_path, **where))
         tokenizer.name_or_path = str(pretrained_model_name_or_path)
         return tokenizer
+
+    @classmethod
+    def of_content(
+        cls,
+        vocab: Mapping[str, int],
+        merges: Sequence[str | tuple[str, str]],
+        config: Mapping[str, Any],
+        special_map: Mapping[str, Any],
+    ) -> "CLIPTokenizer":
+        """Make a tokenizer of what its files hold; errors as ``from_pretrained``."""
+        return cls(vocab, merges, **read_fields(config, special_map, []))
 
     def save_pretrained(self, save_directory: str | Path) -> None:
         """Write ``vocab.json``, ``merges.txt``, ``tokenizer_config.json`` and ``special_tokens_map.json``."""

@@ -8,13 +8,11 @@ import gzip
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from minidiff.checkpoints.hub import MissingFileError, Repo
 from minidiff.config import read_json
-
-if TYPE_CHECKING:
-    from minidiff.text.tokenizer import CLIPTokenizer
+from minidiff.registry import public
 
 PUBLISHED = Path(__file__).with_name("published")
 MERGES = PUBLISHED / "clip_merges.txt.gz"
@@ -27,7 +25,7 @@ class Configs:
         """Return a file such as ``"unet/config.json"``."""
         raise NotImplementedError
 
-    def tokenizer(self, name: str) -> "CLIPTokenizer":
+    def tokenizer(self, name: str) -> Any:
         """Return the tokenizer of the component ``name``."""
         raise NotImplementedError
 
@@ -47,14 +45,11 @@ class Sections(Configs):
             raise MissingFileError(f"{self} has no {name}; it has {', '.join(self.sections) or 'nothing'}")
         return dict(self.sections[name])
 
-    def tokenizer(self, name: str) -> "CLIPTokenizer":
+    def tokenizer(self, name: str) -> Any:
         """Return the tokenizer of the component ``name``."""
-        from minidiff.text.tokenizer import CLIPTokenizer
-        from minidiff.text.tokenizer_files import read_fields
-
         config, roles = (self.read(f"{name}/{file}.json") for file in ("tokenizer_config", "special_tokens_map"))
         vocab, merges = self._vocabulary(name)
-        return CLIPTokenizer(vocab, merges, **read_fields(config, roles, []))
+        return public("CLIPTokenizer").of_content(vocab, merges, config, roles)
 
     def _vocabulary(self, name: str) -> tuple[dict[str, int], list[Any]]:
         return clip_vocabulary()
@@ -83,13 +78,9 @@ class FolderConfigs(Configs):
         """Return a file such as ``"unet/config.json"``."""
         return read_json(self.repo.file(name))
 
-    def tokenizer(self, name: str) -> "CLIPTokenizer":
+    def tokenizer(self, name: str) -> Any:
         """Return the tokenizer in the folder of the component ``name``."""
-        from minidiff.text.tokenizer import CLIPTokenizer
-        from minidiff.text.tokenizer_files import read_tokenizer
-
-        repo = self.repo.at(name)
-        return CLIPTokenizer(**read_tokenizer(repo.source, **repo.where))
+        return public("CLIPTokenizer").from_pretrained(self.repo.source, **self.repo.at(name).where)
 
 
 @lru_cache(maxsize=1)
