@@ -18,9 +18,8 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
-from minidiff.checkpoints.arguments import refuse_unless_harmless
-from minidiff.checkpoints.hub import Repo
-from minidiff.config import REFERENCE_VERSION, Config, read_json
+from minidiff.checkpoints.config_file import ConfigFile
+from minidiff.config import REFERENCE_VERSION, Config
 from minidiff.errors import ConfigError
 from minidiff.registry import public
 
@@ -56,10 +55,9 @@ def register_to_config(init: Callable[..., None]) -> Callable[..., None]:
     return wrapped
 
 
-class ConfigMixin:
+class ConfigMixin(ConfigFile):
     """Base of classes that have a configuration."""
 
-    config_name: ClassVar[str | None] = None  # the name of the file
     ignore_for_config: ClassVar[Sequence[str]] = ()  # arguments of the constructor that are not recorded
     renames: ClassVar[Mapping[str, tuple[Sequence[Any], Any]]] = {}  # field: other classes' values, and what to record
     has_compatibles: ClassVar[bool] = False  # whether other classes may be made from this one's configuration
@@ -132,35 +130,6 @@ class ConfigMixin:
         kinds = [source] if isinstance(source, type) else []
         kinds += cls._get_compatibles() if cls.has_compatibles else []
         return any(name in _parameters(kind.__init__) for kind in kinds)
-
-    @classmethod
-    def load_config(
-        cls,
-        pretrained_model_name_or_path: str | Path,
-        return_unused_kwargs: bool = False,
-        *,
-        subfolder: str | None = None,
-        revision: str | None = None,
-        cache_dir: str | Path | None = None,
-        local_files_only: bool = False,
-        force_download: bool = False,
-        token: str | bool | None = None,
-        **unused: Any,
-    ) -> dict[str, Any] | tuple[dict[str, Any], dict[str, Any]]:
-        """Read the file ``config_name`` of a folder or a Hub repository, or the file that the path is, as a dict.
-
-        Raises CheckpointNotFoundError if there is none, TypeError for unknown arguments that are not asked back with
-        ``return_unused_kwargs``.
-        """
-        if cls.config_name is None:
-            raise ValueError(f"{cls.__name__} has no config_name: call load_config on a class that has one")
-        if not return_unused_kwargs and (unknown := refuse_unless_harmless(unused)):
-            raise TypeError(f"{cls.__name__}.load_config got unknown arguments {', '.join(unknown)}")
-        path = Path(pretrained_model_name_or_path)
-        if not path.is_file():
-            where = (subfolder, revision, cache_dir, bool(local_files_only), token, force_download)
-            path = Repo(pretrained_model_name_or_path, *where).file(cls.config_name)
-        return (read_json(path), unused) if return_unused_kwargs else read_json(path)
 
     def save_config(self, save_directory: str | Path, push_to_hub: bool = False) -> None:
         """Write the configuration into ``save_directory`` (made if missing), as the reference reads it."""

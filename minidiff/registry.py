@@ -35,7 +35,7 @@ HOME = {  # public name -> module that defines it
     "KDPM2DiscreteScheduler": "minidiff.schedulers.k_dpm_2",
     "LCMScheduler": "minidiff.schedulers.lcm",
     "LMSDiscreteScheduler": "minidiff.schedulers.lms",
-    "ModelMixin": "minidiff.checkpoints.own_model",
+    "ModelMixin": "minidiff.networks.own_model",
     "PNDMScheduler": "minidiff.schedulers.pndm",
     "SchedulerMixin": "minidiff.schedulers.mixin",
     "StableDiffusionImg2ImgPipeline": "minidiff.pipelines.stable_diffusion_img2img",

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from minidiff.checkpoints.arguments import device_of, refuse_unless_harmless
+from minidiff.checkpoints.config_file import ConfigFile
 from minidiff.checkpoints.hub import WHY_NO_PICKLES, Repo, Weights
 from minidiff.checkpoints.load import OnMeta, as_dtype, load_weights, paused_collector
 from minidiff.checkpoints.save import save_json, save_weights
 from minidiff.compat.network import Named
 from minidiff.config import REFERENCE_VERSION, Config, read_json
-from minidiff.configured import ConfigMixin
 from minidiff.errors import CheckpointError, ConfigError
 
 _LOADING_INFO = ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
@@ -26,11 +26,11 @@ def refuse_pickles(use_safetensors: bool | None) -> None:
         raise CheckpointError(f"use_safetensors=False asks for pickled weights: {WHY_NO_PICKLES}")
 
 
-class Pretrained(nn.Module):
+class Pretrained(ConfigFile, nn.Module):
     """A network that is loaded and saved in Hub layout: ``config.json`` beside safetensors."""
 
     weights_stem: ClassVar[str] = "diffusion_pytorch_model"  # of the weight files: "model" for text encoders
-    config_name: ClassVar[str] = "config.json"
+    config_name = "config.json"
     _keep_in_fp32_modules: ClassVar[None] = None  # read by programs that choose a dtype: no part is kept in another
     _repeated_blocks: ClassVar[tuple[str, ...]] = ()  # classes of which a network has many, worth compiling alone
     config: Config
@@ -181,8 +181,6 @@ class Model(Named, Pretrained):
     """Base of every network here. A subclass says how it is configured and how its weights are called on the Hub."""
 
     single_file_parts: ClassVar[tuple[str, ...]] = ()  # which components of an original single file it may be
-
-    load_config = classmethod(ConfigMixin.load_config.__func__)
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any] | str | Path, **overrides: Any) -> "Model":

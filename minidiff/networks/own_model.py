@@ -10,7 +10,7 @@ Its weights have the names of its attributes, in Python and in the file. Checked
 """
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import nn
@@ -22,8 +22,6 @@ from minidiff.configured import ConfigMixin
 
 class ModelMixin(ConfigMixin, Pretrained):
     """Base of networks of one's own: an ``nn.Module`` with ``from_pretrained`` and ``save_pretrained``."""
-
-    config_name: ClassVar[str] = Pretrained.config_name
 
     def __getattr__(self, name: str) -> Any:
         try:
