@@ -18,7 +18,6 @@ The core does not know of this: what is computed here is what the methods of its
 """
 
 import torch
-from torch import nn
 
 from minidiff.checkpoints.model import Model
 from minidiff.fast.attention import FastAttention
@@ -34,7 +33,7 @@ from minidiff.networks.vae import AutoencoderKL
 
 ON_ANY_DEVICE: tuple[type[Fast], ...] = (FastAttention,)
 ON_CPU: tuple[type[Fast], ...] = (FastLinear, FastConv, FastFeedForward, FastUpsample, FastLevel)
-IN_A_RUN: tuple[type[Fast], ...] = (FastTime, FastResTime)
+IN_A_RUN: tuple[type[Fast], ...] = (FastTime, FastResTime, FastRes)
 
 
 def optimize(network: Model) -> None:
@@ -51,17 +50,10 @@ def optimize(network: Model) -> None:
     keep = not isinstance(network, AutoencoderKL)
     for module in network.modules():
         for way in ways:
-            _put(way, module, keep)
-    if isinstance(network, UNet2DConditionModel):
-        _put(FastRes, network.down[0].res[0], keep)
+            if type(module) is way.kind and way.method not in vars(module):  # what someone else put there stays
+                setattr(module, way.method, way(module, keep))
     if not on_cpu:
         network.to(memory_format=torch.channels_last)
-
-
-def _put(way: type[Fast], module: nn.Module, keep: bool) -> None:
-    """Put a faster way in the place of a module's method; what someone else put there stays."""
-    if type(module) is way.kind and way.method not in vars(module):
-        setattr(module, way.method, way(module, keep))
 
 
 def restore(network: Model) -> None:

@@ -89,10 +89,9 @@ class FastTime(Fast):
         times = run.plan.timesteps
         asked = isinstance(timestep, Tensor) and timestep.ndim == 0 and version(timestep) == version(times[run.step])
         mlps = [unet.time_embed] if unet.add_embed is None else [unet.time_embed, unet.add_embed]
-        if not asked or not all(unwatched(m, TimeMLP) for m in mlps):
-            return NotImplemented
         layers = [layer for mlp in mlps for layer in mlp.children()]
-        if not all(unwatched(layer, nn.Linear) for layer in layers):
+        known = all(unwatched(m, TimeMLP) for m in mlps) and all(unwatched(layer, nn.Linear) for layer in layers)
+        if not (asked and known):
             return NotImplemented
         sources = *added.values(), times, *weights(*layers)
         x = sample if added else sample[:1]  # without added conditions the time is all there is

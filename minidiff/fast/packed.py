@@ -18,10 +18,9 @@ from torch.autograd import forward_ad
 
 from minidiff.fast.unchanged import Fast
 
-OPERATORS = (  # of torch, private: found before they are used
-    *("_linear_pointwise", "_reorder_linear_weight", "_convolution_pointwise", "_reorder_convolution_weight"),
-    "_is_mkldnn_bf16_supported",
-)
+# What is used of torch that is private: another version may not have it.
+OPERATORS = "_linear_pointwise _reorder_linear_weight _convolution_pointwise _reorder_convolution_weight".split()
+OPERATORS += ["_is_mkldnn_bf16_supported"]
 SAMPLE = 64  # values of a weight that are looked at to see whether it was written to
 _PLAIN = (Tensor, nn.Parameter)
 
@@ -142,7 +141,6 @@ class FastLinear(Fast):
 @functools.cache
 def _dtypes() -> tuple[torch.dtype, ...]:
     """Return what oneDNN multiplies on this processor: bfloat16 needs AVX-512 or newer."""
-    mkldnn = torch.ops.mkldnn
-    if not (torch.backends.mkldnn.is_available() and all(hasattr(mkldnn, name) for name in OPERATORS)):
+    if not torch.backends.mkldnn.is_available() or not all(hasattr(torch.ops.mkldnn, name) for name in OPERATORS):
         return ()
-    return (torch.float32, torch.bfloat16) if mkldnn._is_mkldnn_bf16_supported() else (torch.float32,)
+    return (torch.float32, torch.bfloat16) if torch.ops.mkldnn._is_mkldnn_bf16_supported() else (torch.float32,)

@@ -330,6 +330,17 @@ def test_what_is_remembered_is_right_in_float64(xl, folder, folder_xl):
     assert not np.array_equal(found, pipe("red heart", seed=1, **CALL).images)  # the callback made a difference
 
 
+def test_editing_shows_each_copy_another_image(tmp_path):
+    """The copies of the latents are alike, and what the UNet sees is not: the last pass has no image."""
+    pipe = minidiff.StableDiffusionInstructPix2PixPipeline.from_pretrained(
+        save_tiny(tmp_path, unet={"in_channels": 8}), torch_dtype=torch.float64
+    )
+    pipe.set_progress_bar_config(disable=True)
+    call = {**CALL, "image": torch.rand(1, 3, 32, 32, dtype=torch.float64), "seed": 1}
+    expected = pipe("red heart", **call).images
+    assert np.abs(pipe.optimize()("red heart", **call).images - expected).max() <= 1e-10  # measured 1e-15
+
+
 def test_steps_and_threads(folder, small_blocks):
     pipe = pipeline(folder).optimize()
     prompts = ["a smiling face", "red heart"]
