@@ -7,24 +7,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minidiff.fast import winograd
-from minidiff.fast.packed import Kept, can_pack, convolve, pack_kernel, pack_matrix, product
-from minidiff.fast.unchanged import Fast, unwatched
+from minidiff.fast.packed import Packing, can_pack, convolve, pack_kernel, pack_matrix, product
+from minidiff.fast.unchanged import unwatched
 from minidiff.networks.layers import Upsample
 
 STRIP = 4 * 2**20  # bytes of the input that one strip takes, about a core's share of the cache
-
-
 PLAIN_CONV = {"padding_mode": "zeros", "dilation": (1, 1), "groups": 1}  # what is computed here
 
 
-class FastConv(Fast):
+class FastConv(Packing):
     """The forward of an ``nn.Conv2d``."""
 
     kind, values = nn.Conv2d, PLAIN_CONV
-
-    def __init__(self, module: nn.Conv2d, keep: bool = True) -> None:
-        super().__init__(module)
-        self._packed, self._matrices = Kept(keep), Kept(keep)
 
     def fast(self, input: Tensor) -> Tensor:
         """Convolve x (B, C_in, H, W)."""
@@ -46,7 +40,7 @@ class FastConv(Fast):
         return y
 
 
-class FastUpsample(Fast):
+class FastUpsample(Packing):
     """The forward of ``Upsample``, which convolves the doubled map without making it.
 
     In float32 with 9 products for 2x2 pixels (``winograd.conv3x3_doubled``), in bfloat16 with 16: a pixel of the large
@@ -56,10 +50,6 @@ class FastUpsample(Fast):
     """
 
     kind = Upsample
-
-    def __init__(self, module: Upsample, keep: bool = True) -> None:
-        super().__init__(module)
-        self._packed, self._matrices = Kept(keep), Kept(keep)
 
     def fast(self, x: Tensor, size: torch.Size | None = None) -> Tensor:
         """Double height and width of x (B, C, H, W)."""

@@ -8,21 +8,17 @@ products, on sums that are still in float32: in bfloat16 that is faster and a th
 
 from torch import Tensor, nn
 
-from minidiff.fast.packed import Kept, can_pack, gelu_product, pack_matrix, product_times
-from minidiff.fast.unchanged import Fast, unwatched
+from minidiff.fast.packed import Packing, can_pack, gelu_product, pack_matrix, product_times
+from minidiff.fast.unchanged import unwatched
 from minidiff.networks.layers import FeedForward
 
 ROWS = 1024  # at a time: 10 MB of hidden units in float32 where D = 320
 
 
-class FastFeedForward(Fast):
+class FastFeedForward(Packing):
     """The forward of ``FeedForward``: the hidden units, 8 times as wide as x, never leave the cache."""
 
     kind = FeedForward
-
-    def __init__(self, module: FeedForward, keep: bool = True) -> None:
-        super().__init__(module)
-        self._packed = Kept(keep)
 
     def fast(self, x: Tensor) -> Tensor:
         """Compute fc2(a * gelu(b)) with (a, b) = fc1(x) for x (B, L, D)."""

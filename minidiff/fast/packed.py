@@ -120,14 +120,18 @@ def sample(W: Tensor) -> Tensor:
     return W.as_strided(((count + step - 1) // step,), (step,))
 
 
-class FastLinear(Fast):
+class Packing(Fast):
+    """A faster way with packed weights, or with the matrices of fewer products."""
+
+    def __init__(self, module: nn.Module, keep: bool = True) -> None:
+        super().__init__(module)
+        self._packed, self._matrices = Kept(keep), Kept(keep)
+
+
+class FastLinear(Packing):
     """The forward of an ``nn.Linear`` with a packed weight."""
 
     kind = nn.Linear
-
-    def __init__(self, module: nn.Linear, keep: bool = True) -> None:
-        super().__init__(module)
-        self._packed = Kept(keep)
 
     def fast(self, input: Tensor) -> Tensor:
         """Compute x W^T + b for x (..., D_in)."""
