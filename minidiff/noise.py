@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 from torch import Generator, Tensor
 
-Generators = Generator | Sequence[Generator] | None
+Generators = Generator | Sequence[Generator] | None  # one for the batch, one for each picture, or torch's own
 
 
 class DrawsNoise(Protocol):

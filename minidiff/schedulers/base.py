@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 from minidiff.schedulers.by_hand import ByHand, Stochastic
-from minidiff.schedulers.core import Grid, Plan, Update
+from minidiff.schedulers.core import Device, Grid, Past, Plan, Update
 from minidiff.schedulers.mixin import KarrasDiffusionSchedulers, SchedulerOutput
 
-__all__ = ["Grid", "Plan", "Scheduler", "SchedulerOutput", "Stochastic", "Update"]
+__all__ = ["Device", "Grid", "Past", "Plan", "Scheduler", "SchedulerOutput", "Stochastic", "Update"]
 
 
 class Scheduler(ByHand):

@@ -9,10 +9,11 @@ from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 
+from minidiff.noise import Generators
 from minidiff.outputs import Output
-from minidiff.schedulers.core import Core, Grid, Plan, Update, alpha_sigma
+from minidiff.schedulers.core import Core, Device, Grid, Plan, Update, alpha_sigma
 from minidiff.schedulers.mixin import SchedulerOutput
 from minidiff.schedulers.place import SHOWN, OfPlace, Place, place_of
 
@@ -26,7 +27,7 @@ class ByHand(Core):
     time_dtype: ClassVar[torch.dtype] = torch.int64  # of the timesteps before set_timesteps
     _plan, _past, _step_index, _begin_index = OfPlace(), OfPlace(), OfPlace(), OfPlace()  # of the second face
 
-    def set_timesteps(self, num_inference_steps: int | None = None, device: torch.device | str | None = None) -> None:
+    def set_timesteps(self, num_inference_steps: int | None = None, device: Device = None) -> None:
         """Plan a run and forget the previous one; see ``plan``. Some solvers take more: ``timesteps``, ``sigmas``."""
         self._begin(self.plan(num_inference_steps, device=device))
 
@@ -84,11 +85,7 @@ class ByHand(Core):
         return self.scale_input(self._ready_plan(), self._clock(timestep), sample)
 
     def step(
-        self,
-        model_output: Tensor,
-        timestep: float | Tensor,
-        sample: Tensor,
-        return_dict: bool = True,
+        self, model_output: Tensor, timestep: float | Tensor, sample: Tensor, return_dict: bool = True
     ) -> SchedulerOutput | tuple[Tensor, ...]:
         """Take the step at ``timestep``: the network's output and the sample (B, ...) give the previous sample.
 
@@ -124,7 +121,7 @@ class ByHand(Core):
         out: Tensor,
         timestep: float | Tensor,
         x: Tensor,
-        generator: Generator | Sequence[Generator] | None,
+        generator: Generators,
         return_dict: bool,
         noise: Tensor | None = None,
         **options: Any,
@@ -218,7 +215,7 @@ class Stochastic:
         model_output: Tensor,
         timestep: float | Tensor,
         sample: Tensor,
-        generator: Generator | Sequence[Generator] | None = None,
+        generator: Generators = None,
         return_dict: bool = True,
     ) -> SchedulerOutput | tuple[Tensor, ...]:
         """Take the step at ``timestep`` with noise from ``generator``; see ``Scheduler.step``."""

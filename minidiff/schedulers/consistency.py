@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from minidiff.schedulers import noise_schedule
-from minidiff.schedulers.base import Grid, Plan, Scheduler
+from minidiff.schedulers.base import Device, Grid, Plan, Scheduler
 from minidiff.schedulers.prediction import predict_x0
 
 
@@ -58,7 +58,7 @@ class ConsistencyScheduler(Scheduler):
     def set_timesteps(
         self,
         num_inference_steps: int | None = None,
-        device: torch.device | str | None = None,
+        device: Device = None,
         original_inference_steps: int | None = None,
         timesteps: Sequence[int] | None = None,
         strength: float = 1.0,

@@ -21,13 +21,16 @@ from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 
 from minidiff.configured import ConfigMixin
-from minidiff.noise import randn
+from minidiff.noise import Generators, randn
 from minidiff.schedulers import noise_schedule
 from minidiff.schedulers.mixin import SchedulerMixin
 from minidiff.schedulers.prediction import Thresholding
+
+Device = torch.device | str | None
+Past = tuple[Any, ...]  # what a solver remembers
 
 
 class Plan(NamedTuple):
@@ -103,7 +106,7 @@ class Core(SchedulerMixin, ConfigMixin):
         self,
         steps: int | None = None,
         *,
-        device: torch.device | str | None = None,
+        device: Device = None,
         start: int = 0,
         timesteps: Sequence[int] | None = None,
         sigmas: Sequence[float] | None = None,
@@ -174,9 +177,7 @@ class Core(SchedulerMixin, ConfigMixin):
         """Say whether step ``i`` draws noise."""
         return False
 
-    def draw_noise(
-        self, plan: Plan, i: int, x: Tensor, generator: Generator | Sequence[Generator] | None = None
-    ) -> Tensor | None:
+    def draw_noise(self, plan: Plan, i: int, x: Tensor, generator: Generators = None) -> Tensor | None:
         """Draw what step ``i`` needs, or None where it needs nothing, so that draws come in the reference's order."""
         return randn(x.shape, generator, x.device, x.dtype) if self.wants_noise(plan, i) else None
 
@@ -199,9 +200,7 @@ class Core(SchedulerMixin, ConfigMixin):
         """Return the numbers of each step of ``plan`` (whose own ``coefficients`` are still empty)."""
         raise NotImplementedError
 
-    def _update(
-        self, plan: Plan, i: int, x: Tensor, out: Tensor, past: tuple[Any, ...], noise: Tensor | None
-    ) -> Update:
+    def _update(self, plan: Plan, i: int, x: Tensor, out: Tensor, past: Past, noise: Tensor | None) -> Update:
         """Take step ``i``."""
         raise NotImplementedError
 
@@ -209,9 +208,7 @@ class Core(SchedulerMixin, ConfigMixin):
         """Return the standard deviation of the sample that a run over ``sigmas`` starts from."""
         return 1.0
 
-    def _plan_of(
-        self, grid: Grid, count: int, device: torch.device | str | None, start: int, options: Mapping[str, Any]
-    ) -> Plan:
+    def _plan_of(self, grid: Grid, count: int, device: Device, start: int, options: Mapping[str, Any]) -> Plan:
         times = tuple(grid.timesteps.tolist())
         if not 0 <= start < len(times):
             raise ValueError(f"a run of {len(times)} steps cannot start at step {start}")

@@ -13,11 +13,11 @@ Song et al. 2021, https://arxiv.org/abs/2010.02502, eq. 12 and 16. Checked again
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
-import torch
-from torch import Generator, Tensor
+from torch import Tensor
 
 from minidiff.configured import register_to_config
-from minidiff.schedulers.base import Grid, Plan, Scheduler, SchedulerOutput, Update
+from minidiff.noise import Generators
+from minidiff.schedulers.base import Grid, Past, Plan, Scheduler, SchedulerOutput, Update
 from minidiff.schedulers.prediction import Scalar, predict_eps, predict_x0, weighted_sum
 
 
@@ -81,7 +81,7 @@ class DDIMScheduler(Scheduler):
             (1 - alpha_bar_s - std**2).clamp(min=0) ** 0.5,
             std,
         )
-        return tuple(DDIMStep(*numbers) for numbers in zip(*map(torch.unbind, columns), strict=True))
+        return tuple(map(DDIMStep, *columns))
 
     def _get_variance(self, timestep: int, prev_timestep: int) -> Tensor:
         """Return the variance of the noise between two timesteps at eta = 1, by the name that programs call."""
@@ -95,9 +95,7 @@ class DDIMScheduler(Scheduler):
         step = plan.coefficients[i]
         return self._thresholding(predict_x0(self._predicts, x, out, step.alpha, step.sigma))
 
-    def _update(
-        self, plan: Plan, i: int, x: Tensor, out: Tensor, past: tuple[Any, ...], noise: Tensor | None
-    ) -> Update:
+    def _update(self, plan: Plan, i: int, x: Tensor, out: Tensor, past: Past, noise: Tensor | None) -> Update:
         step = plan.coefficients[i]
         x0 = self.denoised(plan, i, x, out)
         if plan.options["use_clipped_model_output"]:
@@ -116,7 +114,7 @@ class DDIMScheduler(Scheduler):
         sample: Tensor,
         eta: float = 0.0,
         use_clipped_model_output: bool = False,
-        generator: Generator | Sequence[Generator] | None = None,
+        generator: Generators = None,
         variance_noise: Tensor | None = None,
         return_dict: bool = True,
     ) -> SchedulerOutput | tuple[Tensor, ...]:

@@ -11,14 +11,14 @@ It is DDIM with eta = 1 (variance_type ``fixed_small``).
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from minidiff.configured import register_to_config
 from minidiff.schedulers import noise_schedule
-from minidiff.schedulers.base import Grid, Plan, Scheduler, Stochastic, Update
+from minidiff.schedulers.base import Device, Grid, Past, Plan, Scheduler, Stochastic, Update
 from minidiff.schedulers.prediction import Scalar, predict_x0
 
 VARIANCES = ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", "learned", "learned_range")
@@ -68,10 +68,7 @@ class DDPMScheduler(Stochastic, Scheduler):
         self.variance_type = variance_type
 
     def set_timesteps(
-        self,
-        num_inference_steps: int | None = None,
-        device: torch.device | str | None = None,
-        timesteps: Sequence[int] | None = None,
+        self, num_inference_steps: int | None = None, device: Device = None, timesteps: Sequence[int] | None = None
     ) -> None:
         """Plan a run, over these ``timesteps`` if given; see ``Scheduler.set_timesteps``."""
         self._begin(self.plan(num_inference_steps, device=device, timesteps=timesteps))
@@ -98,7 +95,7 @@ class DDPMScheduler(Stochastic, Scheduler):
             small.log(),
             beta.log(),
         )
-        return tuple(DDPMStep(*numbers) for numbers in zip(*map(torch.unbind, columns), strict=True))
+        return tuple(map(DDPMStep, *columns))
 
     def _std(self, small: Tensor, large: Tensor) -> Tensor:
         """Return the standard deviation of the noise; what a network predicts is worked out at each step instead."""
@@ -120,9 +117,7 @@ class DDPMScheduler(Stochastic, Scheduler):
     def _x0(self, step: DDPMStep, x: Tensor, out: Tensor) -> Tensor:
         return self._thresholding(predict_x0(self._predicts, x, out, step.alpha, step.sigma))
 
-    def _update(
-        self, plan: Plan, i: int, x: Tensor, out: Tensor, past: tuple[Any, ...], noise: Tensor | None
-    ) -> Update:
+    def _update(self, plan: Plan, i: int, x: Tensor, out: Tensor, past: Past, noise: Tensor | None) -> Update:
         step = plan.coefficients[i]
         out, predicted = self._split(out, x)
         x0 = self._x0(step, x, out)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from minidiff.configured import register_to_config
 from minidiff.errors import ConfigError
-from minidiff.schedulers.base import Plan, Update
+from minidiff.schedulers.base import Device, Past, Plan, Update
 from minidiff.schedulers.log_snr import LogSnrScheduler, remembered
 from minidiff.schedulers.prediction import Scalar, predict_eps, predict_x0, weighted_sum
 
@@ -89,10 +89,7 @@ class DEISMultistepScheduler(LogSnrScheduler):
             raise ConfigError("use_flow_sigmas cannot be combined with another sigma spacing")
 
     def set_timesteps(
-        self,
-        num_inference_steps: int | None = None,
-        device: torch.device | str | None = None,
-        mu: float | None = None,
+        self, num_inference_steps: int | None = None, device: Device = None, mu: float | None = None
     ) -> None:
         """Plan a run (``mu`` is refused: there is no dynamic shifting); see ``Scheduler.set_timesteps``."""
         self._begin(self.plan(num_inference_steps, device=device, mu=mu))
@@ -129,9 +126,7 @@ class DEISMultistepScheduler(LogSnrScheduler):
         step = plan.coefficients[i]
         return self._thresholding(predict_x0(self._predicts, x, out, step.alpha, step.sigma))
 
-    def _update(
-        self, plan: Plan, i: int, x: Tensor, out: Tensor, past: tuple[Any, ...], noise: Tensor | None
-    ) -> Update:
+    def _update(self, plan: Plan, i: int, x: Tensor, out: Tensor, past: Past, noise: Tensor | None) -> Update:
         step = plan.coefficients[i]
         eps = predict_eps("sample", x, self.denoised(plan, i, x, out), step.alpha, step.sigma)
         predictions = (eps, *past)[: self.config.solver_order]

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from minidiff.errors import ConfigError
 from minidiff.schedulers import noise_schedule
-from minidiff.schedulers.base import Grid, Plan
+from minidiff.schedulers.base import Device, Grid, Plan
 from minidiff.schedulers.ddpm import VARIANCES
 from minidiff.schedulers.log_snr import LogSnrScheduler
 from minidiff.schedulers.prediction import Scalar, predict_eps, predict_x0
@@ -125,7 +125,7 @@ class DpmSolver(LogSnrScheduler):
     def set_timesteps(
         self,
         num_inference_steps: int | None = None,
-        device: torch.device | str | None = None,
+        device: Device = None,
         mu: float | None = None,
         timesteps: Sequence[int] | None = None,
     ) -> None:

@@ -16,14 +16,13 @@ Lu et al. 2022, https://arxiv.org/abs/2211.01095, Algorithm 2. Checked against
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 
 from minidiff.configured import register_to_config
-from minidiff.noise import randn
-from minidiff.schedulers.base import Plan, SchedulerOutput, Update
+from minidiff.noise import Generators, randn
+from minidiff.schedulers.base import Past, Plan, SchedulerOutput, Update
 from minidiff.schedulers.dpm_solver import DpmSolver, DPMSolverStep, Transitions
 from minidiff.schedulers.log_snr import remembered
 from minidiff.schedulers.prediction import Scalar, weighted_sum
@@ -122,15 +121,11 @@ class DPMSolverMultistepScheduler(DpmSolver):
         ratios = (per_r0, 1.0 / r1, r0 / (r0 + r1), 1.0 / (r0 + r1))
         return w.to_x, (w.d0, w.d1, w.d2), ratios, w.std
 
-    def draw_noise(
-        self, plan: Plan, i: int, x: Tensor, generator: Generator | Sequence[Generator] | None = None
-    ) -> Tensor | None:
+    def draw_noise(self, plan: Plan, i: int, x: Tensor, generator: Generators = None) -> Tensor | None:
         """Draw in float32 whatever the type of x, as the reference does."""
         return randn(x.shape, generator, x.device, torch.float32) if self.wants_noise(plan, i) else None
 
-    def _update(
-        self, plan: Plan, i: int, x: Tensor, out: Tensor, past: tuple[Any, ...], noise: Tensor | None
-    ) -> Update:
+    def _update(self, plan: Plan, i: int, x: Tensor, out: Tensor, past: Past, noise: Tensor | None) -> Update:
         step = plan.coefficients[i]
         m = self._prediction(plan, i, x, out)
         ms = (m, *past)[: self.config.solver_order]
@@ -144,7 +139,7 @@ class DPMSolverMultistepScheduler(DpmSolver):
         model_output: Tensor,
         timestep: float | Tensor,
         sample: Tensor,
-        generator: Generator | Sequence[Generator] | None = None,
+        generator: Generators = None,
         variance_noise: Tensor | None = None,
         return_dict: bool = True,
     ) -> SchedulerOutput | tuple[Tensor, ...]:

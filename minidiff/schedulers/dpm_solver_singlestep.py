@@ -16,12 +16,12 @@ for. Lu et al. 2022, https://arxiv.org/abs/2206.00927, Algorithms 1 and 2. Check
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor
 
 from minidiff.configured import register_to_config
-from minidiff.schedulers.base import Plan, Stochastic, Update
+from minidiff.schedulers.base import Past, Plan, Stochastic, Update
 from minidiff.schedulers.dpm_solver import DpmSolver, DPMSolverStep, Transitions
 from minidiff.schedulers.log_snr import remembered
 from minidiff.schedulers.prediction import Scalar, weighted_sum
@@ -127,9 +127,7 @@ class DPMSolverSinglestepScheduler(Stochastic, DpmSolver):
         ratios = (per_r0, 1.0 / r1, r0, r1, r0 - r1)
         return w.to_x, (w.d0, w.d1, w.d2), ratios, w.std
 
-    def _update(
-        self, plan: Plan, i: int, x: Tensor, out: Tensor, past: tuple[Any, ...], noise: Tensor | None
-    ) -> Update:
+    def _update(self, plan: Plan, i: int, x: Tensor, out: Tensor, past: Past, noise: Tensor | None) -> Update:
         step, past = plan.coefficients[i], SinglestepPast(*past)
         ms = (self._prediction(plan, i, x, out), *past.m)[: self.config.solver_order]
         begin = x if step.order == 1 else past.x

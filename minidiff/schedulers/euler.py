@@ -14,10 +14,11 @@ from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 
 from minidiff.configured import register_to_config
-from minidiff.schedulers.base import Grid, Plan, SchedulerOutput, Update
+from minidiff.noise import Generators
+from minidiff.schedulers.base import Device, Grid, Past, Plan, SchedulerOutput, Update
 from minidiff.schedulers.prediction import Scalar
 from minidiff.schedulers.sigma_space import NoiseLevel, SigmaSpaceScheduler, noise_levels, upcast
 
@@ -69,7 +70,7 @@ class EulerDiscreteScheduler(SigmaSpaceScheduler):
     def set_timesteps(
         self,
         num_inference_steps: int | None = None,
-        device: torch.device | str | None = None,
+        device: Device = None,
         timesteps: Sequence[float] | None = None,
         sigmas: Sequence[float] | None = None,
     ) -> None:
@@ -113,9 +114,7 @@ class EulerDiscreteScheduler(SigmaSpaceScheduler):
     def wants_noise(self, plan: Plan, i: int) -> bool:
         return plan.coefficients[i].churns
 
-    def _update(
-        self, plan: Plan, i: int, x: Tensor, out: Tensor, past: tuple[Any, ...], noise: Tensor | None
-    ) -> Update:
+    def _update(self, plan: Plan, i: int, x: Tensor, out: Tensor, past: Past, noise: Tensor | None) -> Update:
         step, y = plan.coefficients[i], upcast(x)
         if self.wants_noise(plan, i):
             y = y + noise * plan.options["s_noise"] * step.churn
@@ -134,7 +133,7 @@ class EulerDiscreteScheduler(SigmaSpaceScheduler):
         s_tmin: float = 0.0,
         s_tmax: float = math.inf,
         s_noise: float = 1.0,
-        generator: Generator | Sequence[Generator] | None = None,
+        generator: Generators = None,
         return_dict: bool = True,
     ) -> SchedulerOutput | tuple[Tensor, ...]:
         """Take the step at ``timestep``; ``s_churn`` and the rest as in Karras et al.; see ``Scheduler.step``."""

@@ -9,13 +9,13 @@ From k-diffusion (https://github.com/crowsonkb/k-diffusion). Checked against
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from minidiff.configured import register_to_config
-from minidiff.schedulers.base import Grid, Plan, Stochastic, Update
+from minidiff.schedulers.base import Grid, Past, Plan, Stochastic, Update
 from minidiff.schedulers.prediction import Scalar
 from minidiff.schedulers.sigma_space import NoiseLevel, SigmaSpaceScheduler, noise_levels, upcast
 
@@ -70,9 +70,7 @@ class EulerAncestralDiscreteScheduler(Stochastic, SigmaSpaceScheduler):
     def wants_noise(self, plan: Plan, i: int) -> bool:
         return True
 
-    def _update(
-        self, plan: Plan, i: int, x: Tensor, out: Tensor, past: tuple[Any, ...], noise: Tensor | None
-    ) -> Update:
+    def _update(self, plan: Plan, i: int, x: Tensor, out: Tensor, past: Past, noise: Tensor | None) -> Update:
         step, y = plan.coefficients[i], upcast(x)
         x0 = self._x0(step.level, y, out)
         slope = (y - x0) / step.level.sigma

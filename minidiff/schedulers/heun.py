@@ -9,14 +9,14 @@ Karras et al. 2022, https://arxiv.org/abs/2206.00364, Algorithm 1. Checked again
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from minidiff.configured import register_to_config
 from minidiff.schedulers import noise_schedule
-from minidiff.schedulers.base import Grid, Plan, Update
+from minidiff.schedulers.base import Device, Grid, Past, Plan, Update
 from minidiff.schedulers.prediction import Scalar, Thresholding
 from minidiff.schedulers.sigma_space import NoiseLevel, SigmaSpaceScheduler, noise_levels
 
@@ -58,7 +58,7 @@ class HeunDiscreteScheduler(SigmaSpaceScheduler):
     def set_timesteps(
         self,
         num_inference_steps: int | None = None,
-        device: torch.device | str | None = None,
+        device: Device = None,
         num_train_timesteps: int | None = None,
         timesteps: Sequence[float] | None = None,
     ) -> None:
@@ -86,9 +86,7 @@ class HeunDiscreteScheduler(SigmaSpaceScheduler):
     def _x0(self, level: NoiseLevel, y: Tensor, out: Tensor) -> Tensor:
         return self._thresholding(super()._x0(level, y, out))
 
-    def _update(
-        self, plan: Plan, i: int, x: Tensor, out: Tensor, past: tuple[Any, ...], noise: Tensor | None
-    ) -> Update:
+    def _update(self, plan: Plan, i: int, x: Tensor, out: Tensor, past: Past, noise: Tensor | None) -> Update:
         step = plan.coefficients[i]
         x0 = self._x0(step.level, x, out)
         slope = (x - x0) / step.level.sigma

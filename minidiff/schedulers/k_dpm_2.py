@@ -13,14 +13,14 @@ DPM-Solver-2 of Karras et al. 2022, https://arxiv.org/abs/2206.00364, in the for
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from minidiff.configured import register_to_config
-from minidiff.schedulers.base import Grid, Plan, Stochastic, Update
+from minidiff.schedulers.base import Device, Grid, Past, Plan, Stochastic, Update
 from minidiff.schedulers.euler_ancestral import ancestral
 from minidiff.schedulers.prediction import Scalar
 from minidiff.schedulers.sigma_space import NoiseLevel, SigmaSpaceScheduler, noise_levels
@@ -59,10 +59,7 @@ class KDPM2DiscreteScheduler(SigmaSpaceScheduler):
         super().__init__()
 
     def set_timesteps(
-        self,
-        num_inference_steps: int | None = None,
-        device: torch.device | str | None = None,
-        num_train_timesteps: int | None = None,
+        self, num_inference_steps: int | None = None, device: Device = None, num_train_timesteps: int | None = None
     ) -> None:
         """Plan a run; see ``Scheduler.set_timesteps``."""
         self._require_training(num_train_timesteps)
@@ -107,9 +104,7 @@ class KDPM2DiscreteScheduler(SigmaSpaceScheduler):
                 steps.append(KDPM2Step(middle_at[n], True, whole[n], up[n]))
         return tuple(steps)
 
-    def _update(
-        self, plan: Plan, i: int, x: Tensor, out: Tensor, past: tuple[Any, ...], noise: Tensor | None
-    ) -> Update:
+    def _update(self, plan: Plan, i: int, x: Tensor, out: Tensor, past: Past, noise: Tensor | None) -> Update:
         step = plan.coefficients[i]
         x0 = self._x0(step.level, x, out)
         slope = (x - x0) / step.level.sigma

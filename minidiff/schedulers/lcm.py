@@ -10,14 +10,14 @@ Luo et al. 2023, https://arxiv.org/abs/2310.04378, eq. 8 and Algorithm 3. Checke
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from minidiff.configured import register_to_config
 from minidiff.outputs import Output
-from minidiff.schedulers.base import Plan, Stochastic, Update
+from minidiff.schedulers.base import Past, Plan, Stochastic, Update
 from minidiff.schedulers.consistency import ConsistencyScheduler
 from minidiff.schedulers.prediction import Scalar, weighted_sum
 
@@ -85,7 +85,7 @@ class LCMScheduler(Stochastic, ConsistencyScheduler):
             alpha_bar_s.sqrt(),
             (1 - alpha_bar_s).sqrt(),
         )
-        return tuple(LCMStep(*numbers) for numbers in zip(*map(torch.unbind, columns), strict=True))
+        return tuple(map(LCMStep, *columns))
 
     def wants_noise(self, plan: Plan, i: int) -> bool:
         return not self._is_last(plan, i)
@@ -94,9 +94,7 @@ class LCMScheduler(Stochastic, ConsistencyScheduler):
         step = plan.coefficients[i]
         return weighted_sum((step.out, self._thresholding(self._raw_x0(plan, i, x, out))), (step.skip, x))
 
-    def _update(
-        self, plan: Plan, i: int, x: Tensor, out: Tensor, past: tuple[Any, ...], noise: Tensor | None
-    ) -> Update:
+    def _update(self, plan: Plan, i: int, x: Tensor, out: Tensor, past: Past, noise: Tensor | None) -> Update:
         step, denoised = plan.coefficients[i], self.denoised(plan, i, x, out)
         if not self.wants_noise(plan, i):
             return Update(denoised, (), denoised)

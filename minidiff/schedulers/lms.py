@@ -17,7 +17,7 @@ import numpy as np
 from torch import Tensor
 
 from minidiff.configured import register_to_config
-from minidiff.schedulers.base import Grid, Plan, SchedulerOutput, Update
+from minidiff.schedulers.base import Grid, Past, Plan, SchedulerOutput, Update
 from minidiff.schedulers.prediction import weighted_sum
 from minidiff.schedulers.sigma_space import NoiseLevel, SigmaSpaceScheduler, noise_levels
 
@@ -103,21 +103,14 @@ class LMSDiscreteScheduler(SigmaSpaceScheduler):
         weights = (tuple(lms_weights(sigmas, i, min(i + 1, order)).tolist()) for i in range(len(plan.times)))
         return tuple(map(LMSStep, noise_levels(plan.sigmas[:-1]), weights))
 
-    def _update(
-        self, plan: Plan, i: int, x: Tensor, out: Tensor, past: tuple[Any, ...], noise: Tensor | None
-    ) -> Update:
+    def _update(self, plan: Plan, i: int, x: Tensor, out: Tensor, past: Past, noise: Tensor | None) -> Update:
         step = plan.coefficients[i]
         x0 = self._x0(step.level, x, out)
         slopes = ((x - x0) / step.level.sigma, *past)[: plan.options["order"]]
         return Update(x + weighted_sum(*zip(step.weights, slopes, strict=False)), slopes, x0)
 
     def step(
-        self,
-        model_output: Tensor,
-        timestep: float | Tensor,
-        sample: Tensor,
-        order: int = 4,
-        return_dict: bool = True,
+        self, model_output: Tensor, timestep: float | Tensor, sample: Tensor, order: int = 4, return_dict: bool = True
     ) -> SchedulerOutput | tuple[Tensor, ...]:
         """Take the step at ``timestep`` with at most ``order`` slopes; see ``Scheduler.step``."""
         return self._take_step(model_output, timestep, sample, None, return_dict, order=order)

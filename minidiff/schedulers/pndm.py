@@ -15,14 +15,14 @@ first step is repeated with the mean of both its ends. Checked against ``diffuse
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from minidiff.configured import register_to_config
-from minidiff.schedulers.base import Grid, Plan, Scheduler, Update
+from minidiff.schedulers.base import Grid, Past, Plan, Scheduler, Update
 from minidiff.schedulers.prediction import Scalar, predict_eps, predict_x0, weighted_sum
 
 ADAMS_BASHFORTH = tuple(  # of two, three and four outputs, newest first; their sum is divided by 2, 12 and 24
@@ -192,9 +192,7 @@ class PNDMScheduler(Scheduler):
         step = plan.coefficients[i]
         return predict_x0(self._predicts, x, out, step.seen_alpha, step.seen_sigma)
 
-    def _update(
-        self, plan: Plan, i: int, x: Tensor, out: Tensor, past: tuple[Any, ...], noise: Tensor | None
-    ) -> Update:
+    def _update(self, plan: Plan, i: int, x: Tensor, out: Tensor, past: Past, noise: Tensor | None) -> Update:
         step, past = plan.coefficients[i], PNDMPast(*past)
         if step.stage is not None:
             e, x, past = self._runge_kutta(step.stage, x, out, past)

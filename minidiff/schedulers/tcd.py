@@ -15,11 +15,12 @@ from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 
 from minidiff.configured import register_to_config
+from minidiff.noise import Generators
 from minidiff.outputs import Output
-from minidiff.schedulers.base import Plan, Update
+from minidiff.schedulers.base import Past, Plan, Update
 from minidiff.schedulers.consistency import ConsistencyScheduler
 from minidiff.schedulers.prediction import Scalar, Thresholding, predict_eps, weighted_sum
 
@@ -92,7 +93,7 @@ class TCDScheduler(ConsistencyScheduler):
             (a_s / a_below).sqrt(),
             (1 - a_s / a_below).sqrt(),
         )
-        return tuple(TCDStep(*numbers) for numbers in zip(*map(torch.unbind, columns), strict=True))
+        return tuple(map(TCDStep, *columns))
 
     def wants_noise(self, plan: Plan, i: int) -> bool:
         return plan.options["eta"] > 0 and not self._is_last(plan, i)
@@ -100,9 +101,7 @@ class TCDScheduler(ConsistencyScheduler):
     def denoised(self, plan: Plan, i: int, x: Tensor, out: Tensor) -> Tensor:
         return self._raw_x0(plan, i, x, out)
 
-    def _update(
-        self, plan: Plan, i: int, x: Tensor, out: Tensor, past: tuple[Any, ...], noise: Tensor | None
-    ) -> Update:
+    def _update(self, plan: Plan, i: int, x: Tensor, out: Tensor, past: Past, noise: Tensor | None) -> Update:
         step, x0 = plan.coefficients[i], self.denoised(plan, i, x, out)
         eps = predict_eps(self._predicts, x, out, step.alpha, step.sigma)
         noised = weighted_sum((step.to_x0, x0), (step.to_eps, eps))
@@ -119,7 +118,7 @@ class TCDScheduler(ConsistencyScheduler):
         timestep: float | Tensor,
         sample: Tensor,
         eta: float = 0.3,
-        generator: Generator | Sequence[Generator] | None = None,
+        generator: Generators = None,
         return_dict: bool = True,
     ) -> TCDSchedulerOutput | tuple[Tensor, ...]:
         """Take the step at ``timestep``, noising up from ``1 - eta`` of the next one; see ``Scheduler.step``."""

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from minidiff.configured import register_to_config
 from minidiff.errors import ConfigError
-from minidiff.schedulers.base import Grid, Plan, Update
+from minidiff.schedulers.base import Device, Grid, Past, Plan, Update
 from minidiff.schedulers.log_snr import LogSnrScheduler, remembered
 from minidiff.schedulers.prediction import Scalar, predict_eps, predict_x0, weighted_sum
 
@@ -131,7 +131,7 @@ class UniPCMultistepScheduler(LogSnrScheduler):
     def set_timesteps(
         self,
         num_inference_steps: int | None = None,
-        device: torch.device | str | None = None,
+        device: Device = None,
         sigmas: Sequence[float] | None = None,
         mu: float | None = None,
     ) -> None:
@@ -206,9 +206,7 @@ class UniPCMultistepScheduler(LogSnrScheduler):
         x0 = predict_x0(self._predicts, x, out, step.alpha, step.sigma)
         return self._thresholding(x0) if self.config.predict_x0 else x0
 
-    def _update(
-        self, plan: Plan, i: int, x: Tensor, out: Tensor, past: tuple[Any, ...], noise: Tensor | None
-    ) -> Update:
+    def _update(self, plan: Plan, i: int, x: Tensor, out: Tensor, past: Past, noise: Tensor | None) -> Update:
         step, past = plan.coefficients[i], UniPCPast(*past)
         if self.config.predict_x0:
             m = self.denoised(plan, i, x, out)
