@@ -11,6 +11,6 @@ __all__ = ["Device", "Grid", "Past", "Plan", "Scheduler", "SchedulerOutput", "St
 
 
 class Scheduler(ByHand):
-    """Base of the schedulers. A solver provides ``_grid``, ``_coefficients``, ``_update`` and ``denoised``."""
+    """Base of the schedulers. A solver provides ``_grid``, ``_coefficients`` and ``_update``."""
 
     _compatibles: ClassVar[Sequence[str]] = tuple(KarrasDiffusionSchedulers.__members__)

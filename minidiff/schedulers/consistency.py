@@ -9,18 +9,15 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from minidiff.schedulers import noise_schedule
 from minidiff.schedulers.base import Device, Grid, Plan, Scheduler
-from minidiff.schedulers.prediction import predict_x0
 
 
 class ConsistencyScheduler(Scheduler):
     """Base of LCM and TCD. ``steps_offset`` and ``timestep_spacing`` have no effect, as in the reference."""
 
     _compatibles = ()
-    plan_inputs = ("timesteps", "original_inference_steps", "strength")
     run_options: ClassVar[Mapping[str, Any]] = {}
 
     def _grid(
@@ -64,13 +61,8 @@ class ConsistencyScheduler(Scheduler):
         strength: float = 1.0,
     ) -> None:
         """Plan a run and forget the previous one; ``strength`` below 1 leaves out the noisiest timesteps."""
-        custom = {"original_inference_steps": original_inference_steps, "strength": strength}
-        custom = {name: value for name, value in custom.items() if value is not None}
-        self._begin(self.plan(num_inference_steps, device=device, timesteps=timesteps, **custom))
+        given = {"timesteps": timesteps, "original_inference_steps": original_inference_steps, "strength": strength}
+        self._begin(self.plan(num_inference_steps, device=device, **given))
 
     def _is_last(self, plan: Plan, i: int) -> bool:
         return i == plan.num_inference_steps - 1
-
-    def _raw_x0(self, plan: Plan, i: int, x: Tensor, out: Tensor) -> Tensor:
-        step = plan.coefficients[i]
-        return predict_x0(self._predicts, x, out, step.alpha, step.sigma)

@@ -15,6 +15,7 @@ multistep or multi-evaluation solver remembers. Besides, ``start_at`` makes the 
 says what clean sample the network means, ``level`` and ``noised`` how much noise a step begins with.
 """
 
+import inspect
 import operator
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
@@ -27,7 +28,7 @@ from minidiff.configured import ConfigMixin
 from minidiff.noise import Generators, randn
 from minidiff.schedulers import noise_schedule
 from minidiff.schedulers.mixin import SchedulerMixin
-from minidiff.schedulers.prediction import Thresholding
+from minidiff.schedulers.prediction import Thresholding, predict_x0
 
 Device = torch.device | str | None
 Past = tuple[Any, ...]  # what a solver remembers
@@ -62,13 +63,11 @@ class Update(NamedTuple):
 
 
 class Core(SchedulerMixin, ConfigMixin):
-    """A scheduler without state. A solver provides ``_grid``, ``_coefficients``, ``_update`` and ``denoised``."""
+    """A scheduler without state. A solver provides ``_grid``, ``_coefficients`` and ``_update``."""
 
     order: ClassVar[int] = 1  # network evaluations per step that the caller asked for
     beta_schedules: ClassVar[tuple[str, ...]] = noise_schedule.BETA_SCHEDULES
     prediction_types: ClassVar[tuple[str, ...]] = ("epsilon", "sample", "v_prediction")
-    plan_inputs: ClassVar[tuple[str, ...]] = ()  # which of timesteps=, sigmas=, mu= the solver can plan from
-    sigmas_include_last: ClassVar[bool] = False  # sigmas= that a user gives end with the level after the last step
     run_options: ClassVar[Mapping[str, Any]] = {}  # options of a run and their defaults, such as eta
 
     def __init__(self) -> None:
@@ -113,28 +112,27 @@ class Core(SchedulerMixin, ConfigMixin):
         mu: float | None = None,
         **options: Any,
     ) -> Plan:
-        """Work out a run of ``steps`` steps (or of given ``timesteps`` or ``sigmas``, where the solver has them).
+        """Work out a run of ``steps`` steps, or of given ``timesteps`` or ``sigmas`` where ``_grid`` takes them.
 
         ``options`` are those in ``run_options``. Raises ValueError for counts and options that cannot be planned.
         """
-        options |= {
-            name: value
-            for name, value in (("timesteps", timesteps), ("sigmas", sigmas), ("mu", mu))
-            if value is not None
-        }
-        for name in options:
-            if name not in (*self.plan_inputs, *self.run_options):
+        given = {"timesteps": timesteps, "sigmas": sigmas, "mu": mu, **options}
+        given = {name: value for name, value in given.items() if value is not None}
+        _, *grid_inputs = inspect.signature(self._grid).parameters
+        for name in given:
+            if name not in (*grid_inputs, *self.run_options):
                 raise ValueError(f"{type(self).__name__} cannot plan from {name}=")
-        custom = {name: options.pop(name) for name in self.plan_inputs if name in options}
-        given = [name for name in ("timesteps", "sigmas") if name in custom]
-        if len(given) + (steps is not None) != 1:
+        custom = {name: given.pop(name) for name in grid_inputs if name in given}
+        lists = [custom[name] for name in ("timesteps", "sigmas") if name in custom]
+        if len(lists) + (steps is not None) != 1:
             raise ValueError("give exactly one of num_inference_steps, timesteps and sigmas")
-        count = len(custom[given[0]]) - (given == ["sigmas"] and self.sigmas_include_last) if given else _index(steps)
+        count = len(lists[0]) if lists else _index(steps)
         if count is None or count < 1:
             raise ValueError(f"num_inference_steps should be a positive integer, found {steps!r}")
         if len(self.betas) < len(self):
             raise ValueError(f"trained_betas has {len(self.betas)} entries, num_train_timesteps is {len(self)}")
-        return self._plan_of(self._grid(count, **custom), count, device, start, options)
+        grid = self._grid(count, **custom)
+        return self._plan_of(grid, len(grid.timesteps) if "sigmas" in custom else count, device, start, given)
 
     def start_at(self, plan: Plan, start: int) -> Plan:
         """Return the plan of a run that begins at step ``start`` of ``plan``: solvers warm up from there."""
@@ -151,8 +149,9 @@ class Core(SchedulerMixin, ConfigMixin):
         return update.x, update.past
 
     def denoised(self, plan: Plan, i: int, x: Tensor, out: Tensor) -> Tensor:
-        """Return the clean x0 that the network's output ``out`` at step ``i`` implies (for previews)."""
-        raise NotImplementedError
+        """Return the clean x0 that the network's output ``out`` at step ``i`` implies."""
+        step = plan.coefficients[i]
+        return self._thresholding(predict_x0(self._predicts, x, out, step.alpha, step.sigma))
 
     def level(self, plan: Plan, i: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
         """Return alpha and sigma, x = alpha x0 + sigma noise, where step ``i`` begins; N is after the last.
@@ -243,9 +242,10 @@ class Core(SchedulerMixin, ConfigMixin):
         index = torch.tensor(times, dtype=torch.int64)
         return torch.where(index < 0, self.final_alpha_cumprod, self.alphas_cumprod[index.clamp(min=0)])
 
-    def _require_signal(self, alpha_bar: Tensor, clip: Thresholding) -> None:
+    def _require_signal(self, alpha_bar: Tensor) -> None:
         """Refuse runs in which x0 = (x - sigma eps) / sqrt(alpha_bar) divides by 0 with nothing to bound it."""
-        if self.config.prediction_type == "epsilon" and clip.limit is None and not bool(alpha_bar.all()):
+        bounded = self._thresholding.limit is not None
+        if self.config.prediction_type == "epsilon" and not bounded and not bool(alpha_bar.all()):
             raise ValueError(
                 "rescale_betas_zero_snr leaves no signal at the last training timestep, where a network that predicts "
                 "epsilon says nothing about x0: use prediction_type='v_prediction' or 'sample', clip_sample=True, or "

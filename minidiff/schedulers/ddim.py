@@ -18,7 +18,7 @@ from torch import Tensor
 from minidiff.configured import register_to_config
 from minidiff.noise import Generators
 from minidiff.schedulers.base import Grid, Past, Plan, Scheduler, SchedulerOutput, Update
-from minidiff.schedulers.prediction import Scalar, predict_eps, predict_x0, weighted_sum
+from minidiff.schedulers.prediction import Scalar, predict_eps, weighted_sum
 
 
 class DDIMStep(NamedTuple):
@@ -71,7 +71,7 @@ class DDIMScheduler(Scheduler):
         stride = self.config.num_train_timesteps // plan.num_inference_steps
         alpha_bar_t = self._alpha_bar(plan.times)
         alpha_bar_s = self._alpha_bar([t - stride for t in plan.times])
-        self._require_signal(alpha_bar_t, self._thresholding)
+        self._require_signal(alpha_bar_t)
         std = eta * ((1 - alpha_bar_s) / (1 - alpha_bar_t) * (1 - alpha_bar_t / alpha_bar_s)) ** 0.5
         columns = (
             alpha_bar_t**0.5,
@@ -90,10 +90,6 @@ class DDIMScheduler(Scheduler):
 
     def wants_noise(self, plan: Plan, i: int) -> bool:
         return plan.options["eta"] > 0
-
-    def denoised(self, plan: Plan, i: int, x: Tensor, out: Tensor) -> Tensor:
-        step = plan.coefficients[i]
-        return self._thresholding(predict_x0(self._predicts, x, out, step.alpha, step.sigma))
 
     def _update(self, plan: Plan, i: int, x: Tensor, out: Tensor, past: Past, noise: Tensor | None) -> Update:
         step = plan.coefficients[i]

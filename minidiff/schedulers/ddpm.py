@@ -19,7 +19,7 @@ from torch import Tensor
 from minidiff.configured import register_to_config
 from minidiff.schedulers import noise_schedule
 from minidiff.schedulers.base import Device, Grid, Past, Plan, Scheduler, Stochastic, Update
-from minidiff.schedulers.prediction import Scalar, predict_x0
+from minidiff.schedulers.prediction import Scalar
 
 VARIANCES = ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", "learned", "learned_range")
 
@@ -32,8 +32,8 @@ class DDPMStep(NamedTuple):
     to_x0: Scalar  # the coefficient of the predicted x0
     to_x: Scalar  # the coefficient of x
     std: Scalar  # of the noise, where the network does not predict it
-    log_small: Scalar  # log variance of fixed_small and of fixed_large: the ends between which
-    log_large: Scalar  # a network with learned_range chooses
+    log_small: Scalar  # log of the least and of the greatest variance that make sense, those of fixed_small and
+    log_large: Scalar  # fixed_large: a network with learned_range says where between the two it lies
 
 
 class DDPMScheduler(Stochastic, Scheduler):
@@ -41,7 +41,6 @@ class DDPMScheduler(Stochastic, Scheduler):
 
     beta_schedules = (*noise_schedule.BETA_SCHEDULES, "laplace", "sigmoid")
     finds_by_timestep = starts_ready = True
-    plan_inputs = ("timesteps",)
 
     @register_to_config
     def __init__(
@@ -81,7 +80,7 @@ class DDPMScheduler(Stochastic, Scheduler):
     def _coefficients(self, plan: Plan) -> tuple[DDPMStep, ...]:
         alpha_bar_t = self.alphas_cumprod[list(plan.times)]
         alpha_bar_s = torch.cat([alpha_bar_t[1:], torch.ones(1)])
-        self._require_signal(alpha_bar_t, self._thresholding)
+        self._require_signal(alpha_bar_t)
         beta_bar_t, beta_bar_s = 1 - alpha_bar_t, 1 - alpha_bar_s
         alpha = alpha_bar_t / alpha_bar_s
         beta = 1 - alpha
@@ -112,19 +111,14 @@ class DDPMScheduler(Stochastic, Scheduler):
         return plan.times[i] > 0
 
     def denoised(self, plan: Plan, i: int, x: Tensor, out: Tensor) -> Tensor:
-        return self._x0(plan.coefficients[i], x, self._split(out, x)[0])
-
-    def _x0(self, step: DDPMStep, x: Tensor, out: Tensor) -> Tensor:
-        return self._thresholding(predict_x0(self._predicts, x, out, step.alpha, step.sigma))
+        return super().denoised(plan, i, x, self._split(out, x)[0])
 
     def _update(self, plan: Plan, i: int, x: Tensor, out: Tensor, past: Past, noise: Tensor | None) -> Update:
-        step = plan.coefficients[i]
-        out, predicted = self._split(out, x)
-        x0 = self._x0(step, x, out)
-        x = step.to_x0 * x0 + step.to_x * x
+        step, x0 = plan.coefficients[i], self.denoised(plan, i, x, out)
+        moved = step.to_x0 * x0 + step.to_x * x
         if self.wants_noise(plan, i):
-            x = x + self._scaled(noise, step, predicted)
-        return Update(x, (), x0)
+            moved = moved + self._scaled(noise, step, self._split(out, x)[1])
+        return Update(moved, (), x0)
 
     def _split(self, out: Tensor, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """Split the network's output (B, 2C, ...) into its prediction and its variance, if it has learned one."""

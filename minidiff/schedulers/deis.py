@@ -18,7 +18,7 @@ from minidiff.configured import register_to_config
 from minidiff.errors import ConfigError
 from minidiff.schedulers.base import Device, Past, Plan, Update
 from minidiff.schedulers.log_snr import LogSnrScheduler, remembered
-from minidiff.schedulers.prediction import Scalar, predict_eps, predict_x0, weighted_sum
+from minidiff.schedulers.prediction import Scalar, predict_eps, weighted_sum
 
 
 class DEISStep(NamedTuple):
@@ -121,10 +121,6 @@ class DEISMultistepScheduler(LogSnrScheduler):
             around = [*nodes[j:], *nodes[:j]]  # the node of this weight first
             weights.append(antiderivative(rho[k + 1], around) - antiderivative(rho[k], around))
         return torch.from_numpy(np.array(weights)).unbind()
-
-    def denoised(self, plan: Plan, i: int, x: Tensor, out: Tensor) -> Tensor:
-        step = plan.coefficients[i]
-        return self._thresholding(predict_x0(self._predicts, x, out, step.alpha, step.sigma))
 
     def _update(self, plan: Plan, i: int, x: Tensor, out: Tensor, past: Past, noise: Tensor | None) -> Update:
         step = plan.coefficients[i]

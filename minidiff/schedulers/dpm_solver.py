@@ -94,7 +94,6 @@ class DpmSolver(LogSnrScheduler):
         "algorithm_type": (("deis",), "dpmsolver++"),
         "solver_type": (("logrho", "bh1", "bh2"), "midpoint"),
     }
-    plan_inputs = ("timesteps",)
     algorithms: tuple[str, ...] = ()
 
     def __init__(self) -> None:
@@ -163,9 +162,7 @@ class DpmSolver(LogSnrScheduler):
     # ---- what the network predicts ------------------------------------------------------------------------------
 
     def denoised(self, plan: Plan, i: int, x: Tensor, out: Tensor) -> Tensor:
-        step = plan.coefficients[i]
-        out = self._without_variance(out, x)
-        return self._thresholding(predict_x0(self._predicts, x, out, step.alpha, step.sigma))
+        return super().denoised(plan, i, x, self._without_variance(out, x))
 
     def _prediction(self, plan: Plan, i: int, x: Tensor, out: Tensor) -> Tensor:
         """Return x0, or eps for the algorithms that integrate it."""

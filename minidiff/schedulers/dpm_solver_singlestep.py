@@ -16,7 +16,6 @@ for. Lu et al. 2022, https://arxiv.org/abs/2206.00927, Algorithms 1 and 2. Check
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
 
 from torch import Tensor
 
@@ -25,13 +24,6 @@ from minidiff.schedulers.base import Past, Plan, Stochastic, Update
 from minidiff.schedulers.dpm_solver import DpmSolver, DPMSolverStep, Transitions
 from minidiff.schedulers.log_snr import remembered
 from minidiff.schedulers.prediction import Scalar, weighted_sum
-
-
-class SinglestepPast(NamedTuple):
-    """What the singlestep solver remembers."""
-
-    x: Tensor | None = None  # where the group began
-    m: tuple[Tensor, ...] = ()  # predictions, newest first
 
 
 def differences(ms: Sequence[Tensor], ratios: Sequence[Scalar]) -> tuple[Tensor, ...]:
@@ -128,10 +120,11 @@ class DPMSolverSinglestepScheduler(Stochastic, DpmSolver):
         return w.to_x, (w.d0, w.d1, w.d2), ratios, w.std
 
     def _update(self, plan: Plan, i: int, x: Tensor, out: Tensor, past: Past, noise: Tensor | None) -> Update:
-        step, past = plan.coefficients[i], SinglestepPast(*past)
-        ms = (self._prediction(plan, i, x, out), *past.m)[: self.config.solver_order]
-        begin = x if step.order == 1 else past.x
+        step = plan.coefficients[i]
+        begin, *earlier = past or (None,)  # where the group began, and the predictions, newest first
+        ms = (self._prediction(plan, i, x, out), *earlier)[: self.config.solver_order]
+        begin = x if step.order == 1 else begin
         terms = [(step.to_x, begin), *zip(step.d, differences(ms[: step.order], step.ratios), strict=True)]
         if self.wants_noise(plan, i):
             terms.append((step.std, noise))
-        return Update(weighted_sum(*terms), SinglestepPast(begin, ms))
+        return Update(weighted_sum(*terms), (begin, *ms))

@@ -37,8 +37,6 @@ class EulerDiscreteScheduler(SigmaSpaceScheduler):
     """Sample with Euler's method on unscaled samples."""
 
     refuses_indices = True
-    plan_inputs = ("timesteps", "sigmas")
-    sigmas_include_last = True
     run_options: ClassVar[Mapping[str, Any]] = {"s_churn": 0.0, "s_tmin": 0.0, "s_tmax": math.inf, "s_noise": 1.0}
 
     @register_to_config

@@ -34,7 +34,6 @@ class HeunDiscreteScheduler(SigmaSpaceScheduler):
 
     order = 2
     beta_schedules = (*noise_schedule.BETA_SCHEDULES, "exp")
-    plan_inputs = ("timesteps",)
 
     @register_to_config
     def __init__(

@@ -77,7 +77,7 @@ class LCMScheduler(Stochastic, ConsistencyScheduler):
     def _coefficients(self, plan: Plan) -> tuple[LCMStep, ...]:
         alpha_bar_t = self._alpha_bar(plan.times)
         alpha_bar_s = self._alpha_bar([*plan.times[1:], plan.times[-1]])
-        self._require_signal(alpha_bar_t, self._thresholding)
+        self._require_signal(alpha_bar_t)
         columns = (
             alpha_bar_t.sqrt(),
             (1 - alpha_bar_t).sqrt(),
@@ -92,7 +92,7 @@ class LCMScheduler(Stochastic, ConsistencyScheduler):
 
     def denoised(self, plan: Plan, i: int, x: Tensor, out: Tensor) -> Tensor:
         step = plan.coefficients[i]
-        return weighted_sum((step.out, self._thresholding(self._raw_x0(plan, i, x, out))), (step.skip, x))
+        return weighted_sum((step.out, super().denoised(plan, i, x, out)), (step.skip, x))
 
     def _update(self, plan: Plan, i: int, x: Tensor, out: Tensor, past: Past, noise: Tensor | None) -> Update:
         step, denoised = plan.coefficients[i], self.denoised(plan, i, x, out)

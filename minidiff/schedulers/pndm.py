@@ -23,7 +23,7 @@ from torch import Tensor
 
 from minidiff.configured import register_to_config
 from minidiff.schedulers.base import Grid, Past, Plan, Scheduler, Update
-from minidiff.schedulers.prediction import Scalar, predict_eps, predict_x0, weighted_sum
+from minidiff.schedulers.prediction import Scalar, predict_eps, weighted_sum
 
 ADAMS_BASHFORTH = tuple(  # of two, three and four outputs, newest first; their sum is divided by 2, 12 and 24
     torch.tensor(numerators).unbind() for numerators in ((3.0, -1.0), (23.0, -16.0, 5.0), (55.0, -59.0, 37.0, -9.0))
@@ -40,13 +40,13 @@ class PNDMStep(NamedTuple):
 
     stage: int | None  # 0-3 of a Runge-Kutta step, None in PLMS
     repeats: bool  # PLMS: take the step before once more, from where it began, with the mean of both its ends
-    alpha: Scalar  # sqrt(a_t), where t is where the transfer begins
-    sigma: Scalar  # sqrt(1 - a_t)
+    from_alpha: Scalar  # sqrt(a_t), where t is where the transfer begins
+    from_sigma: Scalar  # sqrt(1 - a_t)
     to_x: Scalar  # sqrt(a_s / a_t)
     gap: Scalar  # a_s - a_t
     divisor: Scalar  # a_t sqrt(1 - a_s) + sqrt(a_t (1 - a_t) a_s)
-    seen_alpha: Scalar  # sqrt(a) and sqrt(1 - a) at the timestep that the network is told, which differs from t
-    seen_sigma: Scalar  # in the later stages of Runge-Kutta
+    alpha: Scalar  # sqrt(a) and sqrt(1 - a) at the timestep that the network is told, which differs from t
+    sigma: Scalar  # in the later stages of Runge-Kutta
 
 
 class PNDMPast(NamedTuple):
@@ -188,10 +188,6 @@ class PNDMScheduler(Scheduler):
 
     # ---- the step ---------------------------------------------------------------------------------------------------
 
-    def denoised(self, plan: Plan, i: int, x: Tensor, out: Tensor) -> Tensor:
-        step = plan.coefficients[i]
-        return predict_x0(self._predicts, x, out, step.seen_alpha, step.seen_sigma)
-
     def _update(self, plan: Plan, i: int, x: Tensor, out: Tensor, past: Past, noise: Tensor | None) -> Update:
         step, past = plan.coefficients[i], PNDMPast(*past)
         if step.stage is not None:
@@ -202,7 +198,7 @@ class PNDMScheduler(Scheduler):
             outs = (*past.outs[-3:], out)
             e = adams_bashforth(outs)
             past = PNDMPast(outs, x if len(outs) == 1 else None)
-        eps = predict_eps(self._predicts, x, e, step.alpha, step.sigma)
+        eps = predict_eps(self._predicts, x, e, step.from_alpha, step.from_sigma)
         return Update(step.to_x * x - step.gap * eps / step.divisor, past)
 
     @staticmethod

@@ -32,7 +32,7 @@ class Thresholding(NamedTuple):
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> "Thresholding":
         """Return what the configuration of a scheduler asks for; thresholding goes before clamping."""
-        if config["thresholding"]:
+        if config.get("thresholding"):
             return cls(ratio=config["dynamic_thresholding_ratio"], ceiling=config["sample_max_value"])
         return cls(limit=config["clip_sample_range"] if config.get("clip_sample") else None)
 

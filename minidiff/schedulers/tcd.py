@@ -47,6 +47,7 @@ class TCDSchedulerOutput(Output):
 class TCDScheduler(ConsistencyScheduler):
     """Sample a model distilled by TCD. ``clip_sample`` and ``thresholding`` have no effect, as in the reference."""
 
+    _thresholding = Thresholding()  # none, whatever the configuration says
     run_options: ClassVar[Mapping[str, Any]] = {"eta": 0.3}
 
     @register_to_config
@@ -84,7 +85,7 @@ class TCDScheduler(ConsistencyScheduler):
         following = torch.tensor([*plan.times[1:], 0])
         below = torch.floor((1 - eta) * following).long()
         a_t, a_s, a_below = self._alpha_bar(plan.times), self.alphas_cumprod[following], self.alphas_cumprod[below]
-        self._require_signal(a_t, Thresholding())
+        self._require_signal(a_t)
         columns = (
             a_t.sqrt(),
             (1 - a_t).sqrt(),
@@ -97,9 +98,6 @@ class TCDScheduler(ConsistencyScheduler):
 
     def wants_noise(self, plan: Plan, i: int) -> bool:
         return plan.options["eta"] > 0 and not self._is_last(plan, i)
-
-    def denoised(self, plan: Plan, i: int, x: Tensor, out: Tensor) -> Tensor:
-        return self._raw_x0(plan, i, x, out)
 
     def _update(self, plan: Plan, i: int, x: Tensor, out: Tensor, past: Past, noise: Tensor | None) -> Update:
         step, x0 = plan.coefficients[i], self.denoised(plan, i, x, out)

@@ -27,7 +27,7 @@ from minidiff.configured import register_to_config
 from minidiff.errors import ConfigError
 from minidiff.schedulers.base import Device, Grid, Past, Plan, Update
 from minidiff.schedulers.log_snr import LogSnrScheduler, remembered
-from minidiff.schedulers.prediction import Scalar, predict_eps, predict_x0, weighted_sum
+from minidiff.schedulers.prediction import Scalar, Thresholding, predict_eps, weighted_sum
 
 
 class Transition(NamedTuple):
@@ -57,13 +57,6 @@ class UniPCStep(NamedTuple):
     predictor: Transition  # to the next
 
 
-class UniPCPast(NamedTuple):
-    """What UniPC remembers."""
-
-    x: Tensor | None = None  # the corrected sample that the last step began with
-    m: tuple[Tensor, ...] = ()  # predictions, newest first
-
-
 class UniPCMultistepScheduler(LogSnrScheduler):
     """Sample with the UniPC predictor-corrector: good pictures in 10 to 20 steps, one evaluation each.
 
@@ -74,7 +67,6 @@ class UniPCMultistepScheduler(LogSnrScheduler):
     renames: ClassVar[Mapping[str, Any]] = {
         "solver_type": (("midpoint", "heun", "logrho"), "bh2")
     }  # of DPM-Solver, DEIS
-    plan_inputs = ("sigmas", "mu")
 
     @register_to_config
     def __init__(
@@ -201,21 +193,21 @@ class UniPCMultistepScheduler(LogSnrScheduler):
 
     # ---- the step -----------------------------------------------------------------------------------------------
 
-    def denoised(self, plan: Plan, i: int, x: Tensor, out: Tensor) -> Tensor:
-        step = plan.coefficients[i]
-        x0 = predict_x0(self._predicts, x, out, step.alpha, step.sigma)
-        return self._thresholding(x0) if self.config.predict_x0 else x0
+    @property
+    def _thresholding(self) -> Thresholding:
+        return super()._thresholding if self.config.predict_x0 else Thresholding()
 
     def _update(self, plan: Plan, i: int, x: Tensor, out: Tensor, past: Past, noise: Tensor | None) -> Update:
-        step, past = plan.coefficients[i], UniPCPast(*past)
+        step = plan.coefficients[i]
+        begin, *earlier = past or (None,)  # the corrected x of the step before, and the predictions, newest first
         if self.config.predict_x0:
             m = self.denoised(plan, i, x, out)
         else:
             m = predict_eps(self._predicts, x, out, step.alpha, step.sigma)
-        ms = (m, *past.m)[: self.config.solver_order]
+        ms = (m, *earlier)[: self.config.solver_order]
         if step.corrector is not None:
-            x = step.corrector(past.x, past.m, m)
-        return Update(step.predictor(x, ms), UniPCPast(x, ms))
+            x = step.corrector(begin, earlier, m)
+        return Update(step.predictor(x, ms), (x, *ms))
 
 
 class _Transitions:
