@@ -155,9 +155,21 @@ class DpmSolver(LogSnrScheduler):
         low, high = log_sigmas[0].item(), log_sigmas[-1].item()
         return np.exp(high + np.linspace(0, 1, count) * (low - high))
 
-    def _transitions(self, plan: Plan) -> Transitions:
+    # ---- the numbers of its steps -------------------------------------------------------------------------------
+
+    def _coefficients(self, plan: Plan) -> tuple[DPMSolverStep, ...]:
         alpha, sigma = self._alpha_sigma(plan.sigmas)
-        return Transitions(alpha, sigma, self.config.algorithm_type)
+        transitions, seen = Transitions(alpha, sigma, self.config.algorithm_type), self._seen_sigma(plan, sigma)
+        orders = enumerate(self._orders(plan, transitions.lam.diff().tolist()))
+        return tuple(DPMSolverStep(alpha[k], seen[k], n, *self._terms(transitions, k, n)) for k, n in orders)
+
+    def _orders(self, plan: Plan, h: Sequence[float]) -> Sequence[int]:
+        """Return the order of each step; ``h`` are the distances in lambda."""
+        raise NotImplementedError
+
+    def _terms(self, transitions: Transitions, k: int, order: int) -> tuple[Any, ...]:
+        """Return the coefficients of x and of the differences, what these are made with, and that of the noise."""
+        raise NotImplementedError
 
     # ---- what the network predicts ------------------------------------------------------------------------------
 

@@ -16,6 +16,7 @@ Lu et al. 2022, https://arxiv.org/abs/2211.01095, Algorithm 2. Checked against
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,7 +24,7 @@ from torch import Tensor
 from minidiff.configured import register_to_config
 from minidiff.noise import Generators, randn
 from minidiff.schedulers.base import Past, Plan, SchedulerOutput, Update
-from minidiff.schedulers.dpm_solver import DpmSolver, DPMSolverStep, Transitions
+from minidiff.schedulers.dpm_solver import DpmSolver, Transitions
 from minidiff.schedulers.log_snr import remembered
 from minidiff.schedulers.prediction import Scalar, weighted_sum
 from minidiff.schedulers.sigma_space import upcast
@@ -86,29 +87,18 @@ class DPMSolverMultistepScheduler(DpmSolver):
         even = self.config.use_karras_sigmas or self.config.use_lu_lambdas
         return bool(even) and self.config.beta_schedule != "squaredcos_cap_v2"
 
-    def _coefficients(self, plan: Plan) -> tuple[DPMSolverStep, ...]:
-        transitions = self._transitions(plan)
-        h = transitions.lam.diff().tolist()
-        alpha, sigma = transitions.alpha, self._seen_sigma(plan, transitions.sigma)
-        steps = []
-        for k in range(len(plan.times)):
-            order = self._order(plan, h, k) if h[k] else 1  # the higher ones divide by h
-            steps.append(DPMSolverStep(alpha[k], sigma[k], order, *self._terms(transitions, k, order)))
-        return tuple(steps)
+    def _orders(self, plan: Plan, h: Sequence[float]) -> Sequence[int]:
+        config, orders = self.config, []
+        for k, length in enumerate(h):  # low while there is little to remember; the higher ones divide by h
+            orders.append(min(config.solver_order, remembered(h, plan.start, k) + 1) if length else 1)
+        short = config.lower_order_final and len(h) < 15
+        if short:
+            orders[-2:-1] = [min(order, 2) for order in orders[-2:-1]]
+        if short or config.euler_at_final or config.final_sigmas_type == "zero":
+            orders[-1] = 1
+        return orders
 
-    def _order(self, plan: Plan, h: Sequence[float], k: int) -> int:
-        """Return the order of step k: low while there is little to remember, and at the end of short runs."""
-        config, count = self.config, len(h)
-        short = config.lower_order_final and count < 15
-        if k == count - 1 and (config.euler_at_final or short or config.final_sigmas_type == "zero"):
-            return 1
-        order = min(config.solver_order, 2 if k == count - 2 and short else 3)
-        return min(order, remembered(h, plan.start, k) + 1)
-
-    def _terms(
-        self, transitions: Transitions, k: int, order: int
-    ) -> tuple[Scalar, tuple[Scalar, ...], tuple[Scalar, ...], Scalar]:
-        """Return the coefficients of x and of the differences, what these are made with, and that of the noise."""
+    def _terms(self, transitions: Transitions, k: int, order: int) -> tuple[Any, ...]:
         w = transitions.weights(k, k + 1)
         if order == 1:
             return w.to_x, (w.d0,), (), w.std

@@ -16,12 +16,13 @@ for. Lu et al. 2022, https://arxiv.org/abs/2206.00927, Algorithms 1 and 2. Check
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor
 
 from minidiff.configured import register_to_config
 from minidiff.schedulers.base import Past, Plan, Stochastic, Update
-from minidiff.schedulers.dpm_solver import DpmSolver, DPMSolverStep, Transitions
+from minidiff.schedulers.dpm_solver import DpmSolver, Transitions
 from minidiff.schedulers.log_snr import remembered
 from minidiff.schedulers.prediction import Scalar, weighted_sum
 
@@ -77,16 +78,9 @@ class DPMSolverSinglestepScheduler(Stochastic, DpmSolver):
     ) -> None:
         super().__init__()
 
-    def _coefficients(self, plan: Plan) -> tuple[DPMSolverStep, ...]:
-        transitions = self._transitions(plan)
-        h = transitions.lam.diff().tolist()
-        alpha, sigma = transitions.alpha, self._seen_sigma(plan, transitions.sigma)
-        steps = []
-        for k, place in enumerate(self._places(len(plan.times))):
-            # A run that begins within a group has less to go by; so have predictions at equal levels.
-            order = min(place, remembered(h, plan.start, k) + 1)
-            steps.append(DPMSolverStep(alpha[k], sigma[k], order, *self._terms(transitions, k, order)))
-        return tuple(steps)
+    def _orders(self, plan: Plan, h: Sequence[float]) -> Sequence[int]:
+        # A run that begins within a group has less to go by; so have predictions at equal levels.
+        return [min(place, remembered(h, plan.start, k) + 1) for k, place in enumerate(self._places(len(h)))]
 
     def _places(self, count: int) -> list[int]:
         """Return the order of each of ``count`` steps: its place in its group."""
@@ -101,10 +95,7 @@ class DPMSolverSinglestepScheduler(Stochastic, DpmSolver):
             places = full * (count // order - 1) + ([1, 2, 1] if order == 3 else [1, 1])
         return [*places[:-1], 1] if zero else places
 
-    def _terms(
-        self, transitions: Transitions, k: int, order: int
-    ) -> tuple[Scalar, tuple[Scalar, ...], tuple[Scalar, ...], Scalar]:
-        """Return the coefficients of x and of the differences, what these are made with, and that of the noise."""
+    def _terms(self, transitions: Transitions, k: int, order: int) -> tuple[Any, ...]:
         s, t, midpoint = k - order + 1, k + 1, self.config.solver_type == "midpoint"
         w = transitions.weights(s, t)
         if order == 1:
