@@ -59,9 +59,7 @@ class ByHand(Core):
     @property
     def init_noise_sigma(self) -> float | Tensor:
         """The standard deviation of the sample that the run starts from."""
-        return (
-            self._init_noise_sigma(self._training_grid().sigmas) if self._plan is None else self._plan.init_noise_sigma
-        )
+        return self._init_noise_sigma(self.sigmas) if self._plan is None else self._plan.init_noise_sigma
 
     @property
     def step_index(self) -> int | None:

@@ -4,8 +4,7 @@ Distillation visits ``original_inference_steps`` timesteps k, 2 k, 3 k ... minus
 of n steps takes every so many of them, evenly, largest first.
 """
 
-from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -18,7 +17,6 @@ class ConsistencyScheduler(Scheduler):
     """Base of LCM and TCD. ``steps_offset`` and ``timestep_spacing`` have no effect, as in the reference."""
 
     _compatibles = ()
-    run_options: ClassVar[Mapping[str, Any]] = {}
 
     def _grid(
         self,
@@ -39,18 +37,16 @@ class ConsistencyScheduler(Scheduler):
             places = np.floor(np.linspace(0, len(origin), num=count, endpoint=False)).astype(np.int64)
             times = torch.from_numpy(origin[places].copy())
         else:
-            times = noise_schedule.custom_timesteps(timesteps, self.config.num_train_timesteps)
+            times = noise_schedule.custom_timesteps(timesteps, len(self))
             times = times[count - min(int(count * strength), count) :]
         return self._grid_of(times)
 
     def _distilled(self, original_steps: int | None, strength: float) -> np.ndarray:
         """Return the timesteps of distillation, smallest first, up to ``strength``."""
         steps = self.config.original_inference_steps if original_steps is None else original_steps
-        if not 0 < steps <= self.config.num_train_timesteps:
-            raise ValueError(
-                f"original_inference_steps should lie in 1 ... {self.config.num_train_timesteps}, found {steps}"
-            )
-        return np.arange(1, int(steps * strength) + 1) * (self.config.num_train_timesteps // steps) - 1
+        if not 0 < steps <= len(self):
+            raise ValueError(f"original_inference_steps should lie in 1 ... {len(self)}, found {steps}")
+        return np.arange(1, int(steps * strength) + 1) * (len(self) // steps) - 1
 
     def set_timesteps(
         self,

@@ -69,9 +69,8 @@ class KDPM2DiscreteScheduler(SigmaSpaceScheduler):
         times, spaced = self._spaced(count)
         if self.config.use_karras_sigmas:
             times = times.round()
-        sigmas = torch.from_numpy(np.append(spaced, 0.0).astype(np.float32))
-        middle = self._middles(sigmas)[:-1].numpy()  # the last step has none
-        middle = self._times_of(middle, single=True)
+        sigmas = self._closed(times, spaced).sigmas
+        middle = self._times_of(self._middles(sigmas)[:-1].numpy(), single=True)  # the last step has none
         told = np.stack([middle.astype(times.dtype), times[1:]], axis=1)
         return Grid(
             torch.from_numpy(np.concatenate([times[:1], told.ravel()])),

@@ -34,12 +34,11 @@ class LogSnrScheduler(NoiseLevelScheduler):
 
     def _grid(self, count: int, **custom: Any) -> Grid:
         """Return a flow's levels, respaced ones, or those of the timesteps: one more than asked for, but the last."""
-        training = self._training_sigmas()
         if self.config.use_flow_sigmas:
             levels = 1.0 - np.linspace(1, 1 / self.config.num_train_timesteps, count + 1)
             return self._flow_grid(self._shifted(levels)[::-1][:-1])
         if self._respace is not None:
-            return self._level_grid(self._respaced(count, training[0].item(), training[-1].item()))
+            return self._level_grid(self._respaced(count, self._training_sigmas()))
         return self._time_grid(self._spaced_timesteps(count, extra=True))
 
     def _shifted(self, levels: np.ndarray) -> np.ndarray:

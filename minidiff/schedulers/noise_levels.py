@@ -36,10 +36,10 @@ class NoiseLevelScheduler(Scheduler):
     def _respace(self) -> Callable[[float, float, int], np.ndarray] | None:
         return noise_schedule.chosen_spacing(self._own())
 
-    def _respaced(self, count: int, low: float, high: float) -> np.ndarray:
-        """Return ``count`` Karras, exponential or beta levels from high to low, unless the configuration has bounds."""
-        least, greatest = self._bounds()
-        return self._respace(low if least is None else least, high if greatest is None else greatest, count)
+    def _respaced(self, count: int, levels: np.ndarray) -> np.ndarray:
+        """Return ``count`` Karras, exponential or beta levels between the bounds or else the ends of ``levels``."""
+        ends = zip(self._bounds(), levels[[0, -1]].tolist(), strict=True)
+        return self._respace(*(end if bound is None else bound for bound, end in ends), count)
 
     def _bounds(self) -> tuple[float | None, float | None]:
         """Return the least and greatest noise level to respace between, None for those of the timesteps.

@@ -65,7 +65,7 @@ class SigmaSpaceScheduler(NoiseLevelScheduler):
         levels = self._levels_of(times)
         if self._respace is None:
             return times, levels
-        levels = self._respaced(count, levels[-1].item(), levels[0].item())
+        levels = self._respaced(count, levels[::-1])
         return self._times_of(levels), levels
 
     def _closed(self, times: np.ndarray, levels: np.ndarray, last: float = 0.0) -> Grid:

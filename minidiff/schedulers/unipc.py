@@ -140,8 +140,7 @@ class UniPCMultistepScheduler(LogSnrScheduler):
             return super()._grid(count)
         if self._respace is None:
             return self._flow_grid(self._flow_sigmas(count, sigmas, mu))
-        training = self._training_sigmas()
-        levels = self._respaced(count, training[0].item(), training[-1].item())
+        levels = self._respaced(count, self._training_sigmas())
         return self._flow_grid(levels / (levels + 1))
 
     def _flow_sigmas(self, count: int, sigmas: Sequence[float] | None, mu: float | None) -> np.ndarray:
