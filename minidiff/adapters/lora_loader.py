@@ -19,8 +19,8 @@ from torch import Tensor
 
 from minidiff.adapters.control import AdapterControl, LoadedLora
 from minidiff.adapters.lora_file import FILE_NAME
-from minidiff.adapters.source import read_adapter
-from minidiff.checkpoints.model import Model, refuse_pickles, refuse_unless_harmless
+from minidiff.adapters.source import options_of, read_adapter
+from minidiff.checkpoints.model import Model
 
 logger = logging.getLogger("minidiff")
 
@@ -39,16 +39,7 @@ class LoraLoader(AdapterControl):
         pretrained_model_name_or_path_or_dict: str | Path | Mapping[str, Tensor],
         adapter_name: str | None = None,
         hotswap: bool = False,
-        *,
-        weight_name: str | None = None,
-        subfolder: str | None = None,
-        revision: str | None = None,
-        cache_dir: str | Path | None = None,
-        local_files_only: bool | None = None,
-        token: str | bool | None = None,
-        force_download: bool = False,
-        use_safetensors: bool | None = None,
-        **harmless: Any,
+        **options: Any,
     ) -> LoadedLora:
         """Load a LoRA file and make it the active adapter of the networks that it is for.
 
@@ -59,8 +50,9 @@ class LoraLoader(AdapterControl):
             pretrained_model_name_or_path_or_dict: a safetensors file, a folder, a Hub id, or tensors by name.
             adapter_name: what to call it; default: default_0, default_1...
             hotswap: whether it takes the place of the adapter of this name: active or not as that one, at the weight 1.
-            weight_name: the file in the folder or repository; default: pytorch_lora_weights.safetensors, or the only
-                safetensors file there.
+            options: ``weight_name``, the file in the folder or repository (default: pytorch_lora_weights.safetensors,
+                or the only safetensors file there); ``subfolder``, ``revision``, ``cache_dir``, ``token``,
+                ``local_files_only`` and ``force_download`` as of ``from_pretrained``.
 
         Returns:
             which layers it adapts; the same is logged.
@@ -71,13 +63,9 @@ class LoraLoader(AdapterControl):
             CheckpointNotFoundError: if there is no such file.
             ValueError: if the name is taken, or, with ``hotswap``, if it is not, or fused.
         """
-        refuse_pickles(use_safetensors)
-        if unknown := refuse_unless_harmless(harmless):
-            raise TypeError(f"load_lora_weights got unknown arguments {', '.join(unknown)}")
-        where = {"subfolder": subfolder, "revision": revision, "cache_dir": cache_dir, "token": token}
-        where |= {"local_files_only": local_files_only, "force_download": force_download}
+        options = options_of("load_lora_weights", options)
         name = self._name_to_swap(adapter_name) if hotswap else self._new_name(adapter_name)
-        file = read_adapter(pretrained_model_name_or_path_or_dict, FILE_NAME, weight_name, **where)
+        file = read_adapter(pretrained_model_name_or_path_or_dict, FILE_NAME, **options)
         return self._add_lora(file, name)
 
     def unload_lora_weights(self) -> None:

@@ -19,13 +19,10 @@ from minidiff.adapters.control import AdapterControl, LoadedLora
 from minidiff.adapters.lora import Patch, adapters_of
 from minidiff.adapters.lora_config import KEY
 from minidiff.adapters.lora_file import FILE_NAME
-from minidiff.adapters.source import AdapterFile, read_adapter
-from minidiff.checkpoints.model import refuse_pickles, refuse_unless_harmless
+from minidiff.adapters.source import AdapterFile, options_of, read_adapter
 from minidiff.checkpoints.save import save_tensors
 from minidiff.config import Config
 from minidiff.errors import CheckpointError
-
-_WHERE = ("weight_name", "subfolder", "revision", "cache_dir", "local_files_only", "token", "force_download")
 
 
 class AdaptedNetwork(AdapterControl):
@@ -43,8 +40,7 @@ class AdaptedNetwork(AdapterControl):
         hotswap: bool = False,
         *,
         adapter_name: str | None = None,
-        use_safetensors: bool | None = None,
-        **where: Any,
+        **options: Any,
     ) -> LoadedLora:
         """Load a LoRA of this network alone.
 
@@ -55,11 +51,8 @@ class AdaptedNetwork(AdapterControl):
         Raises:
             CheckpointError: if no name begins with the prefix; else as ``load_lora_weights``.
         """
-        refuse_pickles(use_safetensors)
-        if unknown := [name for name in refuse_unless_harmless(where) if name not in _WHERE]:
-            raise TypeError(f"load_lora_adapter got unknown arguments {', '.join(unknown)}")
-        where = {name: where[name] for name in _WHERE if name in where}
-        label, tensors, header = read_adapter(pretrained_model_name_or_path_or_dict, FILE_NAME, **where)
+        options = options_of("load_lora_adapter", options)
+        label, tensors, header = read_adapter(pretrained_model_name_or_path_or_dict, FILE_NAME, **options)
         if not (mine := self._of_component(tensors, prefix)):
             raise CheckpointError(f"no tensor of {label} begins with '{prefix}.'; pass prefix='unet', or None for none")
         if KEY in header and isinstance(fields := json.loads(header[KEY]), dict):

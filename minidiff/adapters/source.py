@@ -1,16 +1,21 @@
 """Where an adapter comes from: a mapping of tensors, a safetensors file, a folder or a repository on the Hub."""
 
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from minidiff.checkpoints.arguments import refuse_unless_harmless
 from minidiff.checkpoints.hub import PICKLES, WHY_NO_PICKLES, MissingFileError, NotCachedError, Repo
 from minidiff.checkpoints.load import STORED_DTYPES, read_header
+from minidiff.checkpoints.model import refuse_pickles
 from minidiff.errors import CheckpointError, CheckpointNotFoundError, shortened
+
+_OPTIONS = {"weight_name", *(field.name for field in fields(Repo))} - {"source"}
 
 
 class AdapterFile(NamedTuple):
@@ -25,13 +30,7 @@ def read_adapter(
     source: str | Path | Mapping[str, Tensor],
     default_name: str,
     weight_name: str | None = None,
-    *,
-    subfolder: str | None = None,
-    revision: str | None = None,
-    cache_dir: str | Path | None = None,
-    local_files_only: bool | None = None,
-    token: str | bool | None = None,
-    force_download: bool = False,
+    **where: Any,
 ) -> AdapterFile:
     """Read the tensors of an adapter; those of a file are memory-mapped.
 
@@ -40,6 +39,7 @@ def read_adapter(
         default_name: what the reference calls such a file.
         weight_name: the file in the folder or repository. By default ``default_name``, or else the only safetensors
             file that there is.
+        where: the other arguments of ``Repo``.
 
     Raises:
         CheckpointNotFoundError: if there is no such file, or if several could be meant.
@@ -50,13 +50,26 @@ def read_adapter(
     else:
         path = Path(source)
         if not path.is_file():
-            repo = Repo(source, subfolder, revision, cache_dir, bool(local_files_only), token, force_download)
-            path = _choose(repo, default_name, weight_name)
+            path = _choose(Repo(source, **where), default_name, weight_name)
         found = _read(path)
     if not found.tensors:
         raise CheckpointError(f"{found.label} holds no tensors")
     check_tensors(found.label, found.tensors)
     return found
+
+
+def options_of(method: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the keyword arguments of a loading method that say where the file lies: those of ``read_adapter``.
+
+    Raises:
+        TypeError: if another one asks for something.
+        CheckpointError: if ``use_safetensors=False`` asks for a pickle.
+    """
+    options = refuse_unless_harmless(given)
+    refuse_pickles(options.pop("use_safetensors", None))
+    if unknown := options.keys() - _OPTIONS:
+        raise TypeError(f"{method} got unknown arguments {', '.join(sorted(unknown))}")
+    return {name: value for name, value in options.items() if value is not None}
 
 
 def check_tensors(label: str, tensors: Mapping[str, object]) -> None:

@@ -22,9 +22,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from minidiff.adapters.source import check_tensors, read_adapter
+from minidiff.adapters.source import check_tensors, options_of, read_adapter
 from minidiff.checkpoints.hub import Repo
-from minidiff.checkpoints.model import refuse_pickles
 from minidiff.checkpoints.original.families import no_adapter
 from minidiff.config import Config
 from minidiff.errors import CheckpointError, shortened
@@ -77,15 +76,7 @@ class TextualInversionLoader:
         token: str | Sequence[str] | None = None,
         tokenizer: CLIPTokenizer | None = None,
         text_encoder: CLIPTextModel | None = None,
-        *,
-        weight_name: str | None = None,
-        subfolder: str | None = None,
-        revision: str | None = None,
-        cache_dir: str | Path | None = None,
-        local_files_only: bool | None = None,
-        hf_token: str | bool | None = None,
-        force_download: bool = False,
-        use_safetensors: bool | None = None,
+        **options: Any,
     ) -> None:
         """Teach tokenizer and text encoder new words. Everything is checked before anything is changed.
 
@@ -96,17 +87,17 @@ class TextualInversionLoader:
                 single source.
             tokenizer, text_encoder: where to, by default the pipeline's; those of a file for two encoders, or of
                 learned_embeds.safetensors and learned_embeds_2.safetensors, go to both.
-            weight_name: the file in the folder or repository; default: learned_embeds.safetensors, or the only
-                safetensors file there.
-            hf_token: the login for the Hub, which is called so because ``token`` is taken.
+            options: ``weight_name``, the file in the folder or repository (default: learned_embeds.safetensors, or the
+                only safetensors file there); ``hf_token``, the login for the Hub, as ``token`` is taken; ``subfolder``,
+                ``revision``, ``cache_dir``, ``local_files_only`` and ``force_download`` as of ``from_pretrained``.
 
         Raises:
             ValueError: if a word is known already, has no name, its vectors do not fit the text encoder, or they are
                 for one of two text encoders and nobody says which.
         """
-        refuse_pickles(use_safetensors)
-        where = {"subfolder": subfolder, "revision": revision, "cache_dir": cache_dir, "token": hf_token}
-        where |= {"local_files_only": local_files_only, "force_download": force_download}
+        options["token"] = options.pop("hf_token", None)
+        where = options_of("load_textual_inversion", options)
+        weight_name = where.pop("weight_name", None)
         source = pretrained_model_name_or_path
         sources = list(source) if isinstance(source, list | tuple) else [source]
         names = list(token) if isinstance(token, list | tuple) else [token] * len(sources)
@@ -227,9 +218,8 @@ def _of_both(read: list[Read], source: Source, where: Mapping[str, Any], pairs: 
     if name.startswith(f"{_STEM}_2"):
         return [("text_encoder_2", label, key, vectors)]
     if isinstance(source, str | Path) and name.startswith(_STEM):
-        path, options = Path(source), {name: value for name, value in where.items() if name != "local_files_only"}
-        offline = bool(where["local_files_only"])
-        repo = Repo(path.parent) if path.is_file() else Repo(source, local_files_only=offline, **options)
+        path = Path(source)
+        repo = Repo(path.parent) if path.is_file() else Repo(source, **where)
         if beside := repo.optional_file(f"{_STEM}_2{name.removeprefix(_STEM)}"):
             return [("text_encoder", label, key, vectors), ("text_encoder_2", *_read(beside, None, {})[0][1:])]
     fits = [one for one, (_, encoder) in pairs.items() if encoder.config.hidden_size == vectors.shape[-1]]

@@ -114,16 +114,8 @@ class MemorySavers:
             offload_layers(network, device)
         _empty_cache(device)
 
-    def disable_model_cpu_offload(self) -> None:
-        """End offloading of either kind; the networks stay in main memory until ``to`` moves them."""
-        self.remove_all_hooks()
-
-    def disable_sequential_cpu_offload(self) -> None:
-        """End offloading of either kind; the networks stay in main memory until ``to`` moves them."""
-        self.remove_all_hooks()
-
     def remove_all_hooks(self) -> None:
-        """End offloading of either kind, under the reference's name."""
+        """End offloading of either kind; the networks stay in main memory until ``to`` moves them."""
         for network in self._networks():
             end_offload(network)
 

@@ -209,7 +209,7 @@ def test_everything_is_made_on_the_device(name: str, kind: str) -> None:
     assert x.device.type == "meta" and x.shape == (1, 4, 8, 8)
     assert pipe.vae.decode(x).sample.device.type == "meta"
     assert pipe.vae.encode(torch.zeros(1, 3, 16, 16, device="meta")).latent_dist.mean.device.type == "meta"
-    pipe.disable_model_cpu_offload()
+    pipe.remove_all_hooks()
     assert pipe.device.type == "cpu" and pipe.vae.decode(torch.zeros(1, 4, 2, 2)).sample.device.type == "cpu"
 
 
@@ -325,7 +325,7 @@ def test_to_after_offloading(pipe: DiffusionPipeline, caplog: pytest.LogCaptureF
     pipe.to(torch.float64)
     assert pipe.unet.dtype == torch.float64 and call(pipe, output_type="latent").dtype == torch.float64
     pipe.to(dtype=torch.float32)
-    pipe.disable_sequential_cpu_offload()
+    pipe.remove_all_hooks()
     assert pipe.device.type == "cpu"
 
 
