@@ -65,7 +65,8 @@ def parse(text: str) -> list[Piece]:
             saying where.
     """
     if found := _NOT_HERE.search(text):
-        raise _error(text, found.start(), f"{found[0]} is not implemented; CLIP reads lower case the same way")
+        instead = "if it is a word, write it in lower case" if found[1] else "load adapters with load_lora_weights()"
+        raise _error(text, found.start(), f"{found[0]} is not implemented; {instead}")
     pieces: list[list] = []  # [text, weight]
     opened: list[tuple[str, int, int]] = []  # the sign, where it stands in the text, and how many pieces came before
 

@@ -54,7 +54,7 @@ WRONG = {
     "[a:b:0.5]": r"\[from:to:when\].*not implemented.*position 4",
     "[a:10]": r"\[from:to:when\]",
     "[a|b]": r"\[one\|other\].*not implemented",
-    "a cat BREAK a dog": "BREAK is not implemented; CLIP reads lower case the same way.*position 6",
+    "a cat BREAK a dog": "BREAK is not implemented; if it is a word, write it in lower case.*position 6",
     "a cat AND a dog": "AND is not implemented",
     "a cat <lora:cats:1>": "<lora: is not implemented",
 }
