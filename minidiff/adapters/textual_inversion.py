@@ -24,10 +24,10 @@ from torch import Tensor, nn
 
 from minidiff.adapters.source import check_tensors, options_of, read_adapter
 from minidiff.checkpoints.hub import Repo
+from minidiff.checkpoints.model import Model
 from minidiff.checkpoints.original.families import no_adapter
 from minidiff.config import Config
 from minidiff.errors import CheckpointError, shortened
-from minidiff.networks.clip import CLIPTextModel
 from minidiff.networks.specs.clip import LEGACY_EOS, clip_spec
 from minidiff.text.tokenizer import CLIPTokenizer
 from minidiff.text.tokens import added_words, expand, tokens_of
@@ -62,7 +62,7 @@ class Plain(NamedTuple):
     config: Config
 
 
-Pair = tuple[CLIPTokenizer, CLIPTextModel]
+Pair = tuple[CLIPTokenizer, Model]
 
 
 class TextualInversionLoader:
@@ -75,7 +75,7 @@ class TextualInversionLoader:
         pretrained_model_name_or_path: Source | Sequence[Source],
         token: str | Sequence[str] | None = None,
         tokenizer: CLIPTokenizer | None = None,
-        text_encoder: CLIPTextModel | None = None,
+        text_encoder: Model | None = None,
         **options: Any,
     ) -> None:
         """Teach tokenizer and text encoder new words. Everything is checked before anything is changed.
@@ -121,7 +121,7 @@ class TextualInversionLoader:
         self,
         tokens: str | Sequence[str] | None = None,
         tokenizer: CLIPTokenizer | None = None,
-        text_encoder: CLIPTextModel | None = None,
+        text_encoder: Model | None = None,
     ) -> None:
         """Forget words with all their vectors, by default all that are not part of the vocabulary.
 
@@ -147,7 +147,7 @@ class TextualInversionLoader:
         """Write out the tokens of words with several vectors, as the reference's method of this name does."""
         return expand(prompt, tokenizer) if isinstance(prompt, str) else [expand(one, tokenizer) for one in prompt]
 
-    def _pairs(self, tokenizer: CLIPTokenizer | None, text_encoder: CLIPTextModel | None) -> dict[str, Pair]:
+    def _pairs(self, tokenizer: CLIPTokenizer | None, text_encoder: Model | None) -> dict[str, Pair]:
         """Return tokenizers and text encoders by component, the given ones alone if there are some."""
         parts = self.components
         pairs = {
@@ -244,7 +244,7 @@ def _words(label: str, key: str, vectors: Tensor, names: str | list[str] | None)
     return [Word(key if names is None else names, vectors, label)]
 
 
-def _check(words: Sequence[Word], tokenizer: CLIPTokenizer, encoder: CLIPTextModel) -> None:
+def _check(words: Sequence[Word], tokenizer: CLIPTokenizer, encoder: Model) -> None:
     """Raise if a word cannot be learned."""
     vocabulary, D = tokenizer.get_vocab(), encoder.config.hidden_size
     seen: set[str] = set()
@@ -271,7 +271,7 @@ def _check(words: Sequence[Word], tokenizer: CLIPTokenizer, encoder: CLIPTextMod
 # --- changing a tokenizer and its text encoder -----------------------------------------------------------------------
 
 
-def _learn(words: Sequence[Word], tokenizer: CLIPTokenizer, encoder: CLIPTextModel) -> None:
+def _learn(words: Sequence[Word], tokenizer: CLIPTokenizer, encoder: Model) -> None:
     """Add words: to the table first, so that no other thread meets a token without a row."""
     tokens = [token for word in words for token in word.tokens]
     first = len(tokenizer)
@@ -283,7 +283,7 @@ def _learn(words: Sequence[Word], tokenizer: CLIPTokenizer, encoder: CLIPTextMod
     assert tokenizer.convert_tokens_to_ids(tokens) == list(range(first, first + len(tokens)))
 
 
-def _forget(tokens: set[str], tokenizer: CLIPTokenizer, encoder: CLIPTextModel) -> None:
+def _forget(tokens: set[str], tokenizer: CLIPTokenizer, encoder: Model) -> None:
     """Remove words; the ids of those added after them move up."""
     plain, table = _plain(tokenizer, encoder), encoder.token_embed.weight.detach()
     vectors = {token: table[i] for token, i in added_words(tokenizer).items() if token not in tokens}
@@ -292,7 +292,7 @@ def _forget(tokens: set[str], tokenizer: CLIPTokenizer, encoder: CLIPTextModel) 
     _set_rows(encoder, plain, rows, tokenizer.eos_token_id)
 
 
-def _plain(tokenizer: CLIPTokenizer, encoder: CLIPTextModel) -> Plain:
+def _plain(tokenizer: CLIPTokenizer, encoder: Model) -> Plain:
     """Return what the encoder was without new words; one that was saved with some is cut off before the first."""
     plain = getattr(encoder, "_plain", None)
     if plain is None:
@@ -304,7 +304,7 @@ def _plain(tokenizer: CLIPTokenizer, encoder: CLIPTextModel) -> Plain:
     return plain
 
 
-def _set_rows(encoder: CLIPTextModel, plain: Plain, rows: Mapping[int, Tensor], eos: int) -> None:
+def _set_rows(encoder: Model, plain: Plain, rows: Mapping[int, Tensor], eos: int) -> None:
     """Make the embedding table that of ``plain`` with these rows; without any, put the very tensor back."""
     now = encoder.token_embed.weight
     weight, config = plain
