@@ -6,7 +6,7 @@ from typing import Any
 
 from minidiff.adapters.lora import LowRank, check_updates, scale_from
 from minidiff.adapters.lora_config import layer_configs, scale_of
-from minidiff.adapters.lora_names import Found, LayerName, Names, sort_tensors
+from minidiff.adapters.lora_names import Found, LayerName, LoraNames, sort_tensors
 from minidiff.adapters.source import AdapterFile
 from minidiff.checkpoints.model import Model
 from minidiff.checkpoints.original.families import FAMILIES, no_adapter
@@ -19,7 +19,7 @@ _SAYS_FAMILY = ("ss_base_model_version", "modelspec.architecture")  # kohya's me
 
 def read_updates(file: AdapterFile, networks: Mapping[str, Model]) -> dict[str, dict[LayerName, LowRank]]:
     """Return the updates in a file, component by component; raise one ``CheckpointError`` with all that is wrong."""
-    layers, problems = sort_tensors(file.tensors, Names(networks))
+    layers, problems = sort_tensors(file.tensors, LoraNames(networks))
     for component, network in networks.items():
         mine = [(layer.ours, *found.down, *found.up) for layer, found in layers.items() if layer.component == component]
         problems += check_updates(network, mine)

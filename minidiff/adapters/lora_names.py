@@ -29,9 +29,9 @@ from minidiff.checkpoints.model import Model
 from minidiff.checkpoints.names import unwrapped
 from minidiff.compat.published import own_modules
 
-Part = Literal["down", "up", "alpha"]
+Role = Literal["down", "up", "alpha"]
 
-_ENDINGS: dict[str, Part] = {".lora_A.weight": "down", ".lora_B.weight": "up", ".alpha": "alpha"}
+_ENDINGS: dict[str, Role] = {".lora_A.weight": "down", ".lora_B.weight": "up", ".alpha": "alpha"}
 for _stem in (".lora.", ".lora_linear_layer.", "_lora.", ".lora_"):
     _ENDINGS |= {f"{_stem}down.weight": "down", f"{_stem}up.weight": "up"}
 _KOHYA = {  # beginning of a name -> component
@@ -63,7 +63,7 @@ class LayerName(NamedTuple):
     hub: str
 
 
-class Names:
+class LoraNames:
     """The layers that LoRA can adapt, linear and convolutional ones, by every name that a file may call them."""
 
     def __init__(self, networks: Mapping[str, Model]) -> None:
@@ -79,8 +79,8 @@ class Names:
                     other = self.flat[component].setdefault(name.replace(".", "_"), layer)
                     assert other is layer, f"{name} is two layers with '_' for '.': {layer} and {other}"
 
-    def find(self, key: str) -> tuple[LayerName, Part] | str:
-        """Return the layer that a tensor belongs to and its part in it, or the reason why there is none."""
+    def find(self, key: str) -> tuple[LayerName, Role] | str:
+        """Return the layer that a tensor belongs to and its role there, or the reason why there is none."""
         key = unwrapped(key)
         for pattern, kind in NOT_IMPLEMENTED.items():
             if re.search(pattern, key):
@@ -136,9 +136,9 @@ class Found(NamedTuple):
     alpha: tuple[str, Tensor] | None
 
 
-def sort_tensors(tensors: Mapping[str, Tensor], names: Names) -> tuple[dict[LayerName, Found], list[str]]:
+def sort_tensors(tensors: Mapping[str, Tensor], names: LoraNames) -> tuple[dict[LayerName, Found], list[str]]:
     """Group the tensors of a file by layer; also return a line for each tensor that belongs to no whole layer."""
-    parts: dict[LayerName, dict[Part, tuple[str, Tensor]]] = {}
+    parts: dict[LayerName, dict[Role, tuple[str, Tensor]]] = {}
     problems = []
     for key, tensor in tensors.items():
         found = names.find(key)

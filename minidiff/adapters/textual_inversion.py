@@ -55,7 +55,7 @@ class Word(NamedTuple):
         return [self.token, *(f"{self.token}_{k}" for k in range(1, len(self.vectors)))]
 
 
-class Plain(NamedTuple):
+class Untaught(NamedTuple):
     """What a text encoder was before it learned new words."""
 
     weight: nn.Parameter
@@ -278,36 +278,36 @@ def _learn(words: Sequence[Word], tokenizer: CLIPTokenizer, encoder: Model) -> N
     table = encoder.token_embed.weight.detach()
     rows = {i: table[i] for i in added_words(tokenizer).values()}
     rows |= dict(enumerate((vector for word in words for vector in word.vectors), start=first))
-    _set_rows(encoder, _plain(tokenizer, encoder), rows, tokenizer.eos_token_id)
+    _set_rows(encoder, _untaught(tokenizer, encoder), rows, tokenizer.eos_token_id)
     tokenizer.add_tokens(tokens)
     assert tokenizer.convert_tokens_to_ids(tokens) == list(range(first, first + len(tokens)))
 
 
 def _forget(tokens: set[str], tokenizer: CLIPTokenizer, encoder: Model) -> None:
     """Remove words; the ids of those added after them move up."""
-    plain, table = _plain(tokenizer, encoder), encoder.token_embed.weight.detach()
+    before, table = _untaught(tokenizer, encoder), encoder.token_embed.weight.detach()
     vectors = {token: table[i] for token, i in added_words(tokenizer).items() if token not in tokens}
     tokenizer.remove_tokens(tokens)
     rows = {i: vectors[token] for token, i in added_words(tokenizer).items()}
-    _set_rows(encoder, plain, rows, tokenizer.eos_token_id)
+    _set_rows(encoder, before, rows, tokenizer.eos_token_id)
 
 
-def _plain(tokenizer: CLIPTokenizer, encoder: Model) -> Plain:
+def _untaught(tokenizer: CLIPTokenizer, encoder: Model) -> Untaught:
     """Return what the encoder was without new words; one that was saved with some is cut off before the first."""
-    plain = getattr(encoder, "_plain", None)
-    if plain is None:
+    before = getattr(encoder, "_untaught", None)
+    if before is None:
         weight, config, added = encoder.token_embed.weight, encoder.config, added_words(tokenizer)
         if added:
             weight = nn.Parameter(weight.detach()[: min(added.values())].clone(), requires_grad=weight.requires_grad)
             config = type(config)(**{**config, "vocab_size": len(weight)})
-        plain = Plain(weight, config)
-    return plain
+        before = Untaught(weight, config)
+    return before
 
 
-def _set_rows(encoder: Model, plain: Plain, rows: Mapping[int, Tensor], eos: int) -> None:
-    """Make the embedding table that of ``plain`` with these rows; without any, put the very tensor back."""
+def _set_rows(encoder: Model, before: Untaught, rows: Mapping[int, Tensor], eos: int) -> None:
+    """Make the embedding table that of ``before`` with these rows; without any, put the very tensor back."""
     now = encoder.token_embed.weight
-    weight, config = plain
+    weight, config = before
     if (weight.dtype, weight.device) != (now.dtype, now.device):  # moved since
         weight = nn.Parameter(weight.detach().to(now), requires_grad=weight.requires_grad)
     if rows:
@@ -323,4 +323,4 @@ def _set_rows(encoder: Model, plain: Plain, rows: Mapping[int, Tensor], eos: int
     encoder.config, encoder.spec = config, clip_spec(config)
     encoder.token_embed.num_embeddings = len(weight)
     encoder.token_embed.weight = weight
-    encoder._plain = plain if rows else None
+    encoder._untaught = before if rows else None

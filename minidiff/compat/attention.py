@@ -219,14 +219,14 @@ class AttnProcessor2_0(AttnProcessor):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
 
 
-class Plain(Part):
+class SameArguments(Part):
     """A part that takes the same arguments as the reference's."""
 
     def _ask(self, run: Callable, *args: Any, **kwargs: Any) -> Any:
         return run(*args, **kwargs)
 
 
-class ResnetBlock2D(Plain):
+class ResnetBlock2D(SameArguments):
     """A residual block."""
 
     def _ask(self, run: Callable, input_tensor: Tensor, temb: Tensor | None = None) -> Tensor:
@@ -279,8 +279,8 @@ _PARTS: dict[str, type[Part]] = {  # our class -> the part that stands for it
     "ResBlock": ResnetBlock2D,
     "SpatialTransformer": Transformer2DModel,
     "TransformerBlock": BasicTransformerBlock,
-    "CLIPTextModel": Plain,
-    **dict.fromkeys("TimeMLP FeedForward Downsample Upsample Encoder Decoder".split(), Plain),
+    "CLIPTextModel": SameArguments,
+    **dict.fromkeys("TimeMLP FeedForward Downsample Upsample Encoder Decoder".split(), SameArguments),
 }
 
 

@@ -13,7 +13,7 @@ from torch import nn
 from minidiff.networks.slicing import SlicedAttention
 from minidiff.pipelines.offload import (
     METHODS,
-    Place,
+    OnloadPlace,
     destination,
     end_offload,
     execution_device,
@@ -97,7 +97,7 @@ class MemorySavers:
         """
         device = execution_device(METHODS["model"], gpu_id, device)
         whole = [one for one in map(offload_of, self._networks()) if one is not None and one.kind == "model"]
-        place = next((one.places[0] for one in whole if one.device == device), None) or Place(device, stay=True)
+        place = next((one.places[0] for one in whole if one.device == device), None) or OnloadPlace(device, stay=True)
         for network in self._networks():
             offload_whole(network, place)
         _empty_cache(device)

@@ -48,7 +48,7 @@ class Swapped(NamedTuple):
     copy: Tensor
 
 
-class Place:
+class OnloadPlace:
     """The place on a device where one group of modules at a time is onloaded: a network, or a layer.
 
     Args:
@@ -99,14 +99,14 @@ class Place:
             self.group.offload()
             self.group = None
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "Place":
+    def __deepcopy__(self, memo: dict[int, Any]) -> "OnloadPlace":
         return self  # the copy of a network takes turns with the original
 
 
 class ModuleGroup:
     """Modules whose weights come to the device together."""
 
-    def __init__(self, modules: list[nn.Module], place: Place) -> None:
+    def __init__(self, modules: list[nn.Module], place: OnloadPlace) -> None:
         self.modules, self.place = modules, place
         self.callers: list[int] = []  # the thread of every call that is under way; one inside another counts too
         self.swapped: list[Swapped] = []
@@ -152,7 +152,7 @@ class Offload:
 
     kind: Kind
     device: torch.device
-    places: list[Place]  # the one of the network, or those of its layers
+    places: list[OnloadPlace]  # the one of the network, or those of its layers
 
 
 def offload_of(network: nn.Module) -> Offload | None:
@@ -160,8 +160,8 @@ def offload_of(network: nn.Module) -> Offload | None:
     return getattr(network, "_offload", None)
 
 
-def offload_whole(network: nn.Module, place: Place) -> None:
-    """Place a network whenever it or one of its outermost parts is called."""
+def offload_whole(network: nn.Module, place: OnloadPlace) -> None:
+    """Onload a network whenever it or one of its outermost parts is called."""
     _begin(network, Offload("model", place.device, [place]))
     group = ModuleGroup(list(network.modules()), place)
     for module in [network, *_outermost(network)]:
@@ -169,9 +169,9 @@ def offload_whole(network: nn.Module, place: Place) -> None:
 
 
 def offload_layers(network: nn.Module, device: torch.device) -> None:
-    """Place every layer of a network that has weights of its own for the time of its call."""
+    """Onload every layer of a network that has weights of its own for the time of its call."""
     layers = [module for module in network.modules() if module._parameters or module._buffers]
-    groups = [ModuleGroup([layer], Place(device, stay=False)) for layer in layers]
+    groups = [ModuleGroup([layer], OnloadPlace(device, stay=False)) for layer in layers]
     _begin(network, Offload("sequential", device, [group.place for group in groups]))
     for group, layer in zip(groups, layers, strict=True):
         layer._call_impl = OnloadHook(group, layer)

@@ -24,7 +24,7 @@ from minidiff import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
-from minidiff.adapters.lora_names import Names
+from minidiff.adapters.lora_names import LoraNames
 from minidiff.checkpoints.load import OnMeta
 from minidiff.config import read_json
 from minidiff.errors import CheckpointError, CheckpointNotFoundError
@@ -117,7 +117,7 @@ def test_layers_of_published_models_are_as_many_as_kohya_counts() -> None:
         "text_encoder_2": on_meta(CLIPTextModelWithProjection, f"{xl}/text_encoder_2/config.json"),
     }
     for given, counts in ((networks, (192, 72)), (networks_xl, (722, 72, 192))):
-        names = Names(given)
+        names = LoraNames(given)
         for (component, found), count in zip(names.dotted.items(), counts, strict=True):
             inside = "attentions" if component == "unet" else "encoder.layers"
             assert sum(inside in name for name in found) == count

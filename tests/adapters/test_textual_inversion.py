@@ -162,7 +162,7 @@ def test_saved_with_new_words(sd: Pipes, tmp_path: Path) -> None:
     sd[0].save_pretrained(tmp_path)
     for pipe in (load(one, KINDS["sd"], tmp_path) for one in (minidiff, diffusers)):
         assert relative_error(pipe.encode_prompt(PROMPTS[0], "cpu", 1, False)[0], expected) < BOUND
-    ours, plain = load(minidiff, KINDS["sd"], tmp_path), sd[0].text_encoder._plain
+    ours, plain = load(minidiff, KINDS["sd"], tmp_path), sd[0].text_encoder._untaught
     assert ours.text_encoder.config.eos_token_id == ours.tokenizer.eos_token_id != 2
     ours.unload_textual_inversion()
     assert torch.equal(ours.text_encoder.token_embed.weight, plain.weight) and len(ours.tokenizer) == 540
