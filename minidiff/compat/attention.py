@@ -107,7 +107,7 @@ class Attention(Part):
             real.processor = processor  # one with weights becomes a part of the network
             real.forward = partial(_process, self)  # a partial, which the fast ways respect
 
-    def _ask(self, run: Callable, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def _with_our_arguments(self, run: Callable, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return run(hidden_states, **_ours(*args, **kwargs))
 
     def head_to_batch_dim(self, tensor: Tensor, out_dim: int = 3) -> Tensor:
@@ -219,17 +219,10 @@ class AttnProcessor2_0(AttnProcessor):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
 
 
-class SameArguments(Part):
-    """A part that takes the same arguments as the reference's."""
-
-    def _ask(self, run: Callable, *args: Any, **kwargs: Any) -> Any:
-        return run(*args, **kwargs)
-
-
-class ResnetBlock2D(SameArguments):
+class ResnetBlock2D(Part):
     """A residual block."""
 
-    def _ask(self, run: Callable, input_tensor: Tensor, temb: Tensor | None = None) -> Tensor:
+    def _with_our_arguments(self, run: Callable, input_tensor: Tensor, temb: Tensor | None = None) -> Tensor:
         return run(input_tensor, temb)
 
 
@@ -240,24 +233,26 @@ class BasicTransformerBlock(Part):
     use_layer_norm, norm_type = True, "layer_norm"
     pos_embed = _chunk_size = None
 
-    def _ask(self, run: Callable, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def _with_our_arguments(self, run: Callable, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return run(hidden_states, **_text_of(*args, **kwargs))
 
     @staticmethod
-    def _asked(run: Callable, x: Tensor, ctx: Tensor, mask: Tensor | None = None) -> Tensor:
+    def _with_their_arguments(run: Callable, x: Tensor, ctx: Tensor, mask: Tensor | None = None) -> Tensor:
         return run(x, encoder_hidden_states=ctx, encoder_attention_mask=None if mask is None else mask.squeeze(1))
 
 
 class Transformer2DModel(Part):
     """A stack of transformer blocks over the pixels of a feature map."""
 
-    def _ask(self, run: Callable, hidden_states: Tensor, *args: Any, return_dict: bool = True, **kwargs: Any) -> Any:
+    def _with_our_arguments(
+        self, run: Callable, hidden_states: Tensor, *args: Any, return_dict: bool = True, **kwargs: Any
+    ) -> Any:
         x = run(hidden_states, **_text_of(None, *args, **kwargs))
         return SimpleNamespace(sample=x) if return_dict else (x,)
 
     @staticmethod
-    def _asked(run: Callable, x: Tensor, ctx: Tensor, mask: Tensor | None = None) -> Tensor:
-        return BasicTransformerBlock._asked(partial(run, return_dict=False), x, ctx, mask)[0]
+    def _with_their_arguments(run: Callable, x: Tensor, ctx: Tensor, mask: Tensor | None = None) -> Tensor:
+        return BasicTransformerBlock._with_their_arguments(partial(run, return_dict=False), x, ctx, mask)[0]
 
 
 def _text_of(
@@ -279,8 +274,6 @@ _PARTS: dict[str, type[Part]] = {  # our class -> the part that stands for it
     "ResBlock": ResnetBlock2D,
     "SpatialTransformer": Transformer2DModel,
     "TransformerBlock": BasicTransformerBlock,
-    "CLIPTextModel": SameArguments,
-    **dict.fromkeys("TimeMLP FeedForward Downsample Upsample Encoder Decoder".split(), SameArguments),
 }
 
 
@@ -295,11 +288,11 @@ class Attending:
     @property
     def attn_processors(self) -> dict[str, Processor]:
         """Every processor, by its published name, such as ``mid_block.attentions.0...attn1.processor``."""
-        return {f"{name}.processor": attn.processor for name, attn in self._attentions()}
+        return {name: attn.processor for name, attn in self._attentions().items()}
 
     def set_attn_processor(self, processor: Processor | dict[str, Processor] | None) -> None:
         """Let ``processor`` compute every attention, or each its own: a dict with the keys of ``attn_processors``."""
-        attentions = {f"{name}.processor": attn for name, attn in self._attentions()}
+        attentions = self._attentions()
         if isinstance(processor, Mapping) and processor.keys() != attentions.keys():
             wrong = sorted(processor.keys() ^ attentions.keys())
             raise ValueError(
@@ -318,8 +311,8 @@ class Attending:
         """Whether anything but minidiff computes an attention."""
         return any("processor" in vars(module) or "processor" in module._modules for module in self.modules())
 
-    def _attentions(self) -> list[tuple[str, Attention]]:
-        return [(name, part) for name, part in self.named_modules() if isinstance(part, Attention)]
+    def _attentions(self) -> dict[str, Attention]:
+        return {f"{name}.processor": part for name, part in self.named_modules() if isinstance(part, Attention)}
 
     def set_attention_backend(self, backend: str) -> None:
         """Accept "native", torch's own kernels, which are always in use; raise ``ValueError`` for others."""

@@ -90,7 +90,7 @@ class Part(nn.Module):
             if value.forward is not Part.forward:
                 self.forward = self.forward
         elif name == "forward":
-            self.real.forward = partial(self._asked, value)  # a partial, which the fast ways respect
+            self.real.forward = partial(self._with_their_arguments, value)  # a partial, which the fast ways respect
         elif self.real is not None:
             setattr(self.real, name, value)
         else:
@@ -101,20 +101,20 @@ class Part(nn.Module):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Compute as the reference's module of this name does, hooks included."""
-        return self._ask(self.real, *args, **kwargs)
+        return self._with_our_arguments(self.real, *args, **kwargs)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Compute what the class says, whatever has been put in the place of ``forward`` and without hooks."""
-        return self._ask(partial(type(self.real).forward, self.real), *args, **kwargs)
+        return self._with_our_arguments(partial(type(self.real).forward, self.real), *args, **kwargs)
 
-    def _ask(self, run: Any, *args: Any, **kwargs: Any) -> Any:
+    def _with_our_arguments(self, run: Any, *args: Any, **kwargs: Any) -> Any:
         """Call ``run``, which has our signature, with the reference's arguments."""
-        if self.real is None or type(self.real).forward is nn.Module.forward or kwargs:
-            raise TypeError(f"{self.name} cannot be called so; call the layers in it, or the network")
-        return run(*args)
+        if self.real is None or type(self.real).forward is nn.Module.forward:
+            raise TypeError(f"{self.name} cannot be called; call the layers in it, or the network")
+        return run(*args, **kwargs)
 
     @staticmethod
-    def _asked(run: Any, *args: Any, **kwargs: Any) -> Any:
+    def _with_their_arguments(run: Any, *args: Any, **kwargs: Any) -> Any:
         """Call ``run``, which has the reference's signature, with our arguments."""
         return run(*args, **kwargs)
 
