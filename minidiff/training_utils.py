@@ -125,10 +125,7 @@ class EMAModel:
         return list(zip(tensors, parameters, strict=True))
 
     def to(
-        self,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        non_blocking: bool = False,
+        self, device: torch.device | str | None = None, dtype: torch.dtype | None = None, non_blocking: bool = False
     ) -> None:
         """Move the average; ``dtype`` concerns floating-point weights."""
         self.shadow_params = [

@@ -29,22 +29,13 @@ def _convert(args: argparse.Namespace) -> None:
 
     from minidiff.checkpoints.tools.convert import convert
 
+    dtype = getattr(torch, args.dtype) if args.dtype else None
+    options = {name: getattr(args, name) for name in ("to", "config", "prediction_type", "variant", "force")}
     with tqdm(unit="B", unit_scale=True, desc=args.target.name) as bar:
 
         def progress(now: int, total: int) -> None:
             bar.total = total
             bar.update(now)
 
-        convert(
-            args.source,
-            args.target,
-            to=args.to,
-            dtype=getattr(torch, args.dtype) if args.dtype else None,
-            config=args.config,
-            prediction_type=args.prediction_type,
-            variant=args.variant,
-            use_ema=args.ema,
-            force=args.force,
-            progress=progress,
-        )
+        convert(args.source, args.target, dtype=dtype, use_ema=args.ema, progress=progress, **options)
     print(args.target)

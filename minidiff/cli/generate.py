@@ -127,8 +127,9 @@ def _load(model: str | Path, dtype: str, device: str | None) -> "DiffusionPipeli
 def _device(name: str | None) -> "torch.device":
     import torch
 
-    if name is None:
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    from minidiff.pipelines.offload import accelerator
+
+    name = name or accelerator() or "cpu"
     try:
         return torch.zeros(0, device=name).device
     except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch has no one exception for this

@@ -1,4 +1,4 @@
-"""The plan of the house, held: nesting, lengths, imports, a budget per room; see ``python -m benchmarks.house``."""
+"""The plan of the house: nesting, lengths, imports, a budget per room; ``python -m benchmarks.house`` shows them."""
 
 from pathlib import Path
 
@@ -6,8 +6,7 @@ import pytest
 
 from benchmarks.house import Function, Module, circles, read, room
 
-ROOT = Path(__file__).parents[2]
-MODULES = read(ROOT)
+MODULES = read(Path(__file__).parents[2])
 FUNCTIONS = {function.name: function for module in MODULES.values() for function in module.functions}
 
 # From the bottom up. A module imports from its own row and from those above it here, in functions too; what is in none,
@@ -15,14 +14,15 @@ FUNCTIONS = {function.name: function for module in MODULES.values() for function
 ROWS = """
 errors registry config outputs noise threads embedded sniff compat
 networks.specs
-checkpoints.arguments checkpoints.hub checkpoints.remap checkpoints.original.prefixes
-configured compat.published compat.network compat.attention compat.utils
+checkpoints.remap checkpoints.original.prefixes
+compat.published compat.attention compat.network
+checkpoints.arguments checkpoints.hub
+configured compat.utils text
 checkpoints
+adapters
 networks
-text
 images
 schedulers
-adapters
 fast
 pipelines
 callbacks prompts training_utils optimization
@@ -33,24 +33,17 @@ TOP = len(RANKS)
 
 # Lines of code of a room, signatures and all, docstrings not. Raise one only in a commit that says why.
 BUDGET = {
-    "adapters": 1150,
-    "checkpoints": 2200,
-    "cli": 250,
-    "compat": 850,
-    "fast": 600,
-    "images": 420,
-    "networks": 1550,
+    "adapters": 1045,
+    "checkpoints": 2140,
+    "cli": 225,
+    "compat": 775,
+    "fast": 560,
+    "images": 405,
+    "networks": 1470,
     "pipelines": 3600,
-    "schedulers": 2500,
-    "text": 650,
-    "top": 800,
-}
-
-UPWARDS = {  # imports that break the order today; one that is gone has to go here too
-    "checkpoints.original.families -> text.tokenizer",
-    "checkpoints.original.families -> text.tokenizer_files",
-    "networks.clip -> adapters.network",
-    "networks.unet -> adapters.network",
+    "schedulers": 2490,
+    "text": 615,
+    "top": 790,
 }
 
 
@@ -77,14 +70,13 @@ def test_length_of_files() -> None:
 
 
 def test_no_circles_of_imports() -> None:
-    """A late import may close a circle, but it stays within what ``test_rooms_import_downwards`` allows."""
+    """Of imports at the head of a module; late ones are held by ``test_rooms_import_downwards``."""
     assert circles(MODULES) == []
 
 
 def test_rooms_import_downwards() -> None:
     edges = {(one, other) for one, module in MODULES.items() for other in module.imports | module.late}
-    upwards = {f"{one} -> {other}".replace("minidiff.", "") for one, other in edges if rank(other) > rank(one)}
-    assert upwards == UPWARDS
+    assert [f"{one} -> {other}" for one, other in edges if rank(other) > rank(one)] == []
 
 
 def test_nothing_reads_the_package_itself() -> None:
@@ -100,15 +92,7 @@ def test_budget(name: str) -> None:
 def test_every_module_has_a_row_and_a_budget() -> None:
     assert [name for name in MODULES if rank(name) == TOP] == ["minidiff"]
     assert {room(name) for name in MODULES} == set(BUDGET)
-    assert RANKS.keys() <= MODULES.keys()
-
-
-def test_the_tests_are_laid_out_like_the_source() -> None:
-    """A room has a folder of tests of its name, and a folder of tests is a room or one of these."""
-    tests = {path.parent.name for path in (ROOT / "tests").glob("*/test_*.py")}
-    assert tests - {"benchmarks", "docs", "house", "weights"} == set(BUDGET) - {"top"}
-    alone = {path.stem.removeprefix("test_") for path in (ROOT / "tests").glob("test_*.py")}
-    assert alone <= {name.rpartition(".")[2] for name in MODULES if room(name) == "top"}
+    assert [name for name in RANKS if not any(f"{module}.".startswith(f"{name}.") for module in MODULES)] == []
 
 
 # --- The measure itself ------------------------------------------------------------------------------------------
