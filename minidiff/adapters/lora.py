@@ -47,19 +47,19 @@ class LowRank(NamedTuple):
     scale: float  # s
 
 
-class Patch:
-    """The updates of one layer by several adapters; as a forward hook, it adds those that are shown."""
+class LoraLayer:
+    """The updates of one layer by several adapters; as a forward hook, it adds those that are active."""
 
     def __init__(self, module: nn.Linear | nn.Conv2d, hub: str) -> None:
         self.module, self.hub = module, hub
         self.scales: dict[str, float] = {}  # adapter -> s
-        self.shown: tuple[tuple[str, float], ...] = ()  # (adapter, s times its weight); replaced, never changed
+        self.active: tuple[tuple[str, float], ...] = ()  # (adapter, s times its weight); replaced, never changed
         self.original: nn.Parameter | None = None  # W, while the module's weight is W + s B A
         module.register_forward_hook(self)
 
     def __call__(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
         scale = _call_scale.get()
-        for adapter, factor in self.shown:
+        for adapter, factor in self.active:
             down, up = self.matrices(adapter)
             output = torch.add(output, self._low_rank(args[0], down, up), alpha=factor * scale)
         return output
@@ -96,12 +96,12 @@ class Patch:
                     del self.module._forward_hooks[number]
 
     def fused(self, factor: float) -> Tensor:
-        """Return W + factor s B A of all adapters that are shown.
+        """Return W + factor s B A of all adapters that are active.
 
         Products of half precision are computed in float32, as in the reference.
         """
         weight = self.module.weight.detach()
-        for adapter, scale in self.shown:
+        for adapter, scale in self.active:
             down, up = self.matrices(adapter)
             if down.dtype in (torch.float16, torch.bfloat16):
                 down, up = down.float(), up.float()
@@ -130,7 +130,7 @@ class Adapters:
 
     def __init__(self, network: nn.Module) -> None:
         self.network = network
-        self.patches: dict[str, Patch] = {}  # our name of the layer -> its updates
+        self.layers: dict[str, LoraLayer] = {}  # our name of the layer -> its updates
         self.names: list[str] = []
         self.active: tuple[str, ...] = ()
         self.weights: dict[str, Weight] = {}
@@ -148,30 +148,30 @@ class Adapters:
         self._detach(adapter)
         self._attach(adapter, updates)
         self.weights[adapter] = 1.0
-        self._show()
+        self._apply()
 
     def _attach(self, adapter: str, updates: Mapping[str, tuple[str, LowRank]]) -> None:
-        for layer, (hub, update) in updates.items():
-            if layer not in self.patches:
-                self.patches[layer] = Patch(self.network.get_submodule(layer), hub)
-            self.patches[layer].add(adapter, update)
+        for name, (hub, update) in updates.items():
+            if name not in self.layers:
+                self.layers[name] = LoraLayer(self.network.get_submodule(name), hub)
+            self.layers[name].add(adapter, update)
 
     def _detach(self, adapter: str) -> None:
-        for layer in [layer for layer, patch in self.patches.items() if adapter in patch.scales]:
-            self.patches[layer].remove(adapter)
-            if not self.patches[layer].scales:
-                del self.patches[layer]
+        for layer in self.layers.values():
+            if adapter in layer.scales:
+                layer.remove(adapter)
+        self.layers = {name: layer for name, layer in self.layers.items() if layer.scales}
 
     def activate(self, weights: Mapping[str, Weight]) -> None:
         """Make these adapters the active ones; names that the network does not have are left out."""
         self.weights |= {name: weight for name, weight in weights.items() if name in self.names}
         self.active = tuple(name for name in weights if name in self.names)
-        self._show()
+        self._apply()
 
     def enable(self, enabled: bool) -> None:
         """Let the active adapters work, or not."""
         self.enabled = enabled
-        self._show()
+        self._apply()
 
     def delete(self, adapter: str) -> None:
         """Remove an adapter; if no active one is left, the oldest becomes active, as in the reference."""
@@ -180,33 +180,34 @@ class Adapters:
             del self.weights[adapter]
             self._detach(adapter)
         self.active = tuple(name for name in self.active if name != adapter) or tuple(self.names[:1])
-        self._show()
+        self._apply()
 
     def fuse(self, factor: float, safe: bool) -> None:
         """Make the active adapters part of the weights. ``safe``: raise and change nothing if one is not finite."""
-        weights = {layer: patch.fused(factor) for layer, patch in self.patches.items() if patch.shown}
-        if safe and (wrong := [layer for layer, weight in weights.items() if not weight.isfinite().all()]):
+        weights = {name: layer.fused(factor) for name, layer in self.layers.items() if layer.active}
+        if safe and (wrong := [name for name, weight in weights.items() if not weight.isfinite().all()]):
             raise ValueError(f"fusing makes weights that are not finite, in {', '.join(wrong)}; nothing was changed")
-        for layer, weight in weights.items():
-            self.patches[layer].fuse(weight)
+        for name, weight in weights.items():
+            self.layers[name].fuse(weight)
         self.fused = self.active
-        self._show()
+        self._apply()
 
     def unfuse(self) -> None:
         """Put the original weights back."""
-        for patch in self.patches.values():
-            if patch.original is not None:
-                patch.unfuse()
+        for layer in self.layers.values():
+            if layer.original is not None:
+                layer.unfuse()
         self.fused = ()
-        self._show()
+        self._apply()
 
-    def _show(self) -> None:
+    def _apply(self) -> None:
         """Tell each layer which adapters it is to add."""
-        for patch in self.patches.values():
-            names = [name for name in self.active if name in patch.scales]
-            if not self.enabled or self.fused:
-                names = []
-            patch.shown = tuple((name, _of_layer(self.weights[name], patch.hub) * patch.scales[name]) for name in names)
+        active = self.active if self.enabled and not self.fused else ()
+        for layer in self.layers.values():
+            names = [name for name in active if name in layer.scales]
+            layer.active = tuple(
+                (name, _of_layer(self.weights[name], layer.hub) * layer.scales[name]) for name in names
+            )
 
 
 def _of_layer(weight: Weight, hub: str) -> float:
@@ -224,9 +225,8 @@ def adapters_of(network: Any) -> Adapters | None:
 def remove_adapters(network: nn.Module) -> None:
     """Remove all adapters of a network. Weights that they are fused into stay as they are, as in the reference."""
     adapters = adapters_of(network)
-    for patch in adapters.patches.values():
-        for adapter in list(patch.scales):
-            patch.remove(adapter)
+    for name in list(adapters.names):
+        adapters._detach(name)
     del network._lora
 
 

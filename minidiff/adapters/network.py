@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from minidiff.adapters.control import AdapterControl, LoadedLora
-from minidiff.adapters.lora import Patch, adapters_of
+from minidiff.adapters.lora import LoraLayer, adapters_of
 from minidiff.adapters.lora_config import KEY
 from minidiff.adapters.lora_file import FILE_NAME
 from minidiff.adapters.source import AdapterFile, options_of, read_adapter
@@ -86,9 +86,9 @@ class AdaptedNetwork(AdapterControl):
             raise CheckpointError("safe_serialization=False asks for a pickle; minidiff writes only safetensors")
         (name,) = self._known(adapter_name)
         tensors: dict[str, Tensor] = {}
-        for patch in self._patches(name):
-            down, up = patch.matrices(name)
-            tensors |= {f"{patch.hub}.lora_A.weight": down, f"{patch.hub}.lora_B.weight": up}
+        for layer in self._lora_layers(name):
+            down, up = layer.matrices(name)
+            tensors |= {f"{layer.hub}.lora_A.weight": down, f"{layer.hub}.lora_B.weight": up}
         if upcast_before_saving:
             tensors = {key: tensor.float() for key, tensor in tensors.items()}
         path = Path(save_directory, weight_name or FILE_NAME)
@@ -101,12 +101,12 @@ class AdaptedNetwork(AdapterControl):
             raise AttributeError("no adapter is loaded")
         return {name: Config(self._lora_config(name)) for name in adapters.names}
 
-    def _patches(self, name: str) -> list[Patch]:
-        return [patch for patch in adapters_of(self).patches.values() if name in patch.scales]
+    def _lora_layers(self, name: str) -> list[LoraLayer]:
+        return [layer for layer in adapters_of(self).layers.values() if name in layer.scales]
 
     def _lora_config(self, name: str) -> dict[str, Any]:
-        ranks = {f"^{patch.hub}": len(patch.matrices(name)[0]) for patch in self._patches(name)}
-        alphas = {f"^{patch.hub}": patch.scales[name] * ranks[f"^{patch.hub}"] for patch in self._patches(name)}
+        ranks = {f"^{layer.hub}": len(layer.matrices(name)[0]) for layer in self._lora_layers(name)}
+        alphas = {f"^{layer.hub}": layer.scales[name] * ranks[f"^{layer.hub}"] for layer in self._lora_layers(name)}
         r, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
         fields: dict[str, Any] = {"r": r, "lora_alpha": alpha, "target_modules": [key[1:] for key in ranks]}
         fields["rank_pattern"] = {key: value for key, value in ranks.items() if value != r}
