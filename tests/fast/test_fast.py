@@ -24,6 +24,7 @@ from minidiff.networks.vae import Level
 from minidiff.threads import computing
 from tests.fast_ways import UNET, VAE, a_run, error, random
 from tests.theirs import diffusers
+from tests.tiny import save_tiny
 from tests.tiny_xl import save_base
 
 TOPOLOGIES = {

@@ -6,7 +6,8 @@ import pytest
 
 from benchmarks.house import Function, Module, circles, read, room
 
-MODULES = read(Path(__file__).parents[2])
+ROOT = Path(__file__).parents[2]
+MODULES = read(ROOT)
 FUNCTIONS = {function.name: function for module in MODULES.values() for function in module.functions}
 
 # From the bottom up. A module imports from its own row and from those above it here, in functions too; what is in none,
@@ -16,7 +17,7 @@ errors registry config outputs noise threads embedded sniff compat
 networks.specs
 checkpoints.remap checkpoints.original.prefixes
 compat.published compat.attention compat.network
-checkpoints.arguments checkpoints.hub
+checkpoints.arguments checkpoints.hub checkpoints.config_file
 configured compat.utils text
 checkpoints
 adapters
@@ -34,15 +35,15 @@ TOP = len(RANKS)
 # Lines of code of a room, signatures and all, docstrings not. Raise one only in a commit that says why.
 BUDGET = {
     "adapters": 1045,
-    "checkpoints": 2140,
+    "checkpoints": 2050,
     "cli": 225,
-    "compat": 775,
+    "compat": 780,
     "fast": 560,
     "images": 405,
-    "networks": 1470,
-    "pipelines": 3600,
-    "schedulers": 2490,
-    "text": 615,
+    "networks": 1505,
+    "pipelines": 3020,
+    "schedulers": 2310,
+    "text": 625,
     "top": 790,
 }
 
@@ -166,3 +167,11 @@ def test_the_measure_tells_imports_apart(sample: dict[str, Module]) -> None:
     assert module.imports == {"minidiff", "minidiff.errors", "minidiff.config"}  # the first for ``nothing``
     assert module.late == {"minidiff.a", "minidiff.b"}
     assert circles(sample) == [{"minidiff.a", "minidiff.b"}]
+
+
+def test_the_tests_are_laid_out_like_the_source() -> None:
+    """A room has a folder of tests of its name, and a folder of tests is a room or one of these."""
+    tests = {path.parent.name for path in (ROOT / "tests").glob("*/test_*.py")}
+    assert tests - {"benchmarks", "docs", "house", "weights"} == set(BUDGET) - {"top"}
+    alone = {path.stem.removeprefix("test_") for path in (ROOT / "tests").glob("test_*.py")}
+    assert alone <= {name.rpartition(".")[2] for name in MODULES if room(name) == "top"}
