@@ -7,7 +7,8 @@ https://arxiv.org/abs/2010.02502). Checked against ``diffusers.DDPMPipeline`` an
 seed. The two differ in their defaults and in that the second one always samples with DDIM.
 """
 
-from collections.abc import Iterator, Sequence
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -44,7 +45,7 @@ class PictureRequest:
     """What a caller asks for: how many pictures, in how many steps, and what draws their noise.
 
     Attributes:
-        count: the number of pictures, B.
+        batch_size: the number of pictures, B.
         num_inference_steps: UNet evaluations (for most schedulers).
         generator: one, drawing for the whole batch, or a list with one per picture; default: torch's global one.
         seed, seeds: one CPU generator per picture: ``seeds`` lists them, ``seed=s`` means s, s + 1...
@@ -52,8 +53,8 @@ class PictureRequest:
         use_clipped_model_output: of DDIM, see its ``step``; None leaves it to the scheduler.
     """
 
-    count: int
     num_inference_steps: int
+    batch_size: int = 1
     generator: Generators = None
     seed: int | None = None
     seeds: Sequence[int] | None = None
@@ -62,8 +63,13 @@ class PictureRequest:
 
     def __post_init__(self) -> None:
         as_python(self)
-        check_count("batch_size", self.count)
+        check_count("batch_size", self.batch_size)
         check_number("eta", self.eta, 0, 1)
+
+    @property
+    def count(self) -> int:
+        """The number of pictures."""
+        return self.batch_size
 
 
 @dataclass
@@ -85,17 +91,31 @@ class UnconditionalPipeline(DiffusionPipeline):
         self.register_modules(unet=unet, scheduler=scheduler)
 
     @torch.no_grad()
-    def _generate(
-        self, request: PictureRequest, output_type: str, return_dict: bool
-    ) -> ImagePipelineOutput | tuple[Any]:
+    def _respond(self, arguments: Mapping[str, Any]) -> ImagePipelineOutput | tuple[Any]:
+        """Do what a call does; ``arguments`` are its ``locals()``."""
+        asked = {name: value for name, value in arguments.items() if name != "self"}
+        output_type, return_dict = asked.pop("output_type"), asked.pop("return_dict")
         check_choice("output_type", output_type, _OUTPUT_TYPES)
-        run = self._start(request)
+        run = self._start(PictureRequest(**asked))
         with self.progress_bar(total=len(run.plan.coefficients)) as bar:
             for _ in self._denoise(run):
                 bar.update()
         images = self.decode(run.x, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images, run.seeds) if return_dict else (images,)
+
+    def steps(self, *args: Any, **arguments: Any) -> Iterator[Step]:
+        """Generate step by step: yield a ``Step`` after each, with x and the clean pictures predicted.
+
+        The arguments are those of a call that concern the generation::
+
+            for step in pipe.steps(num_inference_steps=50, seed=7):
+                preview = pipe.decode(step.denoised)
+        """
+        call = inspect.signature(self.__call__)
+        given = {**call.bind_partial(*args).arguments, **arguments}
+        given.setdefault("num_inference_steps", call.parameters["num_inference_steps"].default)
+        return self._yield_steps(self._start(PictureRequest(**given)))
 
     @torch.no_grad()
     def _yield_steps(self, run: PictureRun) -> Iterator[Step]:
@@ -171,26 +191,7 @@ class DDPMPipeline(UnconditionalPipeline):
         Raises:
             TypeError, ValueError: naming the argument, what was found and what was expected.
         """
-        request = PictureRequest(batch_size, num_inference_steps, generator, seed, seeds)
-        return self._generate(request, output_type, return_dict)
-
-    def steps(
-        self,
-        batch_size: int = 1,
-        generator: Generators = None,
-        num_inference_steps: int = 1000,
-        *,
-        seed: int | None = None,
-        seeds: Sequence[int] | None = None,
-    ) -> Iterator[Step]:
-        """Generate step by step: yield a ``Step`` after each, with x and the clean pictures predicted.
-
-        ::
-
-            for step in pipe.steps(num_inference_steps=50, seed=7):
-                preview = pipe.decode(step.denoised)
-        """
-        return self._yield_steps(self._start(PictureRequest(batch_size, num_inference_steps, generator, seed, seeds)))
+        return self._respond(locals())
 
 
 class DDIMPipeline(UnconditionalPipeline):
@@ -224,23 +225,7 @@ class DDIMPipeline(UnconditionalPipeline):
         Raises:
             TypeError, ValueError: naming the argument, what was found and what was expected.
         """
-        request = PictureRequest(batch_size, num_inference_steps, generator, seed, seeds, eta, use_clipped_model_output)
-        return self._generate(request, output_type, return_dict)
-
-    def steps(
-        self,
-        batch_size: int = 1,
-        generator: Generators = None,
-        eta: float = 0.0,
-        num_inference_steps: int = 50,
-        use_clipped_model_output: bool | None = None,
-        *,
-        seed: int | None = None,
-        seeds: Sequence[int] | None = None,
-    ) -> Iterator[Step]:
-        """Generate step by step, see ``DDPMPipeline.steps``."""
-        request = PictureRequest(batch_size, num_inference_steps, generator, seed, seeds, eta, use_clipped_model_output)
-        return self._yield_steps(self._start(request))
+        return self._respond(locals())
 
 
 def _trained_size(unet: UNet2DModel) -> tuple[int, int]:

@@ -272,8 +272,8 @@ class LatentGeneration(Callbacks):
         With ``padding_mask_crop`` the latents are those of the part that is worked on.
         """
         call = next(kind for kind in type(self).__mro__ if kind.__module__.startswith("minidiff.")).__call__
-        names = list(inspect.signature(call).parameters)[1:]
-        given = dict(zip(names, args, strict=len(args) > len(names)))
+        given = inspect.signature(call).bind_partial(self, *args).arguments
+        given.pop("self")
         generation = self._generate(self.request(**given, **arguments))
         next(generation)  # what is wrong is said now
         return self._yield_steps(generation)
