@@ -16,6 +16,8 @@ from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
+Images = list[Image.Image] | np.ndarray | Tensor  # what pipelines return, by their ``output_type``
+
 
 def to_unit(x: Tensor) -> Tensor:
     """Map decoded pixels from [-1, 1] to [0, 1], in the dtype and on the device of ``x``.

@@ -19,12 +19,8 @@ from minidiff.pipelines.request import check_choice, check_count
 from minidiff.threads import PerThread
 
 if TYPE_CHECKING:
-    from minidiff.pipelines.run import Run
+    from minidiff.pipelines.state import Run
 
-FACTS = (  # what a program may ask about a call after it
-    *("guidance_scale", "guidance_rescale", "clip_skip", "cross_attention_kwargs", "interrupt"),
-    *("denoising_start", "denoising_end", "image_guidance_scale", "timestep_cond"),
-)
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 Callback = Callable[..., Mapping[str, Tensor]]
 RUNS: PerThread[Any] = PerThread()  # pipeline -> its call in this thread, under way or last

@@ -21,7 +21,7 @@ from minidiff.outputs import Output
 from minidiff.pipelines.base import DiffusionPipeline
 from minidiff.pipelines.foreign import ByFace, core_of, first
 from minidiff.pipelines.request import as_python, check_choice, check_count, check_number
-from minidiff.pipelines.run import Step
+from minidiff.pipelines.state import Step
 from minidiff.schedulers.base import Plan, Scheduler
 from minidiff.schedulers.ddim import DDIMScheduler
 

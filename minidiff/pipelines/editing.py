@@ -22,7 +22,8 @@ from torch import Tensor
 from minidiff.noise import Generators
 from minidiff.pipelines.callbacks import Fact
 from minidiff.pipelines.request import check_number
-from minidiff.pipelines.run import ClassifierFree, Run, TextToImage, repeat_to_batch, rescaled
+from minidiff.pipelines.run import ClassifierFree, TextToImage, repeat_to_batch, rescaled
+from minidiff.pipelines.state import Run
 
 
 def guide_twice(text: Tensor, image: Tensor, nothing: Tensor, text_scale: float, image_scale: float) -> Tensor:

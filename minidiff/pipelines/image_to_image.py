@@ -15,7 +15,8 @@ from torch import Tensor
 from minidiff.noise import randn
 from minidiff.pipelines.by_hand import ImageByHand
 from minidiff.pipelines.request import Request
-from minidiff.pipelines.run import LatentGeneration, Run
+from minidiff.pipelines.run import LatentGeneration
+from minidiff.pipelines.state import Run
 from minidiff.pipelines.strength import last_steps, take_over
 from minidiff.schedulers.base import Plan
 

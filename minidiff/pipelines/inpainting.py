@@ -29,7 +29,7 @@ from minidiff.pipelines.by_hand import InpaintByHand
 from minidiff.pipelines.foreign import ByFace
 from minidiff.pipelines.image_to_image import FromImage
 from minidiff.pipelines.latent import computed, repeat_to_batch
-from minidiff.pipelines.run import Run
+from minidiff.pipelines.state import Run
 from minidiff.schedulers.base import Plan, Scheduler
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
     from minidiff.images.processor import VaeImageProcessor
     from minidiff.images.regions import Region
-    from minidiff.pipelines.latent import Images
+    from minidiff.images.tensors import Images
     from minidiff.pipelines.request_image import InpaintRequest
 
 

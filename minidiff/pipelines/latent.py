@@ -18,13 +18,8 @@ from minidiff.pipelines.request import check_count
 from minidiff.pipelines.run import LatentGeneration, repeat_to_batch
 
 if TYPE_CHECKING:
-    import numpy as np
-    from PIL import Image
-
     from minidiff.images.processor import VaeImageProcessor
     from minidiff.images.regions import Region
-
-    Images = list[Image.Image] | np.ndarray | Tensor
 
 
 class computed:  # lower case, as it is used like ``property``

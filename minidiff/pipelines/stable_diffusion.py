@@ -25,7 +25,8 @@ from minidiff.pipelines.callbacks import Callback
 from minidiff.pipelines.foreign import first
 from minidiff.pipelines.latent import LatentPipeline, check_channels, family
 from minidiff.pipelines.request import Prompt, Request
-from minidiff.pipelines.run import Run, TextToImage
+from minidiff.pipelines.run import TextToImage
+from minidiff.pipelines.state import Run
 from minidiff.schedulers.base import Scheduler
 from minidiff.text.tokenizer import CLIPTokenizer
 from minidiff.text.windows import Dropped, Read, TextEncoder, as_list, embed, negative_texts, plain

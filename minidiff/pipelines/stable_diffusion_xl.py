@@ -32,7 +32,8 @@ from minidiff.pipelines.callbacks import Callback
 from minidiff.pipelines.latent import LatentPipeline, check_channels
 from minidiff.pipelines.request import Prompt
 from minidiff.pipelines.request_xl import Size, XLRequest
-from minidiff.pipelines.run import Condition, Run, TextToImage
+from minidiff.pipelines.run import TextToImage
+from minidiff.pipelines.state import Condition, Run
 from minidiff.schedulers.base import Scheduler
 from minidiff.text.tokenizer import CLIPTokenizer
 from minidiff.text.windows import Dropped, Read, TextEncoder, as_list, embed, negative_texts, plain

@@ -19,8 +19,8 @@ from minidiff.pipelines.callbacks import Callback
 from minidiff.pipelines.editing import AsksForEdit, Editing
 from minidiff.pipelines.request import Prompt
 from minidiff.pipelines.request_xl import Size, XLRequest
-from minidiff.pipelines.run import Run
 from minidiff.pipelines.stable_diffusion_xl import StableDiffusionXL, StableDiffusionXLPipelineOutput
+from minidiff.pipelines.state import Run
 from minidiff.schedulers.base import Scheduler
 from minidiff.text.tokenizer import CLIPTokenizer
 

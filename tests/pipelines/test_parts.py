@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from minidiff import StableDiffusionImg2ImgPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
-from minidiff.pipelines.run import LatentGeneration, Run, TextToImage
+from minidiff.pipelines.run import LatentGeneration, TextToImage
+from minidiff.pipelines.state import Run
 from tests.tiny import save_tiny
 from tests.tiny_xl import save_base
 
