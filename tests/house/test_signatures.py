@@ -5,6 +5,7 @@ is an error that says so (``not_implemented``), never silence.
 """
 
 import inspect
+from collections.abc import Set
 from dataclasses import fields
 from importlib import import_module
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 
 import minidiff
+from minidiff.compat.paths import PATHS
 from minidiff.pipelines.latent import LatentPipeline
 from minidiff.pipelines.request import Request
 from minidiff.pipelines.request_image import ImageRequest, InpaintRequest
@@ -110,6 +112,7 @@ def test_what_callbacks_may_ask_for(name: str) -> None:
 def test_constructors_of_networks_show_their_fields(name: str) -> None:
     ours, theirs = (inspect.signature(getattr(library, name)).parameters for library in (minidiff, diffusers))
     assert {p.name: p.default for p in ours.values()} == {p.name: p.default for p in theirs.values()}
+    assert {p.kind for p in ours.values()} == {inspect.Parameter.KEYWORD_ONLY}  # so that their order says nothing
     assert getattr(minidiff, name).config_name == getattr(diffusers, name).config_name
 
 
@@ -159,8 +162,8 @@ def classes(name: str) -> tuple[type, type]:
 
 
 def methods(cls: type) -> list[str]:
-    """The constructor and the public methods that are written in Python: those of dict have no signature."""
-    public = {name: getattr(cls, name) for name in dir(cls) if name[0] != "_"}
+    """The constructor, the call and the public methods that are written in Python: those of dict have no signature."""
+    public = {name: getattr(cls, name) for name in dir(cls) if name[0] != "_" or name == "__call__"}
     written = [name for name, method in public.items() if inspect.isfunction(method) or inspect.ismethod(method)]
     return ["__init__", *written]
 
@@ -176,28 +179,72 @@ def positional(arguments: dict[str, inspect.Parameter]) -> list[str]:
     return [name for name, p in arguments.items() if p.kind is p.POSITIONAL_OR_KEYWORD]
 
 
+def differences(one: Any, other: Any, excused: Set[str]) -> list[str]:
+    """Say where a call of ours means something else: another argument in a place, or another default."""
+    ours, theirs = arguments(one), arguments(other)
+    pairs = [pair for pair in zip(positional(ours), positional(theirs), strict=False) if not excused & set(pair)]
+    wrong = [f"{here} stands in the place of {there}" for here, there in pairs if here != there]
+    for argument in [name for name in theirs if name in ours and name not in excused]:
+        mine, default = ours[argument].default, theirs[argument].default
+        if inspect.Parameter.empty not in (mine, default) and mine not in (default, plain(default)):
+            wrong.append(f"{argument}={mine!r}, there {default!r}")
+    return wrong
+
+
+def differences_of_methods(one: type, other: type, excused: Set[str] = frozenset()) -> list[str]:
+    shared = [name for name in methods(other) if hasattr(one, name) and not isinstance(getattr(other, name), type)]
+    shared = [name for name in shared if name != "__call__" or one.__name__ not in NAMES]  # see ``test_calls``
+    return [
+        f"{name}: {difference}"
+        for name in shared
+        for difference in differences(getattr(one, name), getattr(other, name), DIFFERENT.get(name, set()) | excused)
+    ]
+
+
 @pytest.mark.parametrize("name", CLASSES)
 def test_methods(name: str) -> None:
     """A call means the same: arguments by position in the reference's order, and its defaults.
 
     What ours does not take is an error that says so, and what ours takes beyond stands behind.
     """
-    one, other = classes(name)
-    wrong = []
-    for method in methods(other):
-        if not hasattr(one, method) or isinstance(getattr(other, method), type):
-            continue
-        ours, theirs = arguments(getattr(one, method)), arguments(getattr(other, method))
-        excused = DIFFERENT.get(method, set())
-        for here, there in zip(positional(ours), positional(theirs), strict=False):
-            if here != there and not {here, there} & excused:
-                wrong.append(f"{method}: {here} stands in the place of {there}")
-        for argument, parameter in theirs.items():
-            if parameter.default is inspect.Parameter.empty or argument not in ours or argument in excused:
-                continue
-            if ours[argument].default not in (inspect.Parameter.empty, plain(parameter.default), parameter.default):
-                wrong.append(f"{method}({argument}={ours[argument].default!r}), there {parameter.default!r}")
-    assert not wrong
+    assert differences_of_methods(*classes(name)) == []
+
+
+# --- What else the reference's dotted paths lead to: functions, mixins, callbacks, outputs ------------------------
+
+CALLBACKS = {"tensors", "callback_kwargs", "timestep", "timesteps"}  # pipelines hand them over by position
+OTHERS = {  # name -> arguments that differ
+    "MultiPipelineCallbacks": CALLBACKS,
+    "PipelineCallback": CALLBACKS,
+    "SDCFGCutoffCallback": CALLBACKS,
+    "SDXLCFGCutoffCallback": CALLBACKS,
+    "Decoder": {"spec", "in_channels", "z", "sample"},  # parts of our networks
+    "Encoder": {"spec", "in_channels", "x", "sample"},
+    "adjust_lora_scale_text_encoder": {"model", "weight", "text_encoder", "lora_scale"},  # is scale_lora_layers here
+    "pt_to_pil": {"x", "images"},
+}
+
+
+def others() -> dict[str, tuple[Any, Any]]:
+    """Whatever a dotted path has under one name here and there, but for the classes above."""
+    found = {}
+    for path in [path for path in PATHS if path != "logging"] + ["optimization", "training_utils"]:
+        one, other = import_module(f"minidiff.{path}"), import_module(f"diffusers.{path}")
+        for name in [name for name in dir(other) if name[0] != "_" and name not in CLASSES]:
+            value = getattr(other, name)
+            written_there = callable(value) and str(getattr(value, "__module__", "")).startswith("diffusers.")
+            if written_there and hasattr(one, name):
+                found[name] = getattr(one, name), value
+    return found
+
+
+@pytest.mark.parametrize("name", others())
+def test_others(name: str) -> None:
+    (one, other), excused = others()[name], OTHERS.get(name, set())
+    if isinstance(other, type):
+        assert differences_of_methods(one, other, excused) == []
+    else:
+        assert differences(one, other, excused) == []
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)
