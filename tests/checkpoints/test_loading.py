@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 import minidiff
 from minidiff.checkpoints.remap import translate
-from minidiff.pipelines import base
 from tests.hub_server import HubServer, Repository, run_with
 from tests.theirs import diffusers, transformers
 
@@ -204,7 +203,7 @@ def test_to_moves_and_converts_every_network(folder: Path) -> None:
 def test_safety_checker_is_left_out_and_said_once(
     folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(base, "_said", set())
+    monkeypatch.setattr("minidiff.pipelines.index._said", set())
     pipe = minidiff.DiffusionPipeline.from_pretrained(folder)
     pipe.save_pretrained(tmp_path)
     index = json.loads((tmp_path / "model_index.json").read_text())
