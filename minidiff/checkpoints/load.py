@@ -23,7 +23,7 @@ from torch.overrides import TorchFunctionMode
 
 from minidiff.checkpoints.hub import Weights
 from minidiff.checkpoints.names import unwrapped
-from minidiff.checkpoints.remap import Row, Spelling
+from minidiff.checkpoints.remap import Row, Spelling, translate
 from minidiff.compat.published import own_modules
 from minidiff.errors import CheckpointError, shortened
 from minidiff.sniff import what_is
@@ -113,13 +113,12 @@ def read_header(name: str, path: Path) -> list[StoredTensor]:
         length = int.from_bytes(file.read(8), "little")
         header: dict[str, Any] = json.loads(file.read(length))
     header.pop("__metadata__", None)
-    result = []
-    for key, entry in header.items():
-        start, end = entry["data_offsets"]  # counted from the end of the header
-        result.append(
-            StoredTensor(key, name, path, entry["dtype"], tuple(entry["shape"]), 8 + length + start, end - start)
-        )
-    return result
+    data = 8 + length  # positions are counted from the end of the header
+    return [
+        StoredTensor(key, name, path, entry["dtype"], tuple(entry["shape"]), data + start, end - start)
+        for key, entry in header.items()
+        for start, end in [entry["data_offsets"]]
+    ]
 
 
 def load_weights(model: nn.Module, weights: Weights, dtype: torch.dtype) -> None:
@@ -150,12 +149,8 @@ def fill(
     spelling: Spelling = "hub",
 ) -> None:
     """Give ``model``, built on the meta device, the tensors ``found`` under the names of ``spelling``, in ``dtype``."""
-    tensors = _read(found, dtype)
-    state: dict[str, Tensor] = {}
-    for row in rows:
-        ours = row.op(spelling).to_ours(tuple(tensors[name] for name in row.names(spelling)))
-        state.update(zip(row.ours, (tensor.contiguous() for tensor in ours), strict=True))
-    _assign(model, state)
+    state = translate(_read(found, dtype), rows, spelling, "ours")
+    _assign(model, {name: tensor.contiguous() for name, tensor in state.items()})
 
 
 def _assign(model: nn.Module, state: dict[str, Tensor]) -> None:
@@ -231,12 +226,8 @@ def listed(wrong: Mapping[str, list[str]]) -> list[str]:
 
 def expected_shapes(model: nn.Module, rows: Iterable[Row], spelling: Spelling = "hub") -> dict[str, tuple[int, ...]]:
     """Return the shape of each tensor under its name in ``spelling``, by laying the meta tensors out as it does."""
-    ours: Mapping[str, Tensor] = nn.Module.state_dict(model)
-    expected: dict[str, tuple[int, ...]] = {}
-    for row in rows:
-        tensors = row.op(spelling).from_ours(tuple(ours[key] for key in row.ours))
-        expected.update((name, tuple(tensor.shape)) for name, tensor in zip(row.names(spelling), tensors, strict=True))
-    return expected
+    laid_out = translate(nn.Module.state_dict(model), rows, "ours", spelling)
+    return {name: tuple(tensor.shape) for name, tensor in laid_out.items()}
 
 
 def _index_problems(weights: Weights, stored: Iterable[StoredTensor]) -> list[str]:

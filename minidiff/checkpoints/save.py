@@ -14,6 +14,8 @@ from uuid import uuid4
 
 from torch import Tensor
 
+from minidiff.checkpoints.hub import variant_of
+
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
@@ -112,8 +114,6 @@ def _separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _remove_older(folder: Path, stem: str, variant: str | None, written: set[str]) -> None:
     """Delete weights of the same variant from an earlier save in another number of files, which would be read first."""
-    from minidiff.checkpoints.hub import variant_of
-
     for path in folder.iterdir():
         if path.name not in written and variant_of(path.name, stem) == (variant or ""):
             path.unlink()
