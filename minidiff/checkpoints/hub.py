@@ -216,39 +216,29 @@ class Repo:
         try:
             return Path(hf_hub_download(str(self.source), full, library_name="minidiff", **options))
         except (errors.HFValidationError, errors.EntryNotFoundError, errors.HfHubHTTPError) as error:
-            ours, message = next(row for name, row in _FAILURES.items() if isinstance(error, getattr(errors, name)))
+            name = next(name for name in _FAILURES if isinstance(error, getattr(errors, name)))
             why = "local_files_only=True" if self.local_files_only else error.__cause__ or error
             said = {"repo": self, "file": filename, "full": full, "here": Path.cwd(), "why": why, "error": error}
-            raise ours(message.format(source=self.source, revision=self.revision, **said)) from error
+            message = _FAILURES[name].format(source=self.source, revision=self.revision, **said)
+            raise _KINDS.get(name, CheckpointNotFoundError)(message) from error
 
 
 _LOG_IN = "log in with `hf auth login`, set HF_TOKEN or pass token="
-_FAILURES = {  # error of huggingface_hub, the first that it is -> ours, and what it says
+_FAILURES = {  # error of huggingface_hub, the first that it is -> what ours says
     "HFValidationError": (
-        CheckpointNotFoundError,
-        "{source!r} is neither an existing folder (looked from {here}) nor a Hub id such as 'name/repository'",
+        "{source!r} is neither an existing folder (looked from {here}) nor a Hub id such as 'name/repository'"
     ),
-    "GatedRepoError": (
-        CheckpointNotFoundError,
-        f"{{source}} is a gated repository: accept its terms on its page on the Hub, then {_LOG_IN}",
-    ),
+    "GatedRepoError": f"{{source}} is a gated repository: accept its terms on its page on the Hub, then {_LOG_IN}",
     "RepositoryNotFoundError": (
-        CheckpointNotFoundError,
         "there is no folder {source!r} (looked from {here}) and the Hub has no such public repository; check the "
-        f"spelling, and if it is private {_LOG_IN}",
+        f"spelling, and if it is private {_LOG_IN}"
     ),
-    "RevisionNotFoundError": (
-        CheckpointNotFoundError,
-        "{source} has no revision {revision!r}; pass a branch, a tag or a commit that it has",
-    ),
+    "RevisionNotFoundError": "{source} has no revision {revision!r}; pass a branch, a tag or a commit that it has",
     "LocalEntryNotFoundError": (
-        NotCachedError,
         "{full} of {source} is not in the Hugging Face cache and the Hub was not reached ({why}); download it once "
-        "with a connection, or pass the path of a local folder",
+        "with a connection, or pass the path of a local folder"
     ),
-    "EntryNotFoundError": (
-        MissingFileError,
-        "{repo} has no {file} on the Hub; check subfolder=, revision= and variant=",
-    ),
-    "HfHubHTTPError": (CheckpointNotFoundError, "the Hub did not give {full} of {source}: {error}"),
+    "EntryNotFoundError": "{repo} has no {file} on the Hub; check subfolder=, revision= and variant=",
+    "HfHubHTTPError": "the Hub did not give {full} of {source}: {error}",
 }
+_KINDS = {"LocalEntryNotFoundError": NotCachedError, "EntryNotFoundError": MissingFileError}  # of ours, where special

@@ -320,14 +320,17 @@ WRONG_UNETS = [
     ({"norm_num_groups": None}, r"norm_num_groups = null \(expected an integer\)"),
     ({"norm_num_groups": 0}, "divisible by norm_num_groups 0"),
     ({"downsample_padding": 2}, "downsample_padding should be 0 or 1, found 2"),
-    ({"addition_embed_type": "text_time"}, "'text_time' needs addition_time_embed_dim, found None"),
+    (
+        {"addition_embed_type": "text_time"},
+        "addition_time_embed_dim = None belongs to .* which needs it; found 'text_time'",
+    ),
     (
         {"addition_embed_type": "text_time", "addition_time_embed_dim": 256},
-        "'text_time' needs projection_class_embeddings_input_dim, found None",
+        "projection_class_embeddings_input_dim = None belongs to .* which needs it; found 'text_time'",
     ),
     (
         {"addition_embed_type": "text_time", "addition_time_embed_dim": 0},
-        "'text_time' needs addition_time_embed_dim, found 0",
+        "addition_time_embed_dim should be a positive integer or null, found 0",
     ),
     ({"projection_class_embeddings_input_dim": 2816}, "projection_class_embeddings_input_dim = 2816 belongs to"),
     ({"addition_time_embed_dim": 256}, "addition_time_embed_dim = 256 belongs to addition_embed_type 'text_time'"),

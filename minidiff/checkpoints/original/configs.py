@@ -18,19 +18,7 @@ PUBLISHED = Path(__file__).with_name("published")
 MERGES = PUBLISHED / "clip_merges.txt.gz"
 
 
-class Configs:
-    """What a checkpoint's repository holds besides weights: ``read`` gives a JSON file of it, ``tokenizer`` another."""
-
-    def read(self, name: str) -> dict[str, Any]:
-        """Return a file such as ``"unet/config.json"``."""
-        raise NotImplementedError
-
-    def tokenizer(self, name: str) -> Any:
-        """Return the tokenizer of the component ``name``."""
-        raise NotImplementedError
-
-
-class Sections(Configs):
+class Sections:
     """A configuration that is in memory: the content of each file under its name in Hub layout."""
 
     def __init__(self, title: str, sections: Mapping[str, Any]) -> None:
@@ -65,7 +53,7 @@ class PackagedConfigs(Sections):
         super().__init__(f"the configuration of {name}", sections)
 
 
-class FolderConfigs(Configs):
+class FolderConfigs:
     """A folder or repository in Hub layout that the caller names to describe a file; its weights are not read."""
 
     def __init__(self, repo: Repo) -> None:
@@ -81,6 +69,9 @@ class FolderConfigs(Configs):
     def tokenizer(self, name: str) -> Any:
         """Return the tokenizer in the folder of the component ``name``."""
         return public("CLIPTokenizer").from_pretrained(self.repo.source, **self.repo.at(name).where)
+
+
+Configs = Sections | FolderConfigs
 
 
 @lru_cache(maxsize=1)

@@ -35,6 +35,7 @@ _DEFAULTS = {
     "projection_class_embeddings_input_dim": None,
     "time_cond_proj_dim": None,
 }
+_ADDED = ("addition_time_embed_dim", "projection_class_embeddings_input_dim")
 _ONLY = {  # field -> the values that leave the network as it is built here, the default first
     "mid_block_type": ("UNetMidBlock2DCrossAttn",),
     "mid_block_scale_factor": (1,),
@@ -66,24 +67,15 @@ def unet_config(fields: Mapping[str, Any]) -> Config:
     config = complete(NAME, fields, _DEFAULTS, _ONLY | {"only_cross_attention": (False, each, tuple(each))})
     lists = ("layers_per_block", "cross_attention_dim", "transformer_layers_per_block", "attention_head_dim")
     check_types(NAME, config, _DEFAULTS, lists)
-    check_counts(NAME, config, ["time_cond_proj_dim"])
+    check_counts(NAME, config, ["time_cond_proj_dim", *_ADDED])
     check_layers(NAME, config)
-    _check_added(config)
-    return config
-
-
-def _check_added(config: Config) -> None:
-    """Raise if the widths of the added condition are not there, or are there and not used."""
-    names = ("addition_time_embed_dim", "projection_class_embeddings_input_dim")
-    wanted = config.addition_embed_type == "text_time"
-    for name in names:
-        value = config[name]
-        if wanted and (type(value) is not int or value < 1):
-            raise ConfigError(f"{NAME}: addition_embed_type 'text_time' needs {name}, found {value!r}")
-        if not wanted and value is not None:
+    for name in _ADDED:
+        if (config[name] is None) == (config.addition_embed_type == "text_time"):
             raise ConfigError(
-                f"{NAME}: {name} = {value!r} belongs to addition_embed_type 'text_time', which is not set"
+                f"{NAME}: {name} = {config[name]!r} belongs to addition_embed_type 'text_time', which needs it; found "
+                f"{config.addition_embed_type!r}"
             )
+    return config
 
 
 def unet_spec(config: Config) -> UNetSpec:
