@@ -322,7 +322,7 @@ WRONG_UNETS = [
     ({"downsample_padding": 2}, "downsample_padding should be 0 or 1, found 2"),
     (
         {"addition_embed_type": "text_time"},
-        "addition_time_embed_dim = None belongs to .* which needs it; found 'text_time'",
+        "embed_dim = None belongs to .* which needs it; found 'text_time'",
     ),
     (
         {"addition_embed_type": "text_time", "addition_time_embed_dim": 256},
