@@ -76,13 +76,7 @@ class ConfigMixin(ConfigFile):
         self._internal_dict = Config({**self.__dict__.get("_internal_dict", {}), **fields})
 
     def __getattr__(self, name: str) -> Any:
-        """Answer for a field of the configuration, with the reference's warning that it is asked for in ``config``."""
-        fields = self.__dict__.get("_internal_dict", {})
-        if name not in fields:
-            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-        message = f"{type(self).__name__}.{name} is deprecated: write {type(self).__name__}.config.{name}"
-        warnings.warn(message, FutureWarning, stacklevel=2)
-        return fields[name]
+        return field_as_attribute(self, self.__dict__.get("_internal_dict", {}), name)
 
     @classmethod
     def from_config(
@@ -170,6 +164,15 @@ class ConfigMixin(ConfigFile):
         The configuration may hold more, from another class: they count for that one alone.
         """
         return {name: self.config[name] for name in _own_names(type(self)) if name in self.config}
+
+
+def field_as_attribute(owner: object, fields: Mapping[str, Any], name: str) -> Any:
+    """Answer ``owner.name`` from its fields, with the reference's warning that they are asked for in ``config``."""
+    kind = type(owner).__name__
+    if name not in fields:
+        raise AttributeError(f"{kind!r} object has no attribute {name!r}")
+    warnings.warn(f"{kind}.{name} is deprecated: write {kind}.config.{name}", FutureWarning, stacklevel=3)
+    return fields[name]
 
 
 @functools.cache

@@ -6,7 +6,6 @@ of its own name.
 
 import inspect
 import logging
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -20,6 +19,7 @@ from minidiff.checkpoints.load import as_dtype, paused_collector
 from minidiff.checkpoints.model import Pretrained, refuse_pickles, refuse_unless_harmless
 from minidiff.checkpoints.save import save_json
 from minidiff.config import REFERENCE_VERSION, Config, read_json
+from minidiff.configured import field_as_attribute
 from minidiff.errors import CheckpointError, ConfigError
 from minidiff.pipelines.index import (
     INDEX,
@@ -83,13 +83,7 @@ class DiffusionPipeline(MemorySavers, SingleFilePipeline):
         self._settings = {**self._settings, **settings}
 
     def __getattr__(self, name: str) -> Any:
-        """Answer for a setting, with the reference's warning that it is asked for in ``config``."""
-        settings = self.__dict__.get("_settings", {})
-        if name not in settings:
-            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-        message = f"{type(self).__name__}.{name} is deprecated: write {type(self).__name__}.config.{name}"
-        warnings.warn(message, FutureWarning, stacklevel=2)
-        return settings[name]
+        return field_as_attribute(self, self.__dict__.get("_settings", {}), name)
 
     # --- loading and saving ------------------------------------------------------------------------------------------
 
