@@ -3,14 +3,14 @@
 from collections.abc import Sequence
 from typing import ClassVar
 
-from minidiff.schedulers.by_hand import ByHand, Stochastic
+from minidiff.schedulers.by_hand import ByHandScheduler, Stochastic
 from minidiff.schedulers.core import Device, Grid, Past, Plan, Update
 from minidiff.schedulers.mixin import KarrasDiffusionSchedulers, SchedulerOutput
 
 __all__ = ["Device", "Grid", "Past", "Plan", "Scheduler", "SchedulerOutput", "Stochastic", "Update"]
 
 
-class Scheduler(ByHand):
+class Scheduler(ByHandScheduler):
     """Base of the schedulers. A solver provides ``_grid``, ``_coefficients`` and ``_update``."""
 
     _compatibles: ClassVar[Sequence[str]] = tuple(KarrasDiffusionSchedulers.__members__)

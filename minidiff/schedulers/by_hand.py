@@ -18,7 +18,7 @@ from minidiff.schedulers.mixin import SchedulerOutput
 from minidiff.schedulers.place import SHOWN, OfPlace, Place, place_of
 
 
-class ByHand(Core):
+class ByHandScheduler(Core):
     """A scheduler that knows where it is in a run; see ``minidiff.schedulers.place``."""
 
     finds_by_timestep: ClassVar[bool] = False  # step() finds its place by the timestep each time; others count

@@ -1,6 +1,6 @@
 """The pure core of a scheduler: what a run will do, and one step of it.
 
-Every function here is one of its arguments and the configuration alone, so any number of threads may use one scheduler
+Every function here depends on its arguments and the configuration alone, so any number of threads may share a scheduler
 through them. A run is ``plan``, then ``scale_input``, ``draw_noise`` and ``advance`` at each step::
 
     plan = scheduler.plan(20)

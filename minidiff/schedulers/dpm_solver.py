@@ -31,7 +31,7 @@ from minidiff.schedulers.log_snr import LogSnrScheduler
 from minidiff.schedulers.prediction import Scalar, predict_eps, predict_x0
 
 
-class Weights(NamedTuple):
+class TransitionWeights(NamedTuple):
     """The coefficients of one transition."""
 
     to_x: Scalar  # a
@@ -61,7 +61,7 @@ class Transitions:
         self.alpha, self.sigma, self.algorithm = alpha, sigma, algorithm
         self.lam = alpha.log() - sigma.log()  # (N + 1,)
 
-    def weights(self, s: int, t: int) -> Weights:
+    def weights(self, s: int, t: int) -> TransitionWeights:
         """Return the coefficients of the transition from level s to level t.
 
         A flow may end below ``sigma_min``, so that its last transition goes up; no noise then, NaN in the reference.
@@ -80,7 +80,7 @@ class Transitions:
             std = torch.zeros(()) if times == 1.0 else sigma * torch.sqrt((torch.exp(2 * h) - 1.0).clamp(min=0))
             to_x, d0 = alpha / self.alpha[s], -times * (sigma * growth)
             d1, d2 = -times * (sigma * (growth / h - 1.0)), -(sigma * ((growth - h) / h**2 - 0.5))
-        return Weights(to_x, d0, d1, d2, 0.5 * d0, std)
+        return TransitionWeights(to_x, d0, d1, d2, 0.5 * d0, std)
 
     def ratio(self, a: int, b: int, s: int, t: int) -> Tensor:
         """Return (lambda_a - lambda_b) in units of h = lambda_t - lambda_s."""

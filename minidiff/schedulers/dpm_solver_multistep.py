@@ -30,7 +30,7 @@ from minidiff.schedulers.prediction import Scalar, weighted_sum
 from minidiff.schedulers.sigma_space import upcast
 
 
-def differences(ms: Sequence[Tensor], ratios: Sequence[Scalar]) -> tuple[Tensor, ...]:
+def backward_differences(ms: Sequence[Tensor], ratios: Sequence[Scalar]) -> tuple[Tensor, ...]:
     """Return D_0, D_1, D_2 of the predictions, newest first: one and as many more as ``ratios`` are made for."""
     if not ratios:
         return (ms[0],)
@@ -119,7 +119,7 @@ class DPMSolverMultistepScheduler(DpmSolver):
         step = plan.coefficients[i]
         m = self._prediction(plan, i, x, out)
         ms = (m, *past)[: self.config.solver_order]
-        terms = [(step.to_x, upcast(x)), *zip(step.d, differences(ms, step.ratios), strict=True)]
+        terms = [(step.to_x, upcast(x)), *zip(step.d, backward_differences(ms, step.ratios), strict=True)]
         if self.wants_noise(plan, i):
             terms.append((step.std, noise))
         return Update(weighted_sum(*terms).to(m.dtype), ms)

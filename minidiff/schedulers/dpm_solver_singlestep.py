@@ -27,7 +27,7 @@ from minidiff.schedulers.log_snr import remembered
 from minidiff.schedulers.prediction import Scalar, weighted_sum
 
 
-def differences(ms: Sequence[Tensor], ratios: Sequence[Scalar]) -> tuple[Tensor, ...]:
+def group_differences(ms: Sequence[Tensor], ratios: Sequence[Scalar]) -> tuple[Tensor, ...]:
     """Return D_0, D_1, D_2 of a group's predictions, newest first: one and as many more as ``ratios`` are made for."""
     first = ms[-1]
     if not ratios:
@@ -115,7 +115,7 @@ class DPMSolverSinglestepScheduler(Stochastic, DpmSolver):
         begin, *earlier = past or (None,)  # where the group began, and the predictions, newest first
         ms = (self._prediction(plan, i, x, out), *earlier)[: self.config.solver_order]
         begin = x if step.order == 1 else begin
-        terms = [(step.to_x, begin), *zip(step.d, differences(ms[: step.order], step.ratios), strict=True)]
+        terms = [(step.to_x, begin), *zip(step.d, group_differences(ms[: step.order], step.ratios), strict=True)]
         if self.wants_noise(plan, i):
             terms.append((step.std, noise))
         return Update(weighted_sum(*terms), (begin, *ms))

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import minidiff
-from minidiff.schedulers.by_hand import ByHand
+from minidiff.schedulers.by_hand import ByHandScheduler
 from minidiff.schedulers.place import OfPlace
 from tests.schedulers.runs import by_hand, error, network, noise, pairwise, through_core
 
@@ -337,7 +337,7 @@ def test_the_core_knows_nothing_of_the_face(scheduler, monkeypatch):
 
     expected = through_core(scheduler, 9)
     for cls in kind.__mro__:
-        for name in set(vars(cls)) & (set(vars(ByHand)) | {"timesteps", "sigmas"}):
+        for name in set(vars(cls)) & (set(vars(ByHandScheduler)) | {"timesteps", "sigmas"}):
             if not name.startswith("__"):
                 value = property(forbidden) if isinstance(vars(cls)[name], property | OfPlace) else forbidden
                 monkeypatch.setattr(cls, name, value)
