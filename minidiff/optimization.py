@@ -36,7 +36,7 @@ def get_scheduler(
     Raises:
         ValueError: if the name is unknown or an argument that it needs is missing.
     """
-    name, lr, end = str(getattr(name, "value", name)), optimizer.defaults["lr"], 1e-7
+    name, lr, end = str(getattr(name, "value", name)), optimizer.defaults.get("lr"), 1e-7
     W, T = 0 if name == "constant" else num_warmup_steps, num_training_steps
 
     def restarts(i: int) -> float:
