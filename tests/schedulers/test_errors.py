@@ -98,6 +98,12 @@ def test_one_way_to_say_how_long_a_run_is():
         UNIPC(use_flow_sigmas=True).set_timesteps(5, mu=1.0)
 
 
+@pytest.mark.parametrize("sigmas", [[1.0], [1.0, 1.0, 0.0], [2.0, 1.0, 1.5], [[2.0, 0.0]]])
+def test_given_noise_levels(sigmas):
+    with pytest.raises(ValueError, match="sigmas should descend, and end with the level after the last step"):
+        minidiff.EulerDiscreteScheduler().set_timesteps(sigmas=sigmas)
+
+
 def test_the_runge_kutta_start_needs_four_steps():
     with pytest.raises(ValueError, match="at least 4 inference steps, found 3.*skip_prk_steps=True"):
         PNDM().set_timesteps(3)
