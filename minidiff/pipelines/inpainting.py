@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Kept:
+class KnownRegion:
     """What is put back after each step, where the UNet does not read the mask."""
 
     x0: Tensor  # (B, C, h, w), the encoded image
@@ -131,7 +131,7 @@ class Inpainting(InpaintByHand, FromImage):
         if self._reads_mask:
             run.beside = ("mask", "masked_image_latents")
         else:
-            run.after_step = Kept(x0, noise, levels_after(run.core, run.plan))
+            run.after_step = KnownRegion(x0, noise, levels_after(run.core, run.plan))
         if not noisy:
             return x0
         return noise * run.plan.init_noise_sigma if drawn else run.core.noised(run.plan, x0, noise)
