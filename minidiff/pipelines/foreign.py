@@ -32,6 +32,13 @@ STEPS = (  # the methods that a call of the reference's pipelines goes through
 )
 
 
+ENCODED = {  # the arguments of ``encode_prompt`` that a request has
+    f"{side}{name}"
+    for side in ("", "negative_")
+    for name in ("prompt", "prompt_2", "prompt_embeds", "pooled_prompt_embeds")
+} | {"num_images_per_prompt"}
+
+
 def overridden(owner: object, name: str) -> bool:
     """Say whether a public method is not minidiff's: patched on the object or its class, or of somebody's class."""
     if name in getattr(owner, "__dict__", {}):
@@ -57,7 +64,7 @@ def core_of(pipe: Any) -> "Scheduler | ByFace":
 
 def encoding(request: Request, guided: bool, device: torch.device) -> dict[str, Any]:
     """Return the arguments of ``encode_prompt``, by the names that all of the reference's have for them."""
-    names = [field.name for field in fields(request) if "prompt" in field.name and field.name != "long_prompt"]
+    names = [field.name for field in fields(request) if field.name in ENCODED]
     scale = (request.cross_attention_kwargs or {}).get("scale")
     how = {"device": device, "do_classifier_free_guidance": guided, "lora_scale": scale}
     how |= {"long_prompt": request.long_prompt} if request.long_prompt != "cut" else {}

@@ -65,6 +65,25 @@ class LatentGeneration(Callbacks):
             if output_type is not None:
                 run.images = self._pictures(run, output_type)
 
+    def _size(self, request: Request) -> tuple[int, int] | None:
+        """Return the height and width of the latents, None if they are those of an image. A task answers."""
+        raise NotImplementedError
+
+    def _first_latents(self, request: Request, run: Run, size: tuple[int, int] | None) -> Tensor:
+        """Return what the run begins with, (B, C, h, w) at the noise level of the plan's first step. A task answers.
+
+        It may add to ``run.tensors`` what the UNet reads beside them (``run.beside``), and set ``run.after_step``.
+        """
+        raise NotImplementedError
+
+    def _embed(self, asked: Mapping[str, Any], read: Any = None) -> tuple[Any, ...]:
+        """Return what ``encode_prompt`` does with these arguments, and what was cut off. A family answers."""
+        raise NotImplementedError
+
+    def _text_tensors(self, run: Run, *encoded: Tensor | None) -> dict[str, Tensor]:
+        """Return encoded texts by their names in ``run.tensors``, a row for each copy. A family answers."""
+        raise NotImplementedError
+
     def _open(self, request: Request) -> Run:
         """Open the run of a request. Raises if this pipeline cannot serve it."""
         if absent := [f"no {name}" for name in ("unet", "scheduler") if getattr(self, name) is None]:
@@ -100,7 +119,10 @@ class LatentGeneration(Callbacks):
         return self._text_tensors(run, *found)
 
     def _conditions(self, request: Request, run: Run) -> list[Condition]:
-        """Return what shows the UNet more than the text: here the guidance scale, to a UNet that is told it."""
+        """Return what shows the UNet more than the text: here the guidance scale, to a UNet that is told it.
+
+        Asked last: ``run.tensors`` and ``run.latents`` are there. What a condition needs of the request it closes over.
+        """
         if not run.told_guidance:
             return []
         w = torch.tensor([run.guidance_scale - 1])
@@ -175,8 +197,9 @@ class LatentGeneration(Callbacks):
 
         With ``padding_mask_crop`` the latents are those of the part that is worked on.
         """
-        call = next(kind for kind in type(self).__mro__ if kind.__module__.startswith("minidiff.")).__call__
-        given = inspect.signature(call).bind_partial(self, *args).arguments
+        calls = [kind for kind in type(self).__mro__ if "__call__" in vars(kind)]  # a program's may take anything
+        kind = next((kind for kind in calls if kind.__module__.startswith("minidiff.")), calls[0])
+        given = inspect.signature(kind.__call__).bind_partial(self, *args).arguments
         given.pop("self")
         generation = self._generate(self.request(**given, **arguments))
         next(generation)  # what is wrong is said now

@@ -60,11 +60,38 @@ class StableDiffusionXLPipelineOutput(Output):
 
 
 class StableDiffusionXL(LatentPipeline):
-    """The family: components, texts and the sizes that pictures are conditioned on."""
+    """The family: components, texts and the sizes that pictures are conditioned on.
+
+    Args:
+        vae, text_encoder, text_encoder_2, tokenizer, tokenizer_2, unet, scheduler: the components; text encoders and
+            tokenizers may be None if embeddings are passed in, ``vae`` may be None if latents are taken out.
+        image_encoder, feature_extractor: kept, shared and saved; nothing here asks them.
+        force_zeros_for_empty_prompt: whether the embeddings of an absent negative prompt are zeros.
+        add_watermarker: not implemented, must be None or False.
+
+    Raises:
+        ConfigError: if two components do not fit together, naming both.
+    """
 
     output_class = StableDiffusionXLPipelineOutput
     _callback_tensor_inputs: ClassVar[tuple[str, ...]] = ("latents", "prompt_embeds", "add_text_embeds", "add_time_ids")
     _layers_before_the_last = 1
+
+    def __init__(
+        self,
+        vae: AutoencoderKL | None,
+        text_encoder: CLIPTextModel | None,
+        text_encoder_2: CLIPTextModelWithProjection | None,
+        tokenizer: CLIPTokenizer | None,
+        tokenizer_2: CLIPTokenizer | None,
+        unet: UNet2DConditionModel,
+        scheduler: Scheduler,
+        image_encoder: Any = None,
+        feature_extractor: Any = None,
+        force_zeros_for_empty_prompt: bool = True,
+        add_watermarker: bool | None = None,
+    ) -> None:
+        self._set_up_xl(StableDiffusionXL, locals())
 
     def _set_up_xl(self, kind: type["StableDiffusionXL"], arguments: Mapping[str, Any], time_ids: int = 6) -> None:
         """Check a constructor's arguments and register them; ``time_ids`` is how many sizes the UNet is told."""
@@ -217,7 +244,7 @@ class StableDiffusionXL(LatentPipeline):
 
 
 def text_and_sizes(x: Tensor, t: Tensor, run: Run) -> dict[str, Any]:
-    """Return what XL shows its UNet besides the text: ``minidiff.pipelines.run.Condition``."""
+    """Return what XL shows its UNet besides the text: ``minidiff.pipelines.state.Condition``."""
     names = {"text_embeds": "add_text_embeds", "time_ids": "add_time_ids"}
     return {"added_cond_kwargs": {name: run.tensors[ours] for name, ours in names.items()}}
 
@@ -230,36 +257,9 @@ def _states(encoder: CLIPTextModel, ids: Tensor, clip_skip: int | None) -> tuple
 
 
 class StableDiffusionXLPipeline(TextToImage, StableDiffusionXL):
-    """Text to image with Stable Diffusion XL.
-
-    Args:
-        vae, text_encoder, text_encoder_2, tokenizer, tokenizer_2, unet, scheduler: the components; text encoders and
-            tokenizers may be None if embeddings are passed in, ``vae`` may be None if latents are taken out.
-        image_encoder, feature_extractor: kept, shared and saved; nothing here asks them.
-        force_zeros_for_empty_prompt: whether the embeddings of an absent negative prompt are zeros.
-        add_watermarker: not implemented, must be None or False.
-
-    Raises:
-        ConfigError: if two components do not fit together, naming both.
-    """
+    """Text to image with Stable Diffusion XL; components and errors are those of ``StableDiffusionXL``."""
 
     request = XLRequest
-
-    def __init__(
-        self,
-        vae: AutoencoderKL | None,
-        text_encoder: CLIPTextModel | None,
-        text_encoder_2: CLIPTextModelWithProjection | None,
-        tokenizer: CLIPTokenizer | None,
-        tokenizer_2: CLIPTokenizer | None,
-        unet: UNet2DConditionModel,
-        scheduler: Scheduler,
-        image_encoder: Any = None,
-        feature_extractor: Any = None,
-        force_zeros_for_empty_prompt: bool = True,
-        add_watermarker: bool | None = None,
-    ) -> None:
-        self._set_up_xl(StableDiffusionXLPipeline, locals())
 
     def __call__(
         self,

@@ -41,7 +41,7 @@ BUDGET = {
     "fast": 560,
     "images": 405,
     "networks": 1505,
-    "pipelines": 3020,
+    "pipelines": 3040,
     "schedulers": 2310,
     "text": 625,
     "top": 790,

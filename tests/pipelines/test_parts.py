@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from minidiff import StableDiffusionImg2ImgPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
+from minidiff.pipelines.request import Request
 from minidiff.pipelines.run import LatentGeneration, TextToImage
+from minidiff.pipelines.stable_diffusion import StableDiffusion
 from minidiff.pipelines.state import Run
 from tests.tiny import save_tiny
 from tests.tiny_xl import save_base
@@ -136,3 +138,21 @@ def test_a_task_of_any_family(plain: type, toy: type, sd: Path, xl: Path) -> Non
     expected = other("red heart", **{**CALL, "seed": None}, latents=torch.cat([left, left.flip(-1)], dim=-1)).images
     assert (pipe("red heart", **CALL).images == expected).all()
     assert len(list(pipe.steps("red heart", num_inference_steps=3, seed=1))) == len(x)
+
+
+class OwnMirrored(Mirrored, StableDiffusion):
+    """A family and a task, without a published pipeline, and a call of its own."""
+
+    request = Request
+
+    def __call__(self, prompt: str, steps: int) -> Any:
+        return list(self.steps(prompt, num_inference_steps=steps, seed=1, height=16, width=16))[-1]
+
+
+def test_a_program_makes_a_pipeline_of_parts(sd: Path) -> None:
+    last = OwnMirrored(**load(SDMirrored, sd).components)("red heart", 3)
+    pipe = load(SDMirrored, sd)
+    assert torch.equal(last.latents, pipe("red heart", **{**CALL, "output_type": "latent"}).images)
+    assert torch.equal(last.latents, list(pipe.steps("red heart", 16, 16, 3, seed=1))[-1].latents)
+    with pytest.raises(TypeError, match="too many positional arguments"):
+        pipe.steps(*["red heart"] * 40)
