@@ -43,3 +43,17 @@ def test_the_class_is_short_and_draws_the_same_picture(tmp_path: Path) -> None:
         assert one["again"].config.switch == 0.5 and one["pipe"].config.switch == 0.3
     heart = runs[0]["pipe"]("red heart", "red heart", generator=runs[0]["torch"].Generator().manual_seed(1))
     assert np.abs(np.asarray(heart).astype(int) - ours).max() > 5  # the first prompt counts: measured 13
+
+
+def test_a_part_of_your_own() -> None:
+    (code,) = re.findall(r"```python\n# part\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.S)
+    found = run(code, PAGE)
+    pipe, image, call = found["pipe"], np.asarray(found["image"]), {"num_inference_steps": 12, "guidance_scale": 2.0}
+    assert image.std() > 20  # it shows something
+    other = pipe("red apple with a very long stem", **call, seed=0).images[0]
+    assert (image == np.asarray(pipe("red apple pie", **call, seed=0).images[0])).all()  # the same first three tokens
+    assert (np.asarray(other) == image).all()
+    pipe.tokens = 77
+    plain = found["StableDiffusionPipeline"](**pipe.components)("red apple", **call, seed=0).images[0]
+    assert (np.asarray(pipe("red apple", **call, seed=0).images[0]) == np.asarray(plain)).all()
+    assert (np.asarray(plain) != image).any()
