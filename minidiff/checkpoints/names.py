@@ -125,7 +125,7 @@ def unet_rows(spec: UNetSpec) -> Iterator[Row]:
         yield from _layer("add_embed.fc2", "add_embedding.linear_2", "label_emb.0.2")
     yield from _layer("conv_in", "conv_in", "input_blocks.0.0")
     yield from _down_rows(spec)
-    if spec.mid:
+    if spec.mid_res:
         yield from _middle_rows(spec)
     yield from _up_rows(spec)
     yield from _layer("norm_out", "conv_norm_out", "out.0")
@@ -140,7 +140,7 @@ def _down_rows(spec: UNetSpec) -> Iterator[Row]:
             ldm = f"input_blocks.{block}"
             yield from _res_rows(f"{ours}.res.{j}", f"{hub}.resnets.{j}", f"{ldm}.0", _UNET_RES, lv.channels != C)
             attn = f"{ours}.attn.{j}", f"{hub}.attentions.{j}", f"{ldm}.1"
-            yield from _attention_rows(*attn, lv.depth, lv.pixel_attn, spec.linear_projection)
+            yield from _attention_rows(*attn, lv.depths[j], lv.pixel_attn, spec.linear_projection)
             C, block = lv.channels, block + 1
         if i < len(spec.levels) - 1:
             resample = f"{ours}.resample", f"{hub}.downsamplers.0", f"input_blocks.{block}.0"
@@ -153,7 +153,8 @@ def _middle_rows(spec: UNetSpec) -> Iterator[Row]:
     attn = "mid.attn.0", "mid_block.attentions.0", "middle_block.1"
     normed = spec.mid_groups is not None
     yield from _attention_rows(*attn, spec.mid_depth, spec.mid_pixel_attn, spec.linear_projection, normed)
-    yield from _res_rows("mid.res.1", "mid_block.resnets.1", "middle_block.2", _UNET_RES, False)
+    if spec.mid_res == 2:
+        yield from _res_rows("mid.res.1", "mid_block.resnets.1", "middle_block.2", _UNET_RES, False)
 
 
 def _up_rows(spec: UNetSpec) -> Iterator[Row]:
@@ -165,10 +166,11 @@ def _up_rows(spec: UNetSpec) -> Iterator[Row]:
             # A skip connection is concatenated to the input, so the channels always change and `skip` always exists.
             yield from _res_rows(f"{ours}.res.{j}", f"{hub}.resnets.{j}", f"{ldm}.0", _UNET_RES, True)
             attn = f"{ours}.attn.{j}", f"{hub}.attentions.{j}", f"{ldm}.1"
-            yield from _attention_rows(*attn, lv.up_depth, lv.up_pixel_attn, spec.linear_projection)
+            yield from _attention_rows(*attn, lv.up_depths[j], lv.up_pixel_attn, spec.linear_projection)
             block += 1
         if i < len(spec.levels) - 1:  # in the original it belongs to the block before it
-            resample = f"{ours}.resample", f"{hub}.upsamplers.0", f"{ldm}.{2 if lv.up_depth or lv.up_pixel_attn else 1}"
+            behind = 2 if lv.up_depths[-1] or lv.up_pixel_attn else 1
+            resample = f"{ours}.resample", f"{hub}.upsamplers.0", f"{ldm}.{behind}"
             yield from _resample_rows(*resample, "conv", lv.res_up)
 
 

@@ -101,8 +101,8 @@ class UNet(SlicedAttention, GradientCheckpointing, Attending, Model):
         self.down, self.up = nn.ModuleList(), nn.ModuleList()
         for i, lv in enumerate(levels):
             layers = []
-            for _ in range(lv.layers):
-                layers.append((self._res(C, lv.channels), self._attention(lv, lv.depth, lv.pixel_attn)))
+            for depth in lv.depths:
+                layers.append((self._res(C, lv.channels), self._attention(lv, depth, lv.pixel_attn)))
                 C = lv.channels
             resample = None
             if i < last:
@@ -110,13 +110,13 @@ class UNet(SlicedAttention, GradientCheckpointing, Attending, Model):
             self.down.append(Block(layers, resample))
             skips += [C] * (lv.layers + (i < last))
 
-        self.mid = self._middle(levels[-1]) if spec.mid else None
+        self.mid = self._middle(levels[-1]) if spec.mid_res else None
 
         for i, lv in enumerate(reversed(levels)):
             layers = []
-            for _ in range(lv.layers + 1):
+            for depth in lv.up_depths:
                 res = self._res(C + skips.pop(), lv.channels)
-                layers.append((res, self._attention(lv, lv.up_depth, lv.up_pixel_attn)))
+                layers.append((res, self._attention(lv, depth, lv.up_pixel_attn)))
                 C = lv.channels
             resample = None
             if i < last:
@@ -144,14 +144,15 @@ class UNet(SlicedAttention, GradientCheckpointing, Attending, Model):
         return PixelAttention(C, **options) if pixels else None
 
     def _middle(self, lv: LevelSpec) -> Block:
-        """Make two residual blocks with attention (or none) between them, at the coarsest level."""
+        """Make one or two residual blocks with attention (or none) behind the first, at the coarsest level."""
         spec, C = self.spec, lv.channels
         first = self._res(C, C, spec.mid_scale)
         attn = self._attention(lv, spec.mid_depth, False)
         if spec.mid_pixel_attn:
             options = {"groups": spec.mid_groups, "eps": spec.eps, "scale": spec.mid_scale, "width": lv.attn_width}
             attn = PixelAttention(C, heads=lv.heads, **options)
-        return Block([(first, attn), (self._res(C, C, spec.mid_scale), None)], None)
+        others = [(self._res(C, C, spec.mid_scale), None) for _ in range(spec.mid_res - 1)]
+        return Block([(first, attn), *others], None)
 
     def _times(self, sample: Tensor, timestep: Tensor | float | int) -> Tensor:
         """Return one time per sample, (B,), on its device."""
@@ -186,7 +187,8 @@ class UNet(SlicedAttention, GradientCheckpointing, Attending, Model):
 
         if self.mid is not None:
             x = self.mid.layer(0, x, temb, ctx, mask)
-            x = self.mid.res[1](x, temb)
+            for res in self.mid.res[1:]:
+                x = res(x, temb)
 
         for i, block in enumerate(self.up):
             for j in range(len(block.res)):

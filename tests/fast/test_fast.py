@@ -30,6 +30,9 @@ from tests.tiny_xl import save_base
 TOPOLOGIES = {
     "SD 1": UNET,
     "SD 2": UNET | {"use_linear_projection": True, "attention_head_dim": [2, 4]},
+    "pruned": UNET
+    | {"layers_per_block": 2, "mid_block_type": None, "transformer_layers_per_block": [[2, 1], 1]}
+    | {"reverse_transformer_layers_per_block": [1, [1, 2, 1]]},
     "text late": UNET | {"down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"]},
 }
 

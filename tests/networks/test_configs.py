@@ -194,11 +194,9 @@ def test_configuration_is_frozen() -> None:
 # Every field that the reference's constructor has and that minidiff accepts with its harmless value alone.
 NOT_IMPLEMENTED: dict[type[Model], dict[str, Any]] = {
     UNet2DConditionModel: {
-        "mid_block_type": "UNetMidBlock2D",
         "only_cross_attention": True,
         "mid_block_scale_factor": 2,
         "act_fn": "gelu",
-        "reverse_transformer_layers_per_block": [1, 1, 1, 1],
         "encoder_hid_dim": 64,
         "encoder_hid_dim_type": "text_proj",
         "num_attention_heads": 8,
@@ -262,6 +260,7 @@ HONOURED = {
         up_block_types block_out_channels layers_per_block downsample_padding norm_num_groups norm_eps
         cross_attention_dim transformer_layers_per_block attention_head_dim use_linear_projection
         addition_time_embed_dim projection_class_embeddings_input_dim time_cond_proj_dim dropout
+        mid_block_type reverse_transformer_layers_per_block
     """.split(),
     AutoencoderKL: """
         in_channels out_channels down_block_types up_block_types block_out_channels layers_per_block latent_channels
@@ -298,6 +297,20 @@ def test_published_unet_of_another_family(name: str, fields: list[str]) -> None:
 
 FOUR = ["DownBlock2D"] * 4
 WRONG_UNETS = [
+    (
+        {"mid_block_type": "UNetMidBlock2DSimpleCrossAttn"},
+        "mid_block_type should be one of null, UNetMid.*Simple",
+    ),
+    ({"mid_block_type": 3}, "mid_block_type should be one of .*found 3"),
+    ({"transformer_layers_per_block": [1, [1, 1], 1, 1]}, "give reverse_transformer_layers_per_block too"),
+    ({"transformer_layers_per_block": [1, 1, 1]}, "transformer_layers_per_block has 3 entries for 4 levels"),
+    (
+        {"transformer_layers_per_block": [1, [1], 1, 1], "reverse_transformer_layers_per_block": [1] * 4},
+        r"transformer_layers_per_block should hold 2 integers of at least 0 for a level, found \[1\]",
+    ),
+    ({"reverse_transformer_layers_per_block": [1, [1, 1], 1, 1]}, "reverse_transf.* should hold 3 integers .*found"),
+    ({"reverse_transformer_layers_per_block": [1, -1, 1, 1]}, r"should hold 3 integers of at least 0 .*\[-1, -1, -1\]"),
+    ({"reverse_transformer_layers_per_block": [1, 1, 0, 1]}, "transformer_layers_per_block is 0 where a block has"),
     ({"down_block_types": ["DownBlock2D"]}, "down_block_types should be 4 of"),
     ({"up_block_types": ["UpBlock2D"] * 5}, "up_block_types should be 4 of"),
     ({"down_block_types": [*FOUR[:3], "AttnDownBlock2D"]}, "down_block_types.*AttnDownBlock2D"),
@@ -306,7 +319,7 @@ WRONG_UNETS = [
     ({"layers_per_block": [2]}, "layers_per_block has 1 entries"),
     ({"transformer_layers_per_block": [1, 1]}, "transformer_layers_per_block has 2 entries"),
     ({"cross_attention_dim": [768] * 5}, "cross_attention_dim has 5 entries"),
-    ({"transformer_layers_per_block": [[1, 1], 1, 1, 1]}, "transformer_layers_per_block should hold integers"),
+    ({"transformer_layers_per_block": [1.0, 1, 1, 1]}, "transformer_layers_per_block should hold 2 integers"),
     ({"transformer_layers_per_block": 0}, "transformer_layers_per_block is 0 where a block has cross-attention"),
     ({"transformer_layers_per_block": [1, 0, 1, 1]}, "transformer_layers_per_block is 0 where"),
     ({"transformer_layers_per_block": [1, 1, 1, 0]}, "transformer_layers_per_block is 0 where"),

@@ -122,6 +122,25 @@ BRANCHES = {
     "widths that fall": three("xxx", "xxx") | {"block_out_channels": [16, 8, 8]},
     "sample size": tiny(sample_size=[8, 6]),
     "told the guidance scale": tiny(time_cond_proj_dim=7),
+    "no middle": tiny(mid_block_type=None),
+    "a middle of one residual block": tiny(mid_block_type="UNetMidBlock2D"),
+    "transformer blocks per residual block": three(
+        "-xx",
+        "xx-",
+        layers_per_block=2,
+        mid_block_type="UNetMidBlock2D",
+        transformer_layers_per_block=[0, [1, 2], [2, 1]],
+        reverse_transformer_layers_per_block=[[1, 2, 3], [2, 1, 1], 1],
+    ),
+    "the middle after a list": three(
+        "-xx",
+        "xx-",
+        transformer_layers_per_block=[1, 2, [2]],
+        reverse_transformer_layers_per_block=[[1, 2], 2, 1],
+    ),
+    "other transformer blocks on the way up": three(
+        "xxx", "xxx", transformer_layers_per_block=[1, 2, 3], reverse_transformer_layers_per_block=[2, 1, 3]
+    ),
 }
 
 

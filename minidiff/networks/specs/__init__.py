@@ -13,8 +13,8 @@ class LevelSpec(NamedTuple):
 
     channels: int
     layers: int  # residual blocks on the way down; one more on the way up
-    depth: int  # transformer blocks behind each residual block on the way down; 0 = none
-    up_depth: int  # the same on the way up
+    depths: tuple[int, ...]  # transformer blocks behind each residual block on the way down; 0 = none
+    up_depths: tuple[int, ...]  # the same on the way up
     heads: int
     D_ctx: int  # width of the text embeddings this level attends to
     attn_width: int | None = None  # of all heads over the pixels together; None = channels
@@ -37,7 +37,7 @@ class UNetSpec(NamedTuple):
     downsample_padding: int
     time_features: int  # width of what the time is encoded as
     E: int  # width of the time embedding made of it
-    mid: bool = True  # whether there is a middle
+    mid_res: int = 2  # residual blocks of the middle, 0 to 2; 0 = there is no middle
     mid_pixel_attn: bool = False
     mid_groups: int | None = None  # of the norm before the middle's pixel attention; None = no norm
     mid_scale: float = 1.0  # what residual blocks and pixel attention of the middle divide by

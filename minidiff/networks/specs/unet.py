@@ -12,6 +12,7 @@ NAME = "UNet2DConditionModel"
 
 _DOWN_BLOCKS = {"DownBlock2D": False, "CrossAttnDownBlock2D": True}  # type -> has cross-attention
 _UP_BLOCKS = {"UpBlock2D": False, "CrossAttnUpBlock2D": True}
+_MIDDLES = {None: 0, "UNetMidBlock2D": 1, "UNetMidBlock2DCrossAttn": 2}  # type -> residual blocks; the last one attends
 _DEFAULTS = {
     "sample_size": None,
     "in_channels": 4,
@@ -22,6 +23,7 @@ _DEFAULTS = {
     "down_block_types": ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
     "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3,
     "block_out_channels": [320, 640, 1280, 1280],
+    "mid_block_type": "UNetMidBlock2DCrossAttn",
     "layers_per_block": 2,
     "downsample_padding": 1,
     "norm_num_groups": 32,
@@ -29,6 +31,7 @@ _DEFAULTS = {
     "dropout": 0.0,
     "cross_attention_dim": 1280,
     "transformer_layers_per_block": 1,
+    "reverse_transformer_layers_per_block": None,
     "attention_head_dim": 8,
     "use_linear_projection": False,
     "addition_time_embed_dim": None,
@@ -37,7 +40,6 @@ _DEFAULTS = {
 }
 _ADDED = ("addition_time_embed_dim", "projection_class_embeddings_input_dim")
 _ONLY = {  # field -> the values that leave the network as it is built here, the default first
-    "mid_block_type": ("UNetMidBlock2DCrossAttn",),
     "mid_block_scale_factor": (1,),
     "act_fn": ("silu",),
     "addition_embed_type": (None, "text_time"),
@@ -53,7 +55,7 @@ _ONLY = {  # field -> the values that leave the network as it is built here, the
     **dict.fromkeys(("dual_cross_attention", "resnet_skip_time_act", "class_embeddings_concat"), (False,)),
     **dict.fromkeys(
         """
-        reverse_transformer_layers_per_block encoder_hid_dim encoder_hid_dim_type num_attention_heads class_embed_type
+        encoder_hid_dim encoder_hid_dim_type num_attention_heads class_embed_type
         num_class_embeds time_embedding_dim time_embedding_act_fn timestep_post_act cross_attention_norm
         """.split(),
         (None,),
@@ -66,7 +68,10 @@ def unet_config(fields: Mapping[str, Any]) -> Config:
     each = [False] * len(fields.get("down_block_types", _DEFAULTS["down_block_types"]))
     config = complete(NAME, fields, _DEFAULTS, _ONLY | {"only_cross_attention": (False, each, tuple(each))})
     lists = ("layers_per_block", "cross_attention_dim", "transformer_layers_per_block", "attention_head_dim")
-    check_types(NAME, config, _DEFAULTS, lists)
+    check_types(NAME, config, {**_DEFAULTS, "mid_block_type": None}, lists)
+    if config.mid_block_type not in _MIDDLES:
+        known = ", ".join("null" if kind is None else kind for kind in _MIDDLES)
+        raise ConfigError(f"{NAME}: mid_block_type should be one of {known}, found {config.mid_block_type!r}")
     check_counts(NAME, config, ["time_cond_proj_dim", *_ADDED])
     check_layers(NAME, config)
     for name in _ADDED:
@@ -92,20 +97,30 @@ def unet_spec(config: Config) -> UNetSpec:
     # was misnamed in 2022, and thousands of checkpoints carry it. SD 1.x: 8 everywhere; SD 2.x: [5, 10, 20, 20].
     heads = per_level(NAME, "attention_head_dim", config.attention_head_dim, count)
     layers = per_level(NAME, "layers_per_block", config.layers_per_block, count)
-    depths = per_level(NAME, "transformer_layers_per_block", config.transformer_layers_per_block, count, least=0)
+    depths, up_depths = _depths(config, layers)
+    middle = _MIDDLES[config.mid_block_type]
+    mid_depth = depths[-1][0] if middle == 2 else 0
     widths = per_level(NAME, "cross_attention_dim", config.cross_attention_dim, count)
     levels = tuple(
-        LevelSpec(C, layers[i], depths[i] * down[i], depths[i] * up[i], heads[i], widths[i])
+        LevelSpec(
+            *(C, layers[i]),
+            tuple(depth * down[i] for depth in depths[i]),
+            tuple(depth * up[i] for depth in up_depths[i]),
+            *(heads[i], widths[i]),
+        )
         for i, C in enumerate(channels)
     )
     for i, lv in enumerate(levels):
-        if down[i] or up[i] or i == count - 1:  # the middle is like the coarsest level and always attends
-            _check_attention(lv, depths[i], widths[-1])
+        used = [*depths[i] * down[i], *up_depths[i] * up[i]]
+        used += [depths[i][0]] * (i == count - 1 and middle == 2)  # the middle is like the coarsest level
+        if used:
+            _check_attention(lv, min(used), widths[-1])
     return UNetSpec(
         in_channels=config.in_channels,
         out_channels=config.out_channels,
         levels=levels,
-        mid_depth=depths[-1],
+        mid_res=middle,
+        mid_depth=mid_depth,
         groups=config.norm_num_groups,
         eps=config.norm_eps,
         dropout=config.dropout,
@@ -117,6 +132,37 @@ def unet_spec(config: Config) -> UNetSpec:
         added_features=config.addition_time_embed_dim or 0,
         time_cond=config.time_cond_proj_dim,
     )
+
+
+def _depths(config: Config, layers: list[int]) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
+    """Return the numbers of transformer blocks behind the residual blocks of each level, on the way down and up.
+
+    Pruned networks say a number for each residual block; the way up, which has one more of them, then has a
+    list of its own, from the coarsest level to the finest.
+    """
+    name, reverse = "transformer_layers_per_block", config.reverse_transformer_layers_per_block
+    value = config[name]
+    if reverse is None and isinstance(value, list) and any(isinstance(entry, (list, tuple)) for entry in value):
+        raise ConfigError(f"{NAME}: {name} = {value} holds lists: give reverse_{name} too, for the way up")
+    down = _per_layer(name, value, layers)
+    if reverse is None:
+        return down, [(depths[0],) * (n + 1) for depths, n in zip(down, layers, strict=True)]
+    return down, _per_layer(f"reverse_{name}", reverse, [n + 1 for n in reversed(layers)])[::-1]
+
+
+def _per_layer(name: str, value: Any, layers: list[int]) -> list[tuple[int, ...]]:
+    """Spread a field over the residual blocks of each level: an integer, or a list of integers and lists of them."""
+    entries = value if isinstance(value, list) else [value] * len(layers)
+    if len(entries) != len(layers):
+        raise ConfigError(f"{NAME}: {name} has {len(entries)} entries for {len(layers)} levels: {value}")
+    depths = [
+        tuple(entry) if isinstance(entry, (list, tuple)) else (entry,) * n
+        for entry, n in zip(entries, layers, strict=True)
+    ]
+    for entry, n in zip(depths, layers, strict=True):
+        if len(entry) != n or any(type(depth) is not int or depth < 0 for depth in entry):
+            raise ConfigError(f"{NAME}: {name} should hold {n} integers of at least 0 for a level, found {list(entry)}")
+    return depths
 
 
 def _check_attention(level: LevelSpec, depth: int, D_ctx: int) -> None:
