@@ -9,6 +9,7 @@ import json
 from collections.abc import Callable, Iterator
 from functools import lru_cache
 from pathlib import Path
+from shutil import copytree
 from typing import Any
 
 import numpy as np
@@ -144,6 +145,35 @@ def test_pipelines_for_other_tasks(
 
 
 # --- dtypes, moving averages, spellings ------------------------------------------------------------------------------
+
+
+def test_stacked_tensors_of_several_dtypes_lose_nothing(make_twin: Callable[[str], Twin], tmp_path: Path) -> None:
+    """q, k and v of OpenCLIP are one tensor in a single file: in the dtype that holds the values of all three."""
+    copytree(make_twin("sd2").folder, tmp_path / "hub")
+    path = tmp_path / "hub" / "text_encoder" / "model.safetensors"
+    stored = load_file(path)
+    first = next(name for name in stored if name.endswith("layers.0.self_attn.q_proj.weight"))
+    kinds = {"q": torch.float16, "k": torch.bfloat16, "v": torch.float16}
+    names = {part: first.replace("q_proj", f"{part}_proj") for part in kinds}
+    for part, kind in kinds.items():
+        stored[names[part]] = stored[names[part]].to(kind)
+    stored[names["k"]][0, 0] = 1e30  # more than float16 holds
+    save_file(stored, path)
+    convert(tmp_path / "hub", tmp_path / "one.safetensors")
+    written = load_file(tmp_path / "one.safetensors")
+    (stacked,) = [written[name] for name in written if name.endswith("resblocks.0.attn.in_proj_weight")]
+    expected = torch.cat([stored[names[part]].float() for part in kinds])
+    assert stacked.dtype == torch.float32 and torch.equal(stacked, expected)
+
+    pipe = StableDiffusionPipeline.from_pretrained(tmp_path / "hub")
+    attention = pipe.text_encoder.get_submodule(names["q"].removesuffix(".q_proj.weight"))
+    for part, kind in kinds.items():
+        getattr(attention, f"{part}_proj").to(kind)
+    pipe.save_single_file(tmp_path / "two.safetensors")
+    (stacked,) = [
+        t for name, t in load_file(tmp_path / "two.safetensors").items() if name.endswith("0.attn.in_proj_weight")
+    ]
+    assert torch.equal(stacked, expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -1,7 +1,7 @@
 """Lay networks out as an original single file: which name table each has there, and what is written beside it."""
 
 from collections.abc import Iterator, Mapping
-from functools import partial
+from functools import partial, reduce
 
 import torch
 from torch import Tensor, nn
@@ -71,7 +71,8 @@ def groups_of_model(model: Model, rows: list[Row]) -> Iterator[Group]:
     shapes = expected_shapes(model, rows, "ldm")
     for row in rows:
         ours = tuple(state[name] for name in row.ours)
-        specs = [(name, ours[0].dtype, shapes[name]) for name in row.ldm]
+        kind = reduce(torch.promote_types, (tensor.dtype for tensor in ours))
+        specs = [(name, kind, shapes[name]) for name in row.ldm]
         yield Group(specs, partial(row.ldm_op.from_ours, ours))
 
 
@@ -90,7 +91,7 @@ def groups_of_part(
     for source, row in zip(part.rows, rows, strict=True):
         stored = part.stored(source)
         kinds = [STORED_DTYPES[tensor.dtype] for tensor in stored]
-        wanted = dtype or max(kinds, key=lambda kind: kind.itemsize)
+        wanted = dtype or reduce(torch.promote_types, kinds)
         change = source.op(part.spelling), row.op(target)
         make = _in_pieces if all(op.in_order for op in change) else partial(_whole, *change)
         specs = [(name, wanted, shapes[name]) for name in row.names(target)]
