@@ -88,6 +88,18 @@ def test_unet_in_float64(name, size, in_float64, monkeypatch):
 
 
 @torch.no_grad()
+def test_times_of_several_steps_in_one_batch(in_float64):
+    """A slice of the run's timesteps lies where its first entry does, and is not that one time for all."""
+    unet = random(minidiff.UNet2DConditionModel(**UNET).double())
+    x, ctx, t = torch.randn(2, 4, 8, 8).double(), torch.randn(2, 5, 24).double(), torch.tensor([900, 100])
+    expected = unet(x, t, ctx).sample
+    optimize(unet)
+    run = SimpleNamespace(plan=SimpleNamespace(timesteps=t), step=0, passes=2, latents=x[:1])
+    with computing(run):
+        assert error(unet(x, run.plan.timesteps[:2], ctx).sample, expected) <= 1e-12  # measured 1e-15
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("size", [(16, 16), (20, 12)])
 @pytest.mark.parametrize("batch", [1, 2])
 def test_vae_in_float64(size, batch, in_float64):

@@ -310,6 +310,7 @@ WRONG_UNETS = [
     ),
     ({"reverse_transformer_layers_per_block": [1, [1, 1], 1, 1]}, "reverse_transf.* should hold 3 integers .*found"),
     ({"reverse_transformer_layers_per_block": [1, -1, 1, 1]}, r"should hold 3 integers of at least 0 .*\[-1, -1, -1\]"),
+    ({"reverse_transformer_layers_per_block": 2}, "reverse_transformer_layers_per_block should be a list, .*found 2"),
     ({"reverse_transformer_layers_per_block": [1, 1, 0, 1]}, "transformer_layers_per_block is 0 where a block has"),
     ({"down_block_types": ["DownBlock2D"]}, "down_block_types should be 4 of"),
     ({"up_block_types": ["UpBlock2D"] * 5}, "up_block_types should be 4 of"),

@@ -138,6 +138,13 @@ BRANCHES = {
         transformer_layers_per_block=[1, 2, [2]],
         reverse_transformer_layers_per_block=[[1, 2], 2, 1],
     ),
+    "the middle after the first of a list": three(
+        "-xx",
+        "xx-",
+        layers_per_block=2,
+        transformer_layers_per_block=[1, 2, [3, 1]],
+        reverse_transformer_layers_per_block=[2, 1, 1],
+    ),
     "other transformer blocks on the way up": three(
         "xxx", "xxx", transformer_layers_per_block=[1, 2, 3], reverse_transformer_layers_per_block=[2, 1, 3]
     ),

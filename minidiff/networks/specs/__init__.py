@@ -12,9 +12,8 @@ class LevelSpec(NamedTuple):
     """One resolution of a UNet, on the way down and on the way up."""
 
     channels: int
-    layers: int  # residual blocks on the way down; one more on the way up
     depths: tuple[int, ...]  # transformer blocks behind each residual block on the way down; 0 = none
-    up_depths: tuple[int, ...]  # the same on the way up
+    up_depths: tuple[int, ...]  # the same on the way up, which has one residual block more
     heads: int
     D_ctx: int  # width of the text embeddings this level attends to
     attn_width: int | None = None  # of all heads over the pixels together; None = channels
@@ -22,6 +21,11 @@ class LevelSpec(NamedTuple):
     up_pixel_attn: bool = False  # the same on the way up
     res_down: bool = False  # halve the resolution in a residual block instead of a strided convolution
     res_up: bool = False  # double it in a residual block instead of before a convolution
+
+    @property
+    def layers(self) -> int:
+        """How many residual blocks the way down has."""
+        return len(self.depths)
 
 
 class UNetSpec(NamedTuple):

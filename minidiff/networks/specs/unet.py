@@ -103,7 +103,7 @@ def unet_spec(config: Config) -> UNetSpec:
     widths = per_level(NAME, "cross_attention_dim", config.cross_attention_dim, count)
     levels = tuple(
         LevelSpec(
-            *(C, layers[i]),
+            C,
             tuple(depth * down[i] for depth in depths[i]),
             tuple(depth * up[i] for depth in up_depths[i]),
             *(heads[i], widths[i]),
@@ -145,6 +145,8 @@ def _depths(config: Config, layers: list[int]) -> tuple[list[tuple[int, ...]], l
     if reverse is None and isinstance(value, list) and any(isinstance(entry, (list, tuple)) for entry in value):
         raise ConfigError(f"{NAME}: {name} = {value} holds lists: give reverse_{name} too, for the way up")
     down = _per_layer(name, value, layers)
+    if reverse is not None and not isinstance(reverse, list):
+        raise ConfigError(f"{NAME}: reverse_{name} should be a list, coarsest level first, found {reverse!r}")
     if reverse is None:
         return down, [(depths[0],) * (n + 1) for depths, n in zip(down, layers, strict=True)]
     return down, _per_layer(f"reverse_{name}", reverse, [n + 1 for n in reversed(layers)])[::-1]

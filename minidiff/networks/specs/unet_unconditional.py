@@ -113,7 +113,6 @@ def _levels(config: Config, mid_attn: bool) -> Iterator[LevelSpec]:
         attends = attn or up_attn or (mid_attn and i == count - 1)
         yield LevelSpec(
             channels=C,
-            layers=layers[i],
             depths=(0,) * layers[i],
             up_depths=(0,) * (layers[i] + 1),
             heads=_heads(C, config.attention_head_dim) if attends else 1,
