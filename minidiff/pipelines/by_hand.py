@@ -5,7 +5,6 @@ methods, the networks, and ``scheduler.step``. minidiff's own pipelines work wit
 ``Run`` instead; what both need is done by the same code. Checked against the methods of the same names.
 """
 
-import inspect
 from collections.abc import Sequence
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from minidiff.networks.layers import guidance_embedding
 from minidiff.noise import Generators, initial_latents, randn
+from minidiff.pipelines.foreign import taken_by_step
 from minidiff.pipelines.request import Request, check_count, check_number
 from minidiff.pipelines.run import repeat_to_batch, rescaled
 from minidiff.pipelines.strength import take_over
@@ -124,8 +124,7 @@ class ByHand:
 
     def prepare_extra_step_kwargs(self, generator: Generators, eta: float) -> dict[str, Any]:
         """Return what to hand to ``scheduler.step`` besides the tensors: what of the two it takes."""
-        takes = inspect.signature(self.scheduler.step).parameters
-        return {name: value for name, value in (("eta", eta), ("generator", generator)) if name in takes}
+        return taken_by_step(self.scheduler, eta=eta, generator=generator)
 
     @torch.no_grad()
     def decode_latents(self, latents: Tensor) -> "np.ndarray":

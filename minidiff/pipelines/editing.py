@@ -22,7 +22,7 @@ from torch import Tensor
 from minidiff.noise import Generators
 from minidiff.pipelines.callbacks import Fact
 from minidiff.pipelines.request import check_number
-from minidiff.pipelines.run import ClassifierFree, TextToImage, repeat_to_batch, rescaled
+from minidiff.pipelines.run import TextToImage, repeat_to_batch, rescaled
 from minidiff.pipelines.state import Run
 
 
@@ -59,7 +59,7 @@ class AsksForEdit:
         check_number("image_guidance_scale", self.image_guidance_scale, 0)
 
 
-class DualGuidance(ClassifierFree):
+class DualGuidance:
     """Guidance by two scales: the UNet is asked three times, in the order text, image, nothing."""
 
     copies: ClassVar[int] = 3
@@ -86,11 +86,6 @@ class Editing(TextToImage):
     unet_inputs: ClassVar[tuple[str, ...]] = ("image",)
 
     image_guidance_scale, _image_guidance_scale = Fact(), Fact()
-
-    def _encode_prompt(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Return the embeddings of the three passes as one tensor, or of the one without guidance."""
-        positive, negative = self.encode_prompt(*args, **kwargs)
-        return positive if negative is None else torch.cat([positive, negative, negative])
 
     def prepare_image_latents(
         self,

@@ -30,8 +30,6 @@ STEPS = (  # the methods that a call of the reference's pipelines goes through
     *("prepare_image_latents", "prepare_mask_latents", "upcast_vae"),
     *("_get_add_time_ids", "_encode_vae_image", "_encode_prompt"),
 )
-
-
 ENCODED = {  # the arguments of ``encode_prompt`` that a request has
     f"{side}{name}"
     for side in ("", "negative_")
@@ -69,6 +67,12 @@ def encoding(request: Request, guided: bool, device: torch.device) -> dict[str, 
     how = {"device": device, "do_classifier_free_guidance": guided, "lora_scale": scale}
     how |= {"long_prompt": request.long_prompt} if request.long_prompt != "cut" else {}
     return {name: getattr(request, name) for name in names} | how | {"clip_skip": request.clip_skip}
+
+
+def taken_by_step(scheduler: Any, **options: Any) -> dict[str, Any]:
+    """Return those of the options that a scheduler's ``step`` takes."""
+    takes = inspect.signature(scheduler.step).parameters
+    return {name: value for name, value in options.items() if name in takes}
 
 
 def first(answer: Any, name: str) -> Any:
@@ -135,8 +139,7 @@ class ByFace:
     def _step_arguments(self, generator: Generators, options: Mapping[str, Any]) -> dict[str, Any]:
         if overridden(self.pipe, "prepare_extra_step_kwargs"):
             return self.pipe.prepare_extra_step_kwargs(generator, options["eta"])
-        takes = inspect.signature(self.scheduler.step).parameters
-        return {name: value for name, value in {**options, "generator": generator}.items() if name in takes}
+        return taken_by_step(self.scheduler, **options, generator=generator)
 
     def advance(
         self, plan: Plan, i: int, x: Tensor, out: Tensor, past: tuple[Any, ...], noise: dict[str, Any]

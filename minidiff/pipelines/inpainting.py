@@ -28,8 +28,8 @@ from minidiff.noise import initial_latents
 from minidiff.pipelines.by_hand import InpaintByHand
 from minidiff.pipelines.foreign import ByFace
 from minidiff.pipelines.image_to_image import FromImage
-from minidiff.pipelines.latent import computed, repeat_to_batch
-from minidiff.pipelines.state import Run
+from minidiff.pipelines.run import repeat_to_batch
+from minidiff.pipelines.state import Run, computed
 from minidiff.schedulers.base import Plan, Scheduler
 
 if TYPE_CHECKING:
@@ -127,7 +127,7 @@ class Inpainting(InpaintByHand, FromImage):
         noise = initial_latents(shape, request.latents, generator, like.device, like.dtype)
         masked = None if masked is None else encode(masked)
         for name, rows in (("mask", m), ("masked_image_latents", masked)):
-            run.tensors[name] = torch.cat([rows, rows]) if run.guided and rows is not None else rows
+            run.tensors[name] = None if rows is None else torch.cat([rows] * run.passes)
         if self._reads_mask:
             run.beside = ("mask", "masked_image_latents")
         else:

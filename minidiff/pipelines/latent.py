@@ -1,6 +1,5 @@
 """What every pipeline over latents has around its run: pictures to latents and back, and what a UNet reads."""
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from torch import Tensor
@@ -16,20 +15,11 @@ from minidiff.pipelines.by_hand import ByHand
 from minidiff.pipelines.foreign import STEPS, first, overridden
 from minidiff.pipelines.request import check_count
 from minidiff.pipelines.run import LatentGeneration, repeat_to_batch
+from minidiff.pipelines.state import computed
 
 if TYPE_CHECKING:
     from minidiff.images.processor import VaeImageProcessor
     from minidiff.images.regions import Region
-
-
-class computed:  # lower case, as it is used like ``property``
-    """A property that an instance may replace, by assigning to it."""
-
-    def __init__(self, compute: Callable[[Any], Any]) -> None:
-        self.compute, self.__doc__ = compute, compute.__doc__
-
-    def __get__(self, instance: Any, owner: type | None = None) -> Any:
-        return self if instance is None else self.compute(instance)
 
 
 class LatentPipeline(ByHand, LatentGeneration, LoraLoader, TextualInversionLoader, DiffusionPipeline):

@@ -19,6 +19,7 @@ Classifier-free guidance: Ho & Salimans 2022 (https://arxiv.org/abs/2207.12598),
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -39,12 +40,57 @@ if TYPE_CHECKING:
     from minidiff.images.tensors import Images
 
 
+# --- guidance --------------------------------------------------------------------------------------------------------
+
+
+def guide(negative: Tensor, positive: Tensor, scale: float, rescale: float = 0.0) -> Tensor:
+    """Return negative + scale (positive - negative), its contrast pulled back to that of ``positive``.
+
+    Args:
+        negative: prediction for the negative (or empty) prompt, (B, C, H, W).
+        positive: prediction for the prompt, (B, C, H, W).
+        scale: 1 is the plain conditional prediction; 7.5 is usual.
+        rescale: 0 to 1, how far the standard deviation of each picture goes back to that of ``positive``.
+    """
+    return rescaled(negative + scale * (positive - negative), positive, rescale)
+
+
+def rescaled(out: Tensor, positive: Tensor, rescale: float) -> Tensor:
+    """Pull the standard deviation of each picture of ``out`` back to that of ``positive``, by the share ``rescale``."""
+    if rescale == 0:
+        return out
+    axes = tuple(range(1, out.ndim))
+    full = out * (positive.std(dim=axes, keepdim=True) / out.std(dim=axes, keepdim=True))
+    return rescale * full + (1 - rescale) * out
+
+
+class ClassifierFree:
+    """Guidance by one scale: the UNet is asked with and without the prompt, and the difference is enlarged."""
+
+    copies: ClassVar[int] = 2  # of the latents
+
+    def wanted(self, run: Run) -> bool:
+        """Whether the scales of the run ask for guidance."""
+        return run.guidance_scale > 1
+
+    def rows(self, positive: Tensor, negative: Tensor) -> Tensor:
+        """Return what the UNet is shown in one batch, in the order that ``combine`` expects."""
+        return torch.cat([negative, positive])
+
+    def combine(self, out: Tensor, run: Run) -> Tensor:
+        """Return the guided prediction (B, C, H, W) from those for all copies (copies * B, C, H, W)."""
+        return guide(*out.chunk(2), run.guidance_scale, run.guidance_rescale)
+
+
+# --- the story --------------------------------------------------------------------------------------------------------
+
+
 class LatentGeneration(Callbacks):
     """The story. Parts of a pipeline answer its questions; each may add to what the next one says (``super()``)."""
 
     request: ClassVar[type[Request]]  # the arguments of a call that concern the generation
     output_class: ClassVar[type[Output]]  # of a call; has images, seeds and dropped, and the names of reference_fields
-    guidance: ClassVar[Guidance]
+    guidance: ClassVar[Guidance] = ClassifierFree()
     _by_position: ClassVar[tuple[str, ...]] = ()  # the arguments that ``encode_prompt`` is given by position
 
     @torch.no_grad()
@@ -172,8 +218,8 @@ class LatentGeneration(Callbacks):
     def _respond(self, arguments: Mapping[str, Any]) -> "Output | tuple[Any, ...]":
         """Do what a call does: check its ``locals()``, run all steps; return the record or the tuple."""
         options, asked = OutputOptions.of(self, arguments)
-        generation = self._generate(self.request(**asked), options.output_type)
-        with torch.no_grad():
+        # Closed also where a callback raises: what is held of the error would else keep the call under way.
+        with torch.no_grad(), closing(self._generate(self.request(**asked), options.output_type)) as generation:
             run = next(generation)
             counted = self._counted(run)
             with self.progress_bar(total=len(counted)) as bar:
@@ -272,48 +318,3 @@ def repeat_to_batch(x: Tensor, count: int, what: str = "images") -> Tensor:
     if len(x) > count or count % len(x):
         raise ValueError(f"{len(x)} {what} cannot be dealt out to {count} pictures evenly")
     return x.repeat(count // len(x), *[1] * (x.ndim - 1))
-
-
-# --- guidance --------------------------------------------------------------------------------------------------------
-
-
-class ClassifierFree:
-    """Guidance by one scale: the UNet is asked with and without the prompt, and the difference is enlarged."""
-
-    copies: ClassVar[int] = 2  # of the latents
-
-    def wanted(self, run: Run) -> bool:
-        """Whether the scales of the run ask for guidance."""
-        return run.guidance_scale > 1
-
-    def rows(self, positive: Tensor, negative: Tensor) -> Tensor:
-        """Return what the UNet is shown in one batch, in the order that ``combine`` expects."""
-        return torch.cat([negative, positive])
-
-    def combine(self, out: Tensor, run: Run) -> Tensor:
-        """Return the guided prediction (B, C, H, W) from those for all copies (copies * B, C, H, W)."""
-        return guide(*out.chunk(2), run.guidance_scale, run.guidance_rescale)
-
-
-LatentGeneration.guidance = ClassifierFree()
-
-
-def guide(negative: Tensor, positive: Tensor, scale: float, rescale: float = 0.0) -> Tensor:
-    """Return negative + scale (positive - negative), its contrast pulled back to that of ``positive``.
-
-    Args:
-        negative: prediction for the negative (or empty) prompt, (B, C, H, W).
-        positive: prediction for the prompt, (B, C, H, W).
-        scale: 1 is the plain conditional prediction; 7.5 is usual.
-        rescale: 0 to 1, how far the standard deviation of each picture goes back to that of ``positive``.
-    """
-    return rescaled(negative + scale * (positive - negative), positive, rescale)
-
-
-def rescaled(out: Tensor, positive: Tensor, rescale: float) -> Tensor:
-    """Pull the standard deviation of each picture of ``out`` back to that of ``positive``, by the share ``rescale``."""
-    if rescale == 0:
-        return out
-    axes = tuple(range(1, out.ndim))
-    full = out * (positive.std(dim=axes, keepdim=True) / out.std(dim=axes, keepdim=True))
-    return rescale * full + (1 - rescale) * out

@@ -29,7 +29,7 @@ from minidiff.pipelines.run import TextToImage
 from minidiff.pipelines.state import Run
 from minidiff.schedulers.base import Scheduler
 from minidiff.text.tokenizer import CLIPTokenizer
-from minidiff.text.windows import Dropped, Read, TextEncoder, as_list, embed, negative_texts, plain
+from minidiff.text.windows import Dropped, Read, TextEncoder, embed, negative_texts, plain, prompts_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -126,15 +126,15 @@ class StableDiffusion(LatentPipeline):
         *args: Any,
         **kwargs: Any,
     ) -> Tensor:
-        """Return what ``encode_prompt`` does as one tensor, under guidance the negative embeddings first."""
+        """Return what ``encode_prompt`` does as one tensor, under guidance as the UNet is shown it."""
         positive, negative = self.encode_prompt(
             prompt, device, num_images_per_prompt, do_classifier_free_guidance, *args, **kwargs
         )
-        return torch.cat([negative, positive]) if do_classifier_free_guidance else positive
+        return self.guidance.rows(positive, negative) if do_classifier_free_guidance else positive
 
     def _embed(self, asked: Mapping[str, Any], read: Read = plain) -> tuple[Tensor, Tensor | None, Dropped | None]:
         """Return what ``encode_prompt`` does, and what was cut off; ``asked`` are its arguments."""
-        texts = {"": [("prompt", as_list(asked["prompt"]))]}
+        texts = {"": [("prompt", prompts_of(asked))]}
         if asked["do_classifier_free_guidance"]:
             texts["negative_"] = [("negative_prompt", negative_texts(asked))]
         found, dropped = embed(self._encoders, texts, asked, asked["device"], read)

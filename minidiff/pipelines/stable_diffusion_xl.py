@@ -36,7 +36,7 @@ from minidiff.pipelines.run import TextToImage
 from minidiff.pipelines.state import Condition, Run
 from minidiff.schedulers.base import Scheduler
 from minidiff.text.tokenizer import CLIPTokenizer
-from minidiff.text.windows import Dropped, Read, TextEncoder, as_list, embed, negative_texts, plain
+from minidiff.text.windows import Dropped, Read, TextEncoder, embed, negative_texts, plain, prompts_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -162,7 +162,7 @@ class StableDiffusionXL(LatentPipeline):
         zeros = guided and absent and self._settings["force_zeros_for_empty_prompt"]
         if zeros and asked["negative_prompt_2"] is not None:
             raise ValueError("negative_prompt_2 counts only beside a negative_prompt, which may be ''")
-        texts = {"": self._for_each("prompt", as_list(asked["prompt"]), asked["prompt_2"])}
+        texts = {"": self._for_each("prompt", prompts_of(asked), asked["prompt_2"])}
         if guided and not zeros:
             negatives = negative_texts(asked)
             texts["negative_"] = self._for_each("negative_prompt", negatives, asked["negative_prompt_2"])

@@ -18,7 +18,29 @@ FACTS = (  # what a program may ask about a call after it
     *("guidance_scale", "guidance_rescale", "clip_skip", "cross_attention_kwargs", "interrupt"),
     *("denoising_start", "denoising_end", "image_guidance_scale", "timestep_cond"),
 )
-KEPT = (*FACTS, "core", "guidance", "told_guidance", "plan", "stop", "seeds", "dropped", "images", "flagged")
+KEPT = (
+    *FACTS,
+    "num_timesteps",
+    "core",
+    "guidance",
+    "told_guidance",
+    "plan",
+    "stop",
+    "seeds",
+    "dropped",
+    "images",
+    "flagged",
+)
+
+
+class computed:  # lower case, as it is used like ``property``
+    """A property that an instance may replace, by assigning to it."""
+
+    def __init__(self, compute: Callable[[Any], Any]) -> None:
+        self.compute, self.__doc__ = compute, compute.__doc__
+
+    def __get__(self, instance: Any, owner: type | None = None) -> Any:
+        return self if instance is None else self.compute(instance)
 
 
 class Step(NamedTuple):
@@ -49,7 +71,7 @@ class Guidance(Protocol):
         """Return the guided prediction (B, C, H, W) from those for all copies (copies * B, C, H, W)."""
 
 
-@dataclass
+@dataclass(eq=False)
 class Run:
     """The state of one call. Callbacks may change ``guidance_scale``, the tensors, and ``interrupt``.
 
@@ -58,7 +80,7 @@ class Run:
     """
 
     core: Scheduler | ByFace  # what takes the steps
-    guidance: "Guidance"
+    guidance: Guidance
     generator: Generators
     seeds: list[int] | None
     guidance_scale: float = 1.0
@@ -70,9 +92,9 @@ class Run:
     denoising_end: float | None = None
     told_guidance: bool = False  # the UNet is told the scale instead of being asked twice (LCM)
 
-    plan: Plan = None
+    plan: Plan = field(init=False, repr=False)
     stop: int | None = None  # the step before which the run ends; None = it takes all
-    latents: Tensor = None  # (B, C, H, W)
+    latents: Tensor = field(init=False, repr=False)  # (B, C, H, W)
     tensors: dict[str, Tensor] = field(default_factory=dict)
     beside: tuple[str, ...] = ()  # the tensors that the UNet reads as further channels of its sample
     conditions: Sequence[Condition] = ()
@@ -103,7 +125,7 @@ class Run:
         """How many copies of the latents this step shows the UNet."""
         return self.guidance.copies if self.guided else 1
 
-    @property
+    @computed
     def num_timesteps(self) -> int:
         """How many steps the run takes."""
         return len(self.indices)

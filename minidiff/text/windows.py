@@ -47,19 +47,19 @@ TextsOfSides = Mapping[str, list[tuple[str, list[str]]]]
 these; nothing where the caller has encoded them."""
 
 
-def as_list(text: str | list[str] | None) -> list[str] | None:
-    """Return one text or several as a list."""
-    return [text] if isinstance(text, str) else text
+def prompts_of(given: Mapping[str, Any]) -> list[str] | None:
+    """Return the prompts among the arguments of ``encode_prompt`` as a list, None if they are given as embeddings."""
+    if given["prompt"] is None and given["prompt_embeds"] is None:
+        raise ValueError("give either prompt or prompt_embeds")
+    return [given["prompt"]] if isinstance(given["prompt"], str) else given["prompt"]
 
 
 def negative_texts(given: Mapping[str, Any]) -> list[str]:
     """Return the negative prompts that the arguments of ``encode_prompt`` ask for, one for each prompt; "" is none."""
     if isinstance(given["negative_prompt"], list):
         return given["negative_prompt"]
-    prompts = as_list(given["prompt"]) if given["prompt_embeds"] is None else given["prompt_embeds"]
-    if prompts is None:
-        raise ValueError("give either prompt or prompt_embeds")
-    return [given["negative_prompt"] or ""] * len(prompts)
+    count = len(prompts_of(given) if given["prompt_embeds"] is None else given["prompt_embeds"])
+    return [given["negative_prompt"] or ""] * count
 
 
 def plain(text: str) -> list[Piece]:
@@ -96,8 +96,6 @@ def embed(
     Raises:
         ValueError: if given embeddings cannot be filled up to the length of the other side.
     """
-    if given["prompt"] is None and given["prompt_embeds"] is None:
-        raise ValueError("give either prompt or prompt_embeds")
     ready = {side: (given[f"{side}prompt_embeds"], given.get(f"{side}pooled_prompt_embeds")) for side in asked}
     lengths = [z.shape[1] for z, _ in ready.values() if z is not None]
     if len(lengths) == len(ready) and len(set(lengths)) == 1:

@@ -16,7 +16,7 @@ from minidiff.embedded import embedded_checkpoint
 PAGE = Path(__file__).parents[2] / "docs" / "internals.md"
 PASSED_BY = {  # calls between the ten files that lead nowhere new
     # what only looks something up
-    *("as_list", "negative_texts", "StableDiffusion._encoders", "TokenizerOutput.__getattr__", "silu"),
+    *("prompts_of", "negative_texts", "StableDiffusion._encoders", "TokenizerOutput.__getattr__", "silu"),
     *("ClassifierFree.rows", "UniPCMultistepScheduler._thresholding", "Core._thresholding"),
     "Core.draw_noise",  # UniPC draws none
     *("ResBlock.forward", "Upsample.forward"),  # of the autoencoder: the blocks that the UNet has shown

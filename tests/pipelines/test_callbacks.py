@@ -367,3 +367,28 @@ def test_a_cutoff_is_a_step_or_a_share(arguments: tuple[Any, ...]) -> None:
             module.PipelineCallback(*arguments)
     with pytest.raises(NotImplementedError, match="PipelineCallback has no callback_fn"):
         minidiff.callbacks.PipelineCallback()(None, 0, None, {})
+
+
+def test_a_call_that_a_callback_ends_with_an_error_is_over(shared: StableDiffusionPipeline) -> None:
+    """Also while the error, and with it every frame of the call, is still held."""
+    from minidiff.pipelines.callbacks import RUNS, _under_way
+
+    def callback(*arguments: Any) -> None:
+        raise KeyError("mine")
+
+    with pytest.raises(KeyError, match="mine") as held:
+        shared(**seeded(), callback_on_step_end=callback)
+    assert held.value.__traceback__ is not None
+    assert not _under_way[shared]
+    assert RUNS.get(shared).latents is RUNS.get(shared).tensors is None
+
+
+def test_facts_may_be_set_after_a_call(pipes: tuple[Any, Any]) -> None:
+    """As by a loop of one's own after one of the pipeline's; the next call has its own facts."""
+    for pipe in pipes:
+        pipe(**seeded())
+        steps = pipe.num_timesteps
+        pipe._num_timesteps, pipe._guidance_scale = 123, 1.0
+        assert pipe.num_timesteps == 123 and not pipe.do_classifier_free_guidance
+        pipe(**seeded())
+        assert pipe.num_timesteps == steps and pipe.do_classifier_free_guidance
