@@ -7,7 +7,6 @@ import torch
 from safetensors.torch import save_file
 
 from benchmarks.reference_tests.fake_hub import place
-from tests import tiny, tiny_ddpm, tiny_xl
 
 IDS = {
     "sd": (
@@ -57,6 +56,8 @@ WORDS = {  # repository -> file, token
 
 def make(cache: Path) -> None:
     """Fill ``cache``, the folder that HF_HUB_CACHE names. Every weight is there in float32 and as the variant fp16."""
+    from tests import tiny, tiny_ddpm, tiny_xl  # bring the Hub's client, which reads the environment once
+
     made = cache / "made"
     v = {"prediction_type": "v_prediction"}
     folders = {

@@ -7,9 +7,6 @@ cache, so the comparison is fair: a published value that depends on the real voc
 import shutil
 from pathlib import Path
 
-from tests.tiny import save_tiny
-from tests.tiny_xl import save_base
-
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 PIPELINES = ("tiny-stable-diffusion-torch", "tiny-stable-diffusion-pipe", "tiny-sd-pipe")
 PIPELINES_XL = ("tiny-stable-diffusion-xl-pipe",)
@@ -17,6 +14,9 @@ PIPELINES_XL = ("tiny-stable-diffusion-xl-pipe",)
 
 def make(cache: Path) -> None:
     """Fill ``cache``, the folder that HF_HUB_CACHE names."""
+    from tests.tiny import save_tiny  # bring the Hub's client, which reads the environment once
+    from tests.tiny_xl import save_base
+
     tiny = save_tiny(cache / "made/tiny")
     base = save_base(cache / "made/base")
     for repo in PIPELINES:

@@ -3,6 +3,9 @@
 import copy
 import dataclasses
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -445,3 +448,11 @@ def test_a_whole_certificate(tmp_path, capsys):
     said = capsys.readouterr().out
     assert "the first that departs is decoder.conv_in " in said
     assert "these weights are not the reference's: decoder.conv_in.bias" in said
+
+
+@pytest.mark.parametrize("name", ["reference_docs", "reference_tests"])
+def test_the_cache_is_chosen_before_the_hub_is_asked(name):
+    """The Hub's client reads HF_HUB_CACHE when it is imported: the commands that set it may not have imported it."""
+    code = f"import sys, benchmarks.{name}.__main__; print('huggingface_hub' in sys.modules)"
+    run = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], capture_output=True, text=True)
+    assert run.stdout.strip() == "False", run.stderr
