@@ -18,6 +18,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
+from minidiff.atomic import write_text
 from minidiff.checkpoints.config_file import ConfigFile
 from minidiff.config import REFERENCE_VERSION, Config
 from minidiff.errors import ConfigError
@@ -139,7 +140,7 @@ class ConfigMixin(ConfigFile):
 
     def to_json_file(self, json_file_path: str | Path) -> None:
         """Write the text of ``to_json_string``."""
-        Path(json_file_path).write_text(self.to_json_string(), encoding="utf-8")
+        write_text(Path(json_file_path), self.to_json_string())
 
     def to_json_string(self) -> str:
         """Return the content of the file."""

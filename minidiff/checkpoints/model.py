@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from minidiff.atomic import whole_folder
 from minidiff.checkpoints.arguments import device_of, refuse_unless_harmless
 from minidiff.checkpoints.config_file import ConfigFile
 from minidiff.checkpoints.hub import WHY_NO_PICKLES, Repo, Weights
@@ -124,9 +125,11 @@ class Pretrained(ConfigFile, nn.Module):
         if unknown := refuse_unless_harmless(harmless):
             raise TypeError(f"save_pretrained has no argument {', '.join(unknown)}")
         folder, tensors = Path(save_directory), self._weights()  # refused, if they are, before anything is written
-        self.save_config(folder)
-        if is_main_process:
-            save_weights(tensors, folder, self.weights_stem, variant, max_shard_size)
+        if not is_main_process or folder.is_file():
+            return self.save_config(folder)
+        with whole_folder(folder, self.config_name) as place:
+            save_weights(tensors, place, self.weights_stem, variant, max_shard_size)
+            self.save_config(place)
 
     def _weights(self) -> dict[str, Tensor]:
         """Return the weights under the names that they have in files."""

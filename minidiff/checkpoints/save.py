@@ -1,19 +1,18 @@
 """Write checkpoints in Hub layout: safetensors under the Hub's modern names, in one file or in indexed shards.
 
-Every file is written under a temporary name and renamed when complete, so that an interrupted save never leaves half a
-file under the real name, and a network may be saved into the very folder its weights are mapped from.
+Every file is whole or not there (``minidiff/atomic.py``), and a network may be saved into the very folder its weights
+are mapped from.
 """
 
 import json
-import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 from torch import Tensor
 
+from minidiff.atomic import write_file, write_text
 from minidiff.checkpoints.hub import variant_of
 
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
@@ -79,26 +78,12 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[st
 
     path.parent.mkdir(parents=True, exist_ok=True)
     separate = _separate(tensors)
-    write_atomically(path, lambda temporary: save_file(separate, temporary, metadata=dict(metadata)))
+    write_file(path, lambda made: save_file(separate, made, metadata=dict(metadata)))
 
 
 def save_json(fields: Mapping[str, Any], path: Path) -> None:
     """Write a JSON object as the Hub's libraries do: two spaces, sorted keys, a newline at the end."""
-    text = json.dumps(fields, indent=2, sort_keys=True) + "\n"
-    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
-
-
-def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
-    """Let ``write`` make a file under a temporary name beside ``path``, then rename it to ``path``."""
-    temporary = path.with_name(f".{path.name}.{uuid4().hex}.tmp")
-    temporary.touch()
-    mode = temporary.stat().st_mode  # what the user's umask asks for; safetensors makes files that only the owner reads
-    try:
-        write(temporary)
-        temporary.chmod(mode)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_text(path, json.dumps(fields, indent=2, sort_keys=True) + "\n")
 
 
 def _separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

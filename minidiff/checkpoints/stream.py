@@ -13,8 +13,8 @@ from typing import BinaryIO, NamedTuple
 import torch
 from torch import Tensor
 
+from minidiff.atomic import write_file
 from minidiff.checkpoints.load import STORED_DTYPES
-from minidiff.checkpoints.save import write_atomically
 
 _NAMES = {dtype: name for name, dtype in STORED_DTYPES.items()}
 
@@ -46,7 +46,7 @@ def write_stream(
     a multiple of its own width, as readers that map the file expect.
     """
     ordered = sorted(groups, key=lambda group: -group.specs[0][1].itemsize)
-    write_atomically(path, lambda temporary: _write(temporary, ordered, metadata, progress))
+    write_file(path, lambda made: _write(made, ordered, metadata, progress))
 
 
 def _write(path: Path, groups: list[Group], metadata: Mapping[str, str], progress: Callable[[int], None]) -> None:

@@ -16,6 +16,8 @@ from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
+from minidiff.atomic import write_file
+
 Images = list[Image.Image] | np.ndarray | Tensor  # what pipelines return, by their ``output_type``
 
 
@@ -125,7 +127,7 @@ def save_png(image: Image.Image, path: str | Path, metadata: Mapping[str, object
         if not 1 <= len(name) <= 79 or not all(ord(character) < 256 for character in name):
             raise ValueError(f"a PNG text chunk is named by 1 to 79 Latin-1 characters, found {name!r}")
         chunks.add_itxt(name, str(value))
-    image.save(path, format="PNG", pnginfo=chunks)
+    write_file(Path(path), lambda made: image.save(made, format="PNG", pnginfo=chunks))
 
 
 def read_metadata(path: str | Path) -> dict[str, str]:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import nn
 
+from minidiff.atomic import whole_folder
 from minidiff.checkpoints.arguments import device_of
 from minidiff.checkpoints.hub import Repo
 from minidiff.checkpoints.load import as_dtype, paused_collector
@@ -186,13 +187,14 @@ class DiffusionPipeline(MemorySavers, SingleFilePipeline):
             raise TypeError(f"save_pretrained has no argument {', '.join(unknown)}")
         folder = Path(save_directory)
         index = self._index()  # raises if a component cannot be saved, before anything is written
-        for name, component in self._parts().items():
-            component = compiled_from(component)
-            if isinstance(component, Pretrained):
-                component.save_pretrained(folder / name, variant=variant, max_shard_size=max_shard_size or "10GB")
-            elif index[name] != (None, None):
-                component.save_pretrained(folder / name)
-        save_json(index, folder / INDEX)
+        with whole_folder(folder, INDEX) as place:
+            for name, component in self._parts().items():
+                component = compiled_from(component)
+                if isinstance(component, Pretrained):
+                    component.save_pretrained(place / name, variant=variant, max_shard_size=max_shard_size or "10GB")
+                elif index[name] != (None, None):
+                    component.save_pretrained(place / name)
+            save_json(index, place / INDEX)
 
     @classmethod
     def from_pipe(

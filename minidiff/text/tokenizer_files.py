@@ -13,6 +13,7 @@ from typing import Any
 
 from tokenizers import AddedToken
 
+from minidiff.atomic import whole_folder, write_text
 from minidiff.checkpoints.hub import Repo
 from minidiff.config import read_json
 from minidiff.errors import CheckpointError, ConfigError
@@ -63,18 +64,18 @@ def write_tokenizer(
     fields: Mapping[str, Any],
 ) -> None:
     """Write ``vocab.json``, ``merges.txt``, ``tokenizer_config.json`` and ``special_tokens_map.json``."""
-    folder.mkdir(parents=True, exist_ok=True)
     implemented = {name: values[0] for name, values in _IMPLEMENTED.items() if isinstance(values[0], bool | str)}
     decoder = {str(i): token.__getstate__() for i, token in sorted(added.items())}
-    _write_json(folder / "vocab.json", dict(sorted(vocab.items(), key=lambda item: item[1])))
-    _write_json(folder / "tokenizer_config.json", {**implemented, **fields, "added_tokens_decoder": decoder})
-    _write_json(folder / "special_tokens_map.json", {role: fields[role] for role in ROLES})
     lines = ["#version: 0.2", *(f"{a} {b}" for a, b in merges), ""]
-    (folder / "merges.txt").write_bytes("\n".join(lines).encode())
+    with whole_folder(folder, "vocab.json") as place:
+        _write_json(place / "tokenizer_config.json", {**implemented, **fields, "added_tokens_decoder": decoder})
+        _write_json(place / "special_tokens_map.json", {role: fields[role] for role in ROLES})
+        write_text(place / "merges.txt", "\n".join(lines))
+        _write_json(place / "vocab.json", dict(sorted(vocab.items(), key=lambda item: item[1])))
 
 
 def _write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def _read_merges(path: Path) -> list[str]:

@@ -13,8 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from minidiff.atomic import write_file
 from minidiff.checkpoints.hub import MissingFileError, Repo, weight_names
-from minidiff.checkpoints.save import save_json, write_atomically
+from minidiff.checkpoints.save import save_json
 from minidiff.errors import CheckpointError, CheckpointNotFoundError
 from tests.hub_server import HubServer, Repository, run_with
 
@@ -150,7 +151,7 @@ def test_interrupted_save_leaves_the_old_file(tmp_path: Path) -> None:
 
     touch(tmp_path, "a.json")
     with pytest.raises(KeyboardInterrupt):
-        write_atomically(tmp_path / "a.json", fail)
+        write_file(tmp_path / "a.json", fail)
     assert (tmp_path / "a.json").read_text() == "content of a.json"
     assert os.listdir(tmp_path) == ["a.json"]
 

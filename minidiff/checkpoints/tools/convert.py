@@ -5,17 +5,17 @@ are read, converted and written a megabyte at a time; only a transposed matrix i
 incomplete has a temporary name.
 """
 
-import os
-import shutil
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from uuid import uuid4
 
 import torch
 
+from minidiff.atomic import kind_of, put_in_place, workplace
+from minidiff.checkpoints.hub import variant_of
 from minidiff.checkpoints.original.families import scheduler_changes
 from minidiff.checkpoints.original.header import said_by
 from minidiff.checkpoints.original.prefixes import NETWORKS
@@ -24,8 +24,8 @@ from minidiff.checkpoints.original.write import groups_of_part, marks, original_
 from minidiff.checkpoints.save import save_json
 from minidiff.checkpoints.stream import Group, write_stream
 from minidiff.checkpoints.tools.checkpoint import Checkpoint, open_checkpoint, scheduler_fields
-from minidiff.config import REFERENCE_VERSION
-from minidiff.errors import CheckpointNotFoundError
+from minidiff.config import REFERENCE_VERSION, read_json
+from minidiff.errors import CheckpointError, CheckpointNotFoundError, ConfigError, shortened
 from minidiff.registry import public
 
 LAYOUTS = ("hub", "single-file")
@@ -70,7 +70,10 @@ def convert(
     if to == "single-file":
         _write_single_file(checkpoint, target, dtype, progress)
     else:
-        _write_folder(checkpoint, target, dtype, progress)
+        with workplace(target) as place:
+            _write_folder(checkpoint, place / target.name, dtype, progress)
+            _check_target(source, target, force)  # it may have come to be, or have been changed, since
+            put_in_place(place / target.name, target)
     return checkpoint
 
 
@@ -89,14 +92,39 @@ def _layout(target: Path, to: str | None) -> str:
 def _check_target(source: Path, target: Path, force: bool) -> None:
     if not target.parent.is_dir():
         raise CheckpointNotFoundError(f"the folder {target.parent} of the output {target.name} does not exist")
-    if not target.exists():
+    if kind_of(target) is None:
         return
     if source.exists() and (target.samefile(source) or target.resolve() in source.resolve().parents):
         raise FileExistsError(f"{target} is the input, or holds it; write to another place")
     if not force:
         raise FileExistsError(f"{target} exists; --force replaces it")
-    if target.is_dir() and not any((target / name).is_file() for name in ("model_index.json", "config.json")):
-        raise FileExistsError(f"{target} is a folder, but no checkpoint: it is not replaced; name another")
+    _refuse_foreign(target, "a file" if target.suffix == ".safetensors" else "a folder")
+
+
+def _refuse_foreign(target: Path, expected: str) -> None:
+    """Raise unless ``target`` is what ``expected`` says, a folder with nothing in it that is not of a checkpoint."""
+    if kind_of(target) != expected:
+        raise FileExistsError(f"{target} is {kind_of(target)}, not {expected}: it is not replaced; name another")
+    if expected == "a file":
+        return
+    foreign = [
+        str(path.relative_to(target))
+        for path in sorted(target.rglob("*"))
+        if kind_of(path) != "a folder" and not (kind_of(path) == "a file" and _is_of_a_checkpoint(path))
+    ]
+    if foreign or not any((target / name).is_file() for name in ("model_index.json", "config.json")):
+        what = "\n".join(["; it holds:", *(f"  {name}" for name in shortened(foreign))]) if foreign else ""
+        raise FileExistsError(f"{target} is a folder, but no checkpoint: it is not replaced; name another{what}")
+
+
+def _is_of_a_checkpoint(path: Path) -> bool:
+    """Say whether a file is one that this library writes."""
+    if any(variant_of(path.name, stem) is not None for stem in ("model", "diffusion_pytorch_model")):
+        return True
+    if path.name in ("model_index.json", "config.json", "scheduler_config.json"):
+        with suppress(ConfigError, CheckpointError):
+            return bool({"_class_name", "architectures"} & read_json(path).keys())
+    return path.name in ("vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json")
 
 
 def _write_single_file(checkpoint: Checkpoint, target: Path, dtype: torch.dtype | None, progress: Progress) -> None:
@@ -116,18 +144,13 @@ def _write_single_file(checkpoint: Checkpoint, target: Path, dtype: torch.dtype 
 def _write_folder(checkpoint: Checkpoint, target: Path, dtype: torch.dtype | None, progress: Progress) -> None:
     work = [(part, list(groups_of_part(part, part.rows, "hub", dtype))) for part in checkpoint.parts]
     total = sum(group.size for _, groups in work for group in groups)
-    temporary = target.with_name(f".{target.name}.{uuid4().hex}.tmp")
-    try:
-        temporary.mkdir()
-        for part, groups in work:
-            folder = temporary / part.name
-            _write_config(part, groups, folder)
-            path = folder / f"{part.model.weights_stem}.safetensors"
-            write_stream(path, groups, {"format": "pt"}, lambda size: progress(size, total))
-        _write_small_files(checkpoint, temporary)
-        _replace(temporary, target)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    target.mkdir()
+    for part, groups in work:
+        folder = target / part.name
+        _write_config(part, groups, folder)
+        path = folder / f"{part.model.weights_stem}.safetensors"
+        write_stream(path, groups, {"format": "pt"}, lambda size: progress(size, total))
+    _write_small_files(checkpoint, target)
 
 
 def _write_config(part: StoredNetwork, groups: list[Group], folder: Path) -> None:
@@ -161,14 +184,3 @@ def _write_small_files(checkpoint: Checkpoint, folder: Path) -> None:
 
 def _usual_dtype(groups: list[Group]) -> torch.dtype:
     return Counter(dtype for group in groups for _, dtype, _ in group.specs).most_common(1)[0][0]
-
-
-def _replace(temporary: Path, target: Path) -> None:
-    """Give a complete folder its name; the one that it replaces goes last."""
-    if not target.exists():
-        os.replace(temporary, target)
-        return
-    old = target.with_name(f".{target.name}.{uuid4().hex}.old")
-    os.replace(target, old)
-    os.replace(temporary, target)
-    shutil.rmtree(old) if old.is_dir() else old.unlink()

@@ -1,0 +1,292 @@
+"""Files and folders are whole or not there: kills at each change of the disk, links, devices, a full disk."""
+
+import errno
+import os
+import random
+import shutil
+import socket
+import stat
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import minidiff
+from minidiff import atomic
+from minidiff.checkpoints.tools.convert import convert
+from minidiff.images import tensors as images
+from tests.kills import changes, kill_at
+from tests.tiny import save_tiny
+
+
+@pytest.fixture(scope="module")
+def old(tmp_path_factory: pytest.TempPathFactory) -> minidiff.StableDiffusionPipeline:
+    folder = save_tiny(tmp_path_factory.mktemp("atomic") / "tiny")
+    return minidiff.StableDiffusionPipeline.from_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def new(tmp_path_factory: pytest.TempPathFactory) -> minidiff.StableDiffusionPipeline:
+    """Another version of every part of ``old``."""
+    folder = save_tiny(tmp_path_factory.mktemp("atomic") / "tiny")
+    pipe = minidiff.StableDiffusionPipeline.from_pretrained(folder)
+    for network in (pipe.unet, pipe.vae, pipe.text_encoder):
+        for parameter in network.parameters():
+            parameter.data = parameter.data + 1
+    pipe.scheduler = minidiff.PNDMScheduler.from_config(pipe.scheduler.config, beta_end=0.02)
+    pipe.tokenizer.model_max_length = 60
+    return pipe
+
+
+def version_of(pipe: minidiff.StableDiffusionPipeline, new: minidiff.StableDiffusionPipeline) -> set[bool]:
+    """Return {True} if every part is that of ``new``, {False} if none is."""
+    networks = [(pipe.unet, new.unet), (pipe.vae, new.vae), (pipe.text_encoder, new.text_encoder)]
+    same = {
+        torch.equal(a, b) for one, other in networks for a, b in zip(one.parameters(), other.parameters(), strict=True)
+    }
+    same.add(pipe.scheduler.config.beta_end == new.scheduler.config.beta_end)
+    same.add(pipe.tokenizer.model_max_length == 60)
+    return same
+
+
+def strays(folder: Path) -> list[Path]:
+    return list(folder.glob(".minidiff-*"))
+
+
+def moments(work: Callable[[], object], folder: Path, count: int) -> list[int]:
+    """Return some changes of the disk that ``work`` makes: at random, the last, and around the exchange."""
+    all_ = changes(work, folder)
+    exchange = len(all_) - 1 - all_[::-1].index("ctypes.dlsym")
+    near = {exchange, exchange + 1, len(all_) - 1}
+    return sorted({*random.Random(0).sample(range(len(all_)), min(count, len(all_))), *near})
+
+
+@pytest.mark.parametrize(("shards", "count"), [(None, 14), ("20KB", 3)])
+def test_killed_pipeline_saves(
+    old: minidiff.StableDiffusionPipeline,
+    new: minidiff.StableDiffusionPipeline,
+    tmp_path: Path,
+    shards: str | None,
+    count: int,
+) -> None:
+    """A kill at any change of the disk leaves the old pipeline or the new one, never parts of both."""
+    folder, found = tmp_path / "pipe", []
+    old.save_pretrained(folder, max_shard_size=shards)
+    for k in moments(lambda: old.save_pretrained(folder, max_shard_size=shards), tmp_path, count):
+        kill_at(k, lambda: new.save_pretrained(folder, max_shard_size=shards), tmp_path)
+        found.append(version_of(minidiff.StableDiffusionPipeline.from_pretrained(folder), new))
+        for path in strays(tmp_path):
+            shutil.rmtree(path)
+        if found[-1] != {False}:
+            old.save_pretrained(folder, max_shard_size=shards)
+    assert all(len(same) == 1 for same in found)
+    assert {False} in found and {True} in found  # killed before the exchange, and after it
+    new.save_pretrained(folder, max_shard_size=shards)
+    assert strays(tmp_path) == [] and version_of(minidiff.StableDiffusionPipeline.from_pretrained(folder), new) == {
+        True
+    }
+
+
+@pytest.mark.parametrize("part", ["unet", "tokenizer"])
+def test_killed_saves_of_a_part(
+    old: minidiff.StableDiffusionPipeline, new: minidiff.StableDiffusionPipeline, tmp_path: Path, part: str
+) -> None:
+    folder, found = tmp_path / "pipe", []
+    old.save_pretrained(folder)
+    for k in moments(lambda: getattr(old, part).save_pretrained(folder / part), tmp_path, 3):
+        kill_at(k, lambda: getattr(new, part).save_pretrained(folder / part), tmp_path)
+        found.append(version_of(minidiff.StableDiffusionPipeline.from_pretrained(folder), new))
+    assert {False} in found  # killed at the beginning; whole at every moment, or it would not load
+
+
+@pytest.mark.parametrize("kind", ["picture", "scheduler"])
+def test_killed_writes_of_a_file(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / ("picture.png" if kind == "picture" else "scheduler_config.json")
+
+    def write(level: int) -> None:
+        if kind == "picture":
+            images.save_png(Image.new("L", (8, 8), level), path)
+        else:
+            minidiff.PNDMScheduler(num_train_timesteps=level).save_pretrained(tmp_path)
+
+    contents = []
+    for level in (20, 10):
+        write(level)
+        contents.append(path.read_bytes())
+    found = []
+    for k in range(len(changes(lambda: write(10), tmp_path))):
+        kill_at(k, lambda: write(20), tmp_path)
+        found.append(contents.index(path.read_bytes()))
+        write(10)
+    assert found == sorted(found, reverse=True) and set(found) == {0, 1}  # first the old, then the new, nothing else
+
+
+def test_what_a_killed_process_left_is_removed_by_the_next(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    kill_at(2, lambda: atomic.write_text(path, "new"), tmp_path)
+    (left,) = strays(tmp_path)
+    atomic.write_text(path, "young")
+    assert left.exists()  # it may not have its lock yet
+    os.utime(left, (0, 0))
+    with atomic.workplace(path) as place:
+        os.utime(place, (0, 0))
+        atomic.write_text(path, "old")
+        assert strays(tmp_path) == [place]  # in use, however old
+    assert strays(tmp_path) == [] and path.read_text() == "old"
+
+
+def test_other_files_of_a_folder_stay(old: minidiff.StableDiffusionPipeline, tmp_path: Path) -> None:
+    """Those that were there, and those that come while the new ones are written."""
+    (tmp_path / "unet" / "notes").mkdir(parents=True)
+    (tmp_path / "unet" / "notes" / "mine.txt").write_text("mine")
+    (tmp_path / "unet" / "config.json").write_text("{}")
+    with atomic.whole_folder(tmp_path / "unet", "config.json") as place:
+        atomic.write_text(place / "config.json", "new")
+        (tmp_path / "unet" / "notes" / "late.txt").write_text("late")
+        assert (tmp_path / "unet" / "config.json").read_text() == "{}"
+    read = {path.name: path.read_text() for path in tmp_path.rglob("*") if path.is_file()}
+    assert read == {"mine.txt": "mine", "config.json": "new", "late.txt": "late"}
+
+
+@pytest.mark.parametrize("why", ["the current folder", "many files", "beside it is not ours"])
+def test_a_folder_that_cannot_be_exchanged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, why: str) -> None:
+    """It is written into, and until it is whole it has not the file that is read first."""
+    target = tmp_path / "pipe"
+    target.mkdir()
+    (target / "model_index.json").write_text("old")
+    if why == "the current folder":
+        monkeypatch.chdir(target)
+    elif why == "many files":
+        monkeypatch.setattr(atomic, "MOST_ENTRIES", 1)
+    else:
+        monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)
+    before = target.stat().st_ino
+    with atomic.whole_folder(target, "model_index.json") as place:
+        assert place == target and not (target / "model_index.json").exists()
+        atomic.write_text(place / "model_index.json", "new")
+    assert target.stat().st_ino == before and (target / "model_index.json").read_text() == "new"
+
+
+def test_without_an_exchange_by_the_system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(one: Path, other: Path) -> None:
+        raise OSError(errno.EINVAL, "the file system cannot")
+
+    monkeypatch.setattr(atomic, "_exchange", missing)
+    monkeypatch.setattr(os, "link", missing)
+    (tmp_path / "pipe").mkdir()
+    (tmp_path / "pipe" / "mine.txt").write_text("mine")
+    with atomic.whole_folder(tmp_path / "pipe", "model_index.json") as place:
+        atomic.write_text(place / "model_index.json", "new")
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["mine.txt", "model_index.json", "pipe"]
+
+
+def irregular(path: Path, kind: str) -> None:
+    """Put something that is no file at ``path``."""
+    if kind == "a symbolic link":
+        path.with_name("precious").write_text("precious")
+        path.symlink_to(path.with_name("precious"))
+    elif kind == "a device":
+        os.mknod(path, stat.S_IFCHR | 0o600, os.makedev(1, 3))
+    elif kind == "a pipe":
+        os.mkfifo(path)
+    elif kind == "a folder":
+        path.mkdir()
+    else:
+        socket.socket(socket.AF_UNIX).bind(str(path))
+
+
+KINDS = ["a symbolic link", "a pipe", "a folder", "a socket", *(["a device"] if os.geteuid() == 0 else [])]
+
+
+@pytest.mark.parametrize("when", ["before", "meanwhile"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_only_regular_files_are_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, when: str) -> None:
+    monkeypatch.chdir(tmp_path)  # the name of a socket is short
+    path = Path("x.json")
+    if when == "before":
+        irregular(path, kind)
+
+    def write(made: Path) -> None:
+        made.write_text("new")
+        if when == "meanwhile":
+            irregular(path, kind)
+
+    with pytest.raises(FileExistsError, match=f"x.json is {kind}.*only a regular file is replaced"):
+        atomic.write_file(path, write)
+    assert atomic.kind_of(path) == kind and strays(tmp_path) == []
+    assert not Path("precious").exists() or Path("precious").read_text() == "precious"
+
+
+def test_savers_do_not_write_through_links(old: minidiff.StableDiffusionPipeline, tmp_path: Path) -> None:
+    """As in a snapshot of the Hub's cache, whose files are links to those that other revisions have too."""
+    snapshot, blobs = tmp_path / "snapshot", tmp_path / "blobs"
+    old.save_pretrained(snapshot)
+    blobs.mkdir()
+    for number, path in enumerate(sorted(path for path in snapshot.rglob("*") if path.is_file())):
+        path.rename(blobs / str(number))
+        path.symlink_to(blobs / str(number))
+    before = {path.name: path.read_bytes() for path in blobs.iterdir()}
+    for save in (
+        lambda: old.save_pretrained(snapshot),
+        lambda: old.unet.save_pretrained(snapshot / "unet"),
+        lambda: old.scheduler.save_pretrained(snapshot / "scheduler"),
+        lambda: old.tokenizer.save_pretrained(snapshot / "tokenizer"),
+    ):
+        with pytest.raises(FileExistsError, match="is a symbolic link to .*only a regular file is replaced"):
+            save()
+    assert {path.name: path.read_bytes() for path in blobs.iterdir()} == before
+    assert version_of(minidiff.StableDiffusionPipeline.from_pretrained(snapshot), old) >= {True}
+
+
+@pytest.mark.parametrize("target", ["folder", "file.safetensors"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_convert_replaces_nothing_but_checkpoints(
+    old: minidiff.StableDiffusionPipeline, tmp_path: Path, target: str, kind: str
+) -> None:
+    if kind == "a folder" and target == "folder":
+        kind = "a file"
+        (tmp_path / target).write_text("mine")
+    else:
+        irregular(tmp_path / target, kind)
+    old.unet.save_pretrained(tmp_path / "unet")
+    with pytest.raises(FileExistsError, match=f"{target} is {kind}, not a "):
+        convert(tmp_path / "unet", tmp_path / target, force=True)
+    assert atomic.kind_of(tmp_path / target) == kind and strays(tmp_path) == []
+
+
+@pytest.mark.parametrize("foreign", ["app.py", "unet/notes.txt", "unet/config.json", "model.bin", ".git/HEAD"])
+def test_convert_refuses_a_folder_with_foreign_files(
+    old: minidiff.StableDiffusionPipeline, tmp_path: Path, foreign: str
+) -> None:
+    """A project with a ``config.json`` of its own was deleted."""
+    project = tmp_path / "project"
+    old.vae.save_pretrained(project)
+    (project / foreign).parent.mkdir(exist_ok=True)
+    (project / foreign).write_text('{"of": "mine"}')
+    old.unet.save_pretrained(tmp_path / "unet")
+    with pytest.raises(FileExistsError, match=f"(?s)no checkpoint: it is not replaced.*{foreign}"):
+        convert(tmp_path / "unet", project, force=True)
+    assert (project / foreign).read_text() == '{"of": "mine"}'
+
+
+def test_convert_looks_again_before_it_replaces(old: minidiff.StableDiffusionPipeline, tmp_path: Path) -> None:
+    old.unet.save_pretrained(tmp_path / "unet")
+    with pytest.raises(FileExistsError, match="out exists; --force replaces it"):
+        convert(
+            tmp_path / "unet", tmp_path / "out", progress=lambda now, total: (tmp_path / "out").mkdir(exist_ok=True)
+        )
+    assert list((tmp_path / "out").iterdir()) == [] and strays(tmp_path) == []
+
+
+@pytest.mark.parametrize("of", [OSError(errno.ENOSPC, "No space left"), ValueError("IO error (os error 28)")])
+def test_a_full_disk(tmp_path: Path, of: Exception) -> None:
+    def write(made: Path) -> None:
+        made.write_bytes(bytes(1234))
+        raise of
+
+    (tmp_path / "a.bin").write_text("old")
+    with pytest.raises(OSError, match=r"the disk of .* is full after 1,234 bytes of a.bin; .*a.bin is as it was"):
+        atomic.write_file(tmp_path / "a.bin", write)
+    assert (tmp_path / "a.bin").read_text() == "old" and strays(tmp_path) == []
