@@ -49,6 +49,7 @@ class HubServer:
 
     repositories: Mapping[str, Repository]
     requests: list[Request] = field(default_factory=list)
+    faults: dict[str, int] = field(default_factory=dict)  # end of a path -> the status of the answer
 
     def __enter__(self) -> "HubServer":
         hub = self
@@ -89,6 +90,9 @@ class HubServer:
         bearer = handler.headers.get("Authorization", "")
         token = bearer.removeprefix("Bearer ") or None
         self.requests.append(Request(handler.command, path, token))
+        for end, status in self.faults.items():
+            if path.endswith(end):
+                return _send(handler, status)
         parts = path.strip("/").split("/")
         if parts[:2] == ["api", "models"]:
             name, rest = "/".join(parts[2:4]), parts[4:]

@@ -26,7 +26,11 @@ class MissingFileError(CheckpointNotFoundError):
 
 
 class NotCachedError(MissingFileError):
-    """The file is not in the cache and the Hub was not asked, or did not answer, so nobody knows whether it exists."""
+    """The file is not in the cache and the Hub was not asked, or not reached, so nobody knows whether it exists.
+
+    A Hub that answers with an error is no such case: that is a ``CheckpointNotFoundError``, so that nothing is loaded
+    without a file that may well exist.
+    """
 
 
 class Weights(NamedTuple):
@@ -122,7 +126,10 @@ class Repo:
         return self._download(filename)
 
     def optional_file(self, filename: str) -> Path | None:
-        """Return the path of a file, or None if the folder or repository (or, offline, the cache) lacks it."""
+        """Return the path of a file, or None if the folder or repository (or, offline, the cache) lacks it.
+
+        Raises ``CheckpointNotFoundError`` where the Hub answers with an error.
+        """
         try:
             return self.file(filename)
         except MissingFileError:
@@ -213,16 +220,33 @@ class Repo:
 
         full = str(PurePosixPath(self.subfolder or "", filename))
         options = {name: value for name, value in self.where.items() if name != "subfolder"}
+        if _COMMIT.fullmatch(self.revision or "") and self._is_known_to_lack(full):
+            raise MissingFileError(_FAILURES["EntryNotFoundError"].format(repo=self, file=filename))
         try:
             return Path(hf_hub_download(str(self.source), full, library_name="minidiff", **options))
-        except (errors.HFValidationError, errors.EntryNotFoundError, errors.HfHubHTTPError) as error:
-            name = next(name for name in _FAILURES if isinstance(error, getattr(errors, name)))
+        except Exception as error:  # its own, those of the transport, and those of the disk
+            asked = error.__cause__ if isinstance(error, errors.LocalEntryNotFoundError) else None
+            failure = asked if isinstance(asked, errors.HfHubHTTPError) else error  # it answered: that is not "offline"
+            name = next(name for name in _FAILURES if isinstance(failure, getattr(errors, name, Exception)))
+            if name == "LocalEntryNotFoundError" and self._is_known_to_lack(full):
+                name = "EntryNotFoundError"
             why = "local_files_only=True" if self.local_files_only else error.__cause__ or error
-            said = {"repo": self, "file": filename, "full": full, "here": Path.cwd(), "why": why, "error": error}
+            said = {"repo": self, "file": filename, "full": full, "here": Path.cwd(), "why": why}
+            said["error"] = " ".join(str(failure).split()) or repr(failure)
             message = _FAILURES[name].format(source=self.source, revision=self.revision, **said)
             raise _KINDS.get(name, CheckpointNotFoundError)(message) from error
 
+    def _is_known_to_lack(self, full: str) -> bool:
+        """Say whether the cache holds the Hub's word that the repository has no such file."""
+        from huggingface_hub import _CACHED_NO_EXIST, try_to_load_from_cache
 
+        if self.force_download:
+            return False
+        where = {"revision": self.revision, "cache_dir": self.cache_dir}
+        return try_to_load_from_cache(str(self.source), full, **where) is _CACHED_NO_EXIST
+
+
+_COMMIT = re.compile("[0-9a-f]{40}")  # what is not in a commit will never be in it
 _LOG_IN = "log in with `hf auth login`, set HF_TOKEN or pass token="
 _FAILURES = {  # error of huggingface_hub, the first that it is -> what ours says
     "HFValidationError": (
@@ -239,6 +263,10 @@ _FAILURES = {  # error of huggingface_hub, the first that it is -> what ours say
         "with a connection, or pass the path of a local folder"
     ),
     "EntryNotFoundError": "{repo} has no {file} on the Hub; check subfolder=, revision= and variant=",
-    "HfHubHTTPError": "the Hub did not give {full} of {source}: {error}",
+    "HfHubHTTPError": (
+        "the Hub did not give {full} of {source}, and the Hugging Face cache has it not: {error}; try again later, or "
+        "pass local_files_only=True to do with what the cache has"
+    ),
+    "Exception": "{full} of {source} could not be downloaded: {error}; try again",
 }
 _KINDS = {"LocalEntryNotFoundError": NotCachedError, "EntryNotFoundError": MissingFileError}  # of ours, where special

@@ -14,7 +14,7 @@ from typing import Any
 from tokenizers import AddedToken
 
 from minidiff.atomic import whole_folder, write_text
-from minidiff.checkpoints.hub import Repo
+from minidiff.checkpoints.hub import MissingFileError, NotCachedError, Repo
 from minidiff.config import read_json
 from minidiff.errors import CheckpointError, ConfigError
 from minidiff.sniff import what_is
@@ -43,12 +43,20 @@ def read_tokenizer(source: str | Path, **where: Any) -> dict[str, Any]:
     """
     repo = Repo(source, **where)
     # The vocabulary comes last: a download that breaks off half-way then leaves no vocabulary in the cache, instead of
-    # one that loads with the wrong pad token because the map is missing.
+    # one that loads with the wrong pad token because the map is missing. For the same reason it is an error if nobody
+    # knows, offline, whether there is a map; but not beside a tokenizer.json, as transformers 5 writes it without one.
     config = repo.optional_file("tokenizer_config.json")
     repo = repo.pinned(config) if config else repo
-    special_map, extra = repo.optional_file("special_tokens_map.json"), repo.optional_file("added_tokens.json")
+    special_map, unknown = None, None
+    try:
+        special_map = repo.file("special_tokens_map.json")
+    except MissingFileError as error:
+        unknown = error if isinstance(error, NotCachedError) else None
+    extra, whole = repo.optional_file("added_tokens.json"), repo.optional_file("tokenizer.json")
+    if unknown and not whole:
+        raise unknown
     added = [{"id": i, "content": text} for text, i in (read_json(extra) if extra else {}).items()]
-    if whole := repo.optional_file("tokenizer.json"):
+    if whole:
         vocab, merges, more = _read_whole(whole)
         added += more
     else:

@@ -265,6 +265,56 @@ def test_hub_out_of_reach(hub: HubServer, tmp_path: Path) -> None:
     assert "NotCachedError: config.json of some/repo is not in the Hugging Face cache" in message
 
 
+@pytest.mark.parametrize("status", [403, 429, 500, 503])
+def test_hub_that_answers_with_an_error_is_not_a_hub_without_the_file(
+    hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, status: int
+) -> None:
+    monkeypatch.setitem(hub.faults, "README.md", status)
+    code = 'import time; time.sleep = lambda _: None; print(Repo("some/repo").optional_file("README.md"))'
+    message = run(hub, tmp_path, code)
+    assert (
+        "CheckpointNotFoundError: the Hub did not give README.md of some/repo, and the Hugging Face cache has it not: "
+        in message
+    )
+    assert str(status) in message and "local_files_only=True" in message
+    assert run(hub, tmp_path, code.replace('"some/repo"', '"some/repo", local_files_only=True')) == "None"
+
+
+def test_hub_marks_of_absence(hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the Hub once said not to be there is known to be missing without it; at a commit it is not asked again."""
+    code = """
+repo = Repo("some/repo")
+repo = repo.pinned(repo.file("config.json"))
+try:
+    repo.file("absent.json")
+except Exception as error:
+    print(type(error).__name__)"""
+    assert run(hub, tmp_path, code) == "MissingFileError"
+    asked = "/some/repo/resolve/{}/absent.json"
+    commit, _ = hub.repositories["some/repo"].commit("main")
+    assert [request.path for request in hub.requests][-1] == asked.format(commit)
+    assert run(hub, tmp_path, code) == "MissingFileError"
+    assert asked.format(commit) not in [request.path for request in hub.requests]
+    assert run(hub, tmp_path, code, HF_HUB_OFFLINE="1") == "MissingFileError"
+    unpinned = code.replace("repo = repo.pinned", "repo.pinned")
+    assert run(hub, tmp_path, unpinned, HF_HUB_OFFLINE="1") == "MissingFileError"
+    assert run(hub, tmp_path, unpinned.replace("absent", "other"), HF_HUB_OFFLINE="1") == "NotCachedError"
+    forced = code.replace('"some/repo"', '"some/repo", force_download=True')
+    assert run(hub, tmp_path, forced) == "MissingFileError"
+    assert asked.format(commit) in [request.path for request in hub.requests]
+
+
+def test_hub_download_that_breaks_off(hub: HubServer, tmp_path: Path) -> None:
+    code = """
+import huggingface_hub
+def broken(*args, **options):
+    raise OSError("Consistency check failed: file should be of size 10 but has size 5")
+huggingface_hub.hf_hub_download = broken
+Repo("some/repo").file("config.json")"""
+    message = run(hub, tmp_path, code)
+    assert "CheckpointNotFoundError: config.json of some/repo could not be downloaded: Consistency" in message
+
+
 def test_hub_weights_download_only_what_is_loaded(hub: HubServer, tmp_path: Path) -> None:
     code = 'print(json.dumps(sorted(Repo("some/repo", SUB).weights("model", VARIANT).files)))'
     single = run(hub, tmp_path, code.replace("SUB", '"unet"').replace("VARIANT", "None"))

@@ -35,7 +35,7 @@ TOP = len(RANKS)
 # Lines of code of a room, signatures and all, docstrings not. Raise one only in a commit that says why.
 BUDGET = {
     "adapters": 1045,
-    "checkpoints": 2050,
+    "checkpoints": 2060,
     "cli": 225,
     "compat": 780,
     "fast": 560,
@@ -43,7 +43,7 @@ BUDGET = {
     "networks": 1540,
     "pipelines": 3040,
     "schedulers": 2310,
-    "text": 625,
+    "text": 630,
     "top": 930,
 }
 

@@ -16,6 +16,8 @@ import torch
 
 from minidiff import CLIPTokenizer
 from minidiff.errors import CheckpointError, CheckpointNotFoundError, ConfigError
+from tests.hub_server import HubServer, Repository, run_with
+from tests.theirs import transformers
 from tests.vocabulary import PUBLISHED, clip_vocabulary, load_script, write_folder
 
 CAPTIONS = ["a smiling face", "red heart", "the red dragon's face", "two cats and 3 dogs"]
@@ -348,3 +350,29 @@ def test_trainer_merges_the_most_frequent_pair() -> None:
     texts = ["low"] * 5 + ["lower"] * 2 + ["newest"] * 6 + ["widest"] * 3
     _, merges = load_script("bpe").train_clip_bpe(texts, 514 + 4)
     assert merges[:3] == [("e", "s"), ("es", "t</w>"), ("l", "o")]
+
+
+@pytest.mark.parametrize("fault", [500, 403, 429, "offline", "offline, with tokenizer.json"])
+def test_a_map_of_special_tokens_that_nobody_knows_of(
+    tokenizer: CLIPTokenizer, tmp_path: Path, fault: int | str
+) -> None:
+    """Stable Diffusion 2.x pads with "!" because the map says so: it was loaded with another pad token."""
+    folder = tmp_path / "main"
+    tokenizer.save_pretrained(folder)
+    code = "import time; time.sleep = lambda _: None\nfrom minidiff import CLIPTokenizer\n"
+    code += "tokenizer = CLIPTokenizer.from_pretrained('some/repo')\nprint('loaded')"
+    with HubServer({"some/repo": Repository({"main": folder})}) as hub:
+        if isinstance(fault, int):
+            hub.faults["special_tokens_map.json"] = fault
+            said = run_with(hub, tmp_path / "cache", code)
+            assert "the Hub did not give special_tokens_map.json" in said and str(fault) in said
+            return
+        whole = ["tokenizer.json"] if "with" in fault else []
+        if whole:
+            transformers.CLIPTokenizer.from_pretrained(folder).save_pretrained(folder)
+        names = ["vocab.json", "merges.txt", "tokenizer_config.json", *whole]
+        fill = f"import huggingface_hub as h\nfor name in {names}: h.hf_hub_download('some/repo', name)"
+        assert run_with(hub, tmp_path / "cache", fill) == ""
+        said = run_with(hub, tmp_path / "cache", code, HF_HUB_OFFLINE="1")
+        expected = "loaded" if whole else "NotCachedError: special_tokens_map.json of some/repo is not in"
+        assert expected in said
