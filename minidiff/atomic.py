@@ -20,6 +20,8 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
+from minidiff.errors import CheckpointError
+
 try:
     import fcntl
 except ImportError:  # Windows: nothing is locked, so nothing that was left behind is removed
@@ -107,15 +109,15 @@ def whole_folder(target: Path, head: str) -> Iterator[Path]:
 
 
 def put_in_place(made: Path, target: Path) -> None:
-    """Give a folder its name; the folder that had the name gets the other's, where the system can at the same moment.
+    """Give a file or folder its name; a folder that had it gets the other's, where the system can at the same moment.
 
     Raises:
-        FileExistsError: if something that is no folder has the name.
+        FileExistsError: if something of another kind has the name.
     """
-    if kind_of(target) is None:
-        os.rename(made, target)
+    if kind_of(target) is None or kind_of(target) == kind_of(made) == "a file":
+        os.replace(made, target)
         return
-    if kind_of(target) != "a folder":
+    if kind_of(target) != "a folder" or kind_of(made) != "a folder":
         raise FileExistsError(f"{target} has become {kind_of(target)}; it was not replaced")
     try:
         _exchange(made, target)
@@ -160,6 +162,35 @@ def workplace(target: Path) -> Iterator[Path]:
         shutil.rmtree(place, ignore_errors=True)
         if lock is not None:
             os.close(lock)
+
+
+@contextmanager
+def unchanged(path: Path) -> Iterator[None]:
+    """Watch that ``path`` stays the file that it is while it and what belongs to it are read.
+
+    Raises:
+        CheckpointError: if it is another one at the end, or was when something else failed: a save came between.
+    """
+    before = _identity(path)
+    try:
+        yield
+    except Exception as error:
+        if _identity(path) == before:
+            raise
+        raise CheckpointError(_REPLACED.format(path)) from error
+    if _identity(path) != before:
+        raise CheckpointError(_REPLACED.format(path))
+
+
+_REPLACED = "{} was replaced while it and what lies beside it were read, which may be of two saves: load again"
+
+
+def _identity(path: Path) -> tuple[int, ...]:
+    """Return what tells one file from the next of its name."""
+    with suppress(FileNotFoundError):
+        status = path.stat()
+        return status.st_dev, status.st_ino, status.st_mtime_ns, status.st_size
+    return ()
 
 
 def _refuse_other_than_files(path: Path) -> None:

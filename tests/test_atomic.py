@@ -8,6 +8,7 @@ import socket
 import stat
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,8 +16,12 @@ from PIL import Image
 
 import minidiff
 from minidiff import atomic
+from minidiff.checkpoints import load
+from minidiff.checkpoints.hub import Repo
 from minidiff.checkpoints.tools.convert import convert
+from minidiff.errors import CheckpointError
 from minidiff.images import tensors as images
+from minidiff.pipelines import base
 from tests.kills import changes, kill_at
 from tests.tiny import save_tiny
 
@@ -278,6 +283,87 @@ def test_convert_looks_again_before_it_replaces(old: minidiff.StableDiffusionPip
             tmp_path / "unet", tmp_path / "out", progress=lambda now, total: (tmp_path / "out").mkdir(exist_ok=True)
         )
     assert list((tmp_path / "out").iterdir()) == [] and strays(tmp_path) == []
+
+
+# --- a save comes between --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shards", [None, "20KB"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_load_in_whose_middle_a_save_comes_is_whole(
+    old: minidiff.StableDiffusionPipeline,
+    new: minidiff.StableDiffusionPipeline,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    dtype: torch.dtype,
+    shards: str | None,
+) -> None:
+    """Each tensor that was converted was read from the file that had the name at that moment."""
+    old.unet.save_pretrained(tmp_path / "unet", max_shard_size=shards or "1GB")
+
+    def save_then_fill(*arguments: Any) -> None:
+        new.unet.save_pretrained(tmp_path / "unet", max_shard_size=shards or "1GB")
+        fill(*arguments)
+
+    fill = load.fill
+    monkeypatch.setattr(load, "fill", save_then_fill)
+    loaded = minidiff.UNet2DConditionModel.from_pretrained(tmp_path / "unet", torch_dtype=dtype)
+    for one, other in zip(loaded.parameters(), old.unet.parameters(), strict=True):
+        assert torch.equal(one, other.to(dtype))
+
+
+def test_a_save_between_configuration_and_weights(
+    old: minidiff.StableDiffusionPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old.unet.save_pretrained(tmp_path / "unet")
+
+    def save_then_find(repo: Repo, stem: str, variant: str | None) -> Any:
+        old.unet.save_pretrained(tmp_path / "unet")
+        return find(repo, stem, variant)
+
+    find = Repo.weights
+    monkeypatch.setattr(Repo, "weights", save_then_find)
+    with pytest.raises(CheckpointError, match=r"config.json was replaced while it and .* were read"):
+        minidiff.UNet2DConditionModel.from_pretrained(tmp_path / "unet")
+
+
+@pytest.mark.parametrize("exchanged", [True, False])
+def test_a_save_between_two_parts_of_a_pipeline(
+    old: minidiff.StableDiffusionPipeline,
+    new: minidiff.StableDiffusionPipeline,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    exchanged: bool,
+) -> None:
+    """Parts of the old and of the new were loaded together."""
+    old.save_pretrained(tmp_path / "pipe")
+    if not exchanged:
+        monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)
+
+    def load_then_save(*arguments: Any) -> Any:
+        part = load_component(*arguments)
+        new.save_pretrained(tmp_path / "pipe")
+        return part
+
+    load_component = base.load_component
+    monkeypatch.setattr(base, "load_component", load_then_save)
+    with pytest.raises(CheckpointError, match=r"model_index.json was replaced while it and .* were read"):
+        minidiff.StableDiffusionPipeline.from_pretrained(tmp_path / "pipe")
+
+
+def test_a_conversion_during_which_the_source_is_saved(
+    old: minidiff.StableDiffusionPipeline, new: minidiff.StableDiffusionPipeline, tmp_path: Path
+) -> None:
+    old.save_pretrained(tmp_path / "pipe")
+
+    def save_once(now: int, total: int) -> None:
+        if not saved:
+            saved.append(new.save_pretrained(tmp_path / "pipe"))
+
+    saved: list[None] = []
+    with pytest.raises(CheckpointError, match=r"model_index.json was replaced while it and .* were read"):
+        convert(tmp_path / "pipe", tmp_path / "out.safetensors", progress=save_once)
+    assert [path.name for path in tmp_path.iterdir()] == ["pipe"]
 
 
 @pytest.mark.parametrize("of", [OSError(errno.ENOSPC, "No space left"), ValueError("IO error (os error 28)")])

@@ -6,12 +6,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from minidiff.checkpoints.arguments import refuse_unless_harmless
 from minidiff.checkpoints.hub import PICKLES, WHY_NO_PICKLES, MissingFileError, NotCachedError, Repo
-from minidiff.checkpoints.load import STORED_DTYPES, read_header
+from minidiff.checkpoints.load import STORED_DTYPES, OpenFile, read_header
 from minidiff.checkpoints.model import refuse_pickles
 from minidiff.errors import CheckpointError, CheckpointNotFoundError, shortened
 
@@ -121,6 +120,6 @@ def _choose(repo: Repo, default_name: str, weight_name: str | None) -> Path:
 def _read(path: Path) -> AdapterFile:
     if path.name.endswith(PICKLES):
         raise CheckpointError(f"{path} is a pickle: {WHY_NO_PICKLES}")
-    stored = read_header(path.name, path)  # says what is wrong with a file that is not safetensors
-    with safe_open(path, framework="pt") as file:
-        return AdapterFile(str(path), {one.name: file.get_tensor(one.name) for one in stored}, file.metadata() or {})
+    source = OpenFile(path)  # says what is wrong with a file that is not safetensors
+    tensors = {one.name: source.mapped.get_tensor(one.name) for one in read_header(path.name, source)}
+    return AdapterFile(str(path), tensors, source.mapped.metadata() or {})

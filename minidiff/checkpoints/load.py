@@ -9,10 +9,13 @@ tensors become the network's parameters, one for one.
 
 import gc
 import json
+import os
+import threading
+import weakref
 from collections import defaultdict
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +24,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from minidiff.atomic import unchanged
 from minidiff.checkpoints.hub import Weights
 from minidiff.checkpoints.names import unwrapped
 from minidiff.checkpoints.remap import Row, Spelling, translate
@@ -32,16 +36,59 @@ STORED_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float1
 CHUNK = 2**20  # bytes converted at a time: a piece and its result stay in the processor's cache
 
 
+class OpenFile:
+    """A safetensors file that is held open: whatever takes its name meanwhile, what is read is of one save.
+
+    Raises:
+        CheckpointError: if the file is empty, cut short, or anything else; ``sniff`` says what.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        with unchanged(path):  # both are the same file then
+            try:
+                self.mapped = safe_open(path, framework="pt")  # validates the header, and that the file is long enough
+            except SafetensorError as error:
+                what = what_is(path) or f"{error}; if it was cut short, download or save it again (force_download=True)"
+                raise CheckpointError(f"{path} is not a complete safetensors file: {what}") from error
+            self._handle = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+        weakref.finalize(self, os.close, self._handle)
+        self._lock = threading.Lock()
+
+    def read_into(self, buffer: memoryview, start: int) -> int:
+        """Fill a buffer with what begins at byte ``start``; return how much there was. Threads may share the file."""
+        if hasattr(os, "preadv"):
+            return os.preadv(self._handle, [buffer], start)
+        with self._lock:  # Windows
+            os.lseek(self._handle, start, os.SEEK_SET)
+            content = os.read(self._handle, len(buffer))
+        buffer[: len(content)] = content
+        return len(content)
+
+    def header(self) -> tuple[dict[str, Any], int]:
+        """Return the header as it is stored, and the position of the first byte behind it."""
+        size = bytearray(8)
+        self.read_into(memoryview(size), 0)
+        text = bytearray(int.from_bytes(size, "little"))
+        self.read_into(memoryview(text), 8)
+        return json.loads(text), 8 + len(text)
+
+
 class StoredTensor(NamedTuple):
     """One tensor in a safetensors file, as its header describes it."""
 
     name: str
     file: str  # file name, as in the repository
-    path: Path
+    source: OpenFile
     dtype: str
     shape: tuple[int, ...]
     start: int  # position of the first byte in the file
     size: int  # in bytes
+
+    @property
+    def path(self) -> Path:
+        """The file on this machine."""
+        return self.source.path
 
 
 _FACTORIES = frozenset((torch.empty, torch.zeros, torch.ones, torch.full, torch.rand, torch.randn, torch.arange))
@@ -97,38 +144,32 @@ def _one_dtype(value: torch.dtype | str) -> torch.dtype:
     return allowed[name]
 
 
-def read_header(name: str, path: Path) -> list[StoredTensor]:
-    """List the tensors of a safetensors file without reading them.
-
-    Raises:
-        CheckpointError: if the file is empty, cut short, or anything else; ``sniff`` says what.
-    """
-    try:
-        with safe_open(path, framework="pt"):  # validates the header, and that the file is as long as it says
-            pass
-    except SafetensorError as error:
-        what = what_is(path) or f"{error}; if it was cut short, download or save it again (force_download=True)"
-        raise CheckpointError(f"{path} is not a complete safetensors file: {what}") from error
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        header: dict[str, Any] = json.loads(file.read(length))
+def read_header(name: str, source: OpenFile) -> list[StoredTensor]:
+    """List the tensors of a file that is called ``name`` in its repository, without reading them."""
+    header, data = source.header()  # positions are counted from the end of the header
     header.pop("__metadata__", None)
-    data = 8 + length  # positions are counted from the end of the header
     return [
-        StoredTensor(key, name, path, entry["dtype"], tuple(entry["shape"]), data + start, end - start)
+        StoredTensor(key, name, source, entry["dtype"], tuple(entry["shape"]), data + start, end - start)
         for key, entry in header.items()
         for start, end in [entry["data_offsets"]]
     ]
 
 
-def load_weights(model: nn.Module, weights: Weights, dtype: torch.dtype) -> None:
-    """Fill ``model``, built on the meta device, with the Hub checkpoint ``weights``, in ``dtype``.
+Opened = tuple[Weights, list[StoredTensor]]  # the files of a network, and their tensors
+
+
+def read_headers(weights: Weights) -> list[StoredTensor]:
+    """List the tensors of all files, which are held open from now on."""
+    return [tensor for name, path in weights.files.items() for tensor in read_header(name, OpenFile(path))]
+
+
+def load_weights(model: nn.Module, weights: Weights, stored: list[StoredTensor], dtype: torch.dtype) -> None:
+    """Fill ``model``, built on the meta device, with the Hub checkpoint ``weights``, read as ``stored``, in ``dtype``.
 
     Raises:
         CheckpointError: one error with all tensors that are missing, unexpected, stored twice, of a wrong shape or of a
             dtype that is not floating, and the names of their files.
     """
-    stored = [tensor for name, path in weights.files.items() for tensor in read_header(name, path)]
     rows = model.rows()
     found, wrong = match(expected_shapes(model, rows), stored, model.canonical_hub_name)
     problems = listed(wrong) + _index_problems(weights, stored)
@@ -246,11 +287,8 @@ def _read(stored: Mapping[str, StoredTensor], dtype: torch.dtype) -> dict[str, T
     """Return the tensors in ``dtype``: views of the files where they are stored so, else converted, several at once."""
     tensors: dict[str, Tensor] = {}
     same = {name: tensor for name, tensor in stored.items() if STORED_DTYPES[tensor.dtype] == dtype}
-    with ExitStack() as stack:
-        paths = {tensor.path for tensor in same.values()}
-        files = {path: stack.enter_context(safe_open(path, framework="pt")) for path in paths}
-        for name, tensor in same.items():  # the pages are private: training such a weight does not change the file
-            tensors[name] = files[tensor.path].get_tensor(tensor.name)
+    for name, tensor in same.items():  # the pages are private: training such a weight does not change the file
+        tensors[name] = tensor.source.mapped.get_tensor(tensor.name)
     others = stored.keys() - same.keys()
     with ThreadPoolExecutor(max(1, min(4, torch.get_num_threads(), len(others)))) as pool:
         tensors.update(zip(others, pool.map(lambda name: read_tensor(stored[name], dtype), others), strict=True))
@@ -273,10 +311,8 @@ def read_pieces(stored: StoredTensor) -> Iterator[Tensor]:
     if not buffer:
         return
     values = torch.frombuffer(buffer, dtype=STORED_DTYPES[stored.dtype])
-    with stored.path.open("rb", buffering=0) as file:
-        file.seek(stored.start)
-        for start in range(0, stored.size, len(buffer)):
-            size = min(len(buffer), stored.size - start)
-            if file.readinto(memoryview(buffer)[:size]) != size:
-                raise CheckpointError(f"{stored.path} became shorter while {stored.name} was read from it")
-            yield values[: size // values.itemsize]
+    for start in range(0, stored.size, len(buffer)):
+        size = min(len(buffer), stored.size - start)
+        if stored.source.read_into(memoryview(buffer)[:size], stored.start + start) != size:
+            raise CheckpointError(f"{stored.path} became shorter while {stored.name} was read from it")
+        yield values[: size // values.itemsize]

@@ -8,11 +8,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from minidiff.atomic import whole_folder
+from minidiff.atomic import unchanged, whole_folder
 from minidiff.checkpoints.arguments import device_of, refuse_unless_harmless
 from minidiff.checkpoints.config_file import ConfigFile
-from minidiff.checkpoints.hub import WHY_NO_PICKLES, Repo, Weights
-from minidiff.checkpoints.load import OnMeta, as_dtype, load_weights, paused_collector
+from minidiff.checkpoints.hub import WHY_NO_PICKLES, Repo
+from minidiff.checkpoints.load import OnMeta, Opened, as_dtype, load_weights, paused_collector, read_headers
 from minidiff.checkpoints.save import save_json, save_weights
 from minidiff.compat.network import Named
 from minidiff.config import REFERENCE_VERSION, Config, read_json
@@ -85,18 +85,20 @@ class Pretrained(ConfigFile, nn.Module):
         source = pretrained_model_name_or_path
         repo = Repo(source, subfolder, revision, cache_dir, bool(local_files_only), token, force_download)
         path = repo.file("config.json")
-        fields = read_json(path)
-        if fields.get("_class_name", cls.__name__) != cls.__name__:
-            raise ConfigError(f"{path} describes a {fields['_class_name']}, not a {cls.__name__}; is subfolder= right?")
-        weights = repo.pinned(path).weights(cls.weights_stem, variant)
+        with unchanged(path):
+            fields = read_json(path)
+            if (kind := fields.get("_class_name", cls.__name__)) != cls.__name__:
+                raise ConfigError(f"{path} describes a {kind}, not a {cls.__name__}; is subfolder= right?")
+            weights = repo.pinned(path).weights(cls.weights_stem, variant)
+            stored = read_headers(weights)
         with paused_collector():
-            model = cls._loaded(fields, overrides, weights, wanted)
+            model = cls._loaded(fields, overrides, (weights, stored), wanted)
         model.register_to_config(_name_or_path=str(source))
         model.eval().to(device)
         return (model, {name: [] for name in _LOADING_INFO}) if output_loading_info else model
 
     @classmethod
-    def _loaded(cls, fields: Mapping[str, Any], overrides: dict[str, Any], weights: Weights, dtype: torch.dtype) -> Any:
+    def _loaded(cls, fields: Mapping[str, Any], overrides: dict[str, Any], weights: Opened, dtype: torch.dtype) -> Any:
         """Build a network of this configuration that has these weights."""
         raise NotImplementedError
 
@@ -204,10 +206,10 @@ class Model(Named, Pretrained):
         return cls(**{**fields, **overrides})
 
     @classmethod
-    def _loaded(cls, fields: Mapping[str, Any], overrides: dict[str, Any], weights: Weights, dtype: torch.dtype) -> Any:
+    def _loaded(cls, fields: Mapping[str, Any], overrides: dict[str, Any], weights: Opened, dtype: torch.dtype) -> Any:
         with OnMeta():
             model = cls.from_config(fields, **overrides)
-        load_weights(model, weights, dtype)
+        load_weights(model, *weights, dtype)
         return model
 
     def _weights(self) -> dict[str, Tensor]:

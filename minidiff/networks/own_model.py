@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from minidiff.checkpoints.hub import Weights
+from minidiff.checkpoints.load import Opened
 from minidiff.checkpoints.model import Pretrained
 from minidiff.configured import ConfigMixin
 
@@ -30,10 +30,8 @@ class ModelMixin(ConfigMixin, Pretrained):
             return ConfigMixin.__getattr__(self, name)  # which warns
 
     @classmethod
-    def _loaded(cls, fields: Mapping[str, Any], overrides: dict[str, Any], weights: Weights, dtype: torch.dtype) -> Any:
+    def _loaded(cls, fields: Mapping[str, Any], overrides: dict[str, Any], weights: Opened, dtype: torch.dtype) -> Any:
         """Build it as its constructor says, since that may compute more than weights, then take the file's over."""
-        from safetensors.torch import load_file
-
         model = cls.from_config(fields, **overrides)
-        model.load_state_dict({name: t for path in weights.files.values() for name, t in load_file(path).items()})
+        model.load_state_dict({tensor.name: tensor.source.mapped.get_tensor(tensor.name) for tensor in weights[1]})
         return model.to(dtype)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import nn
 
-from minidiff.atomic import whole_folder
+from minidiff.atomic import unchanged, whole_folder
 from minidiff.checkpoints.arguments import device_of
 from minidiff.checkpoints.hub import Repo
 from minidiff.checkpoints.load import as_dtype, paused_collector
@@ -131,13 +131,13 @@ class DiffusionPipeline(MemorySavers, SingleFilePipeline):
         source = pretrained_model_name_or_path
         repo = Repo(source, None, revision, cache_dir, bool(local_files_only), token, force_download)
         path = repo.file(INDEX)
-        index = read_json(path)
-        pipeline_class = cls._class_for(index, path)
-        given = pipeline_class._check_overrides(refuse_unless_harmless(overrides))
-        repo = repo.pinned(path)
-        parts = pipeline_class._from_index(index, path, given)
-        dtypes = dtypes_of(torch_dtype, dtype, parts)
-        with paused_collector():
+        with unchanged(path), paused_collector():
+            index = read_json(path)
+            pipeline_class = cls._class_for(index, path)
+            given = pipeline_class._check_overrides(refuse_unless_harmless(overrides))
+            repo = repo.pinned(path)
+            parts = pipeline_class._from_index(index, path, given)
+            dtypes = dtypes_of(torch_dtype, dtype, parts)
             for name, value in parts.items():
                 if name not in given and isinstance(value, type):
                     parts[name] = load_component(value, repo, name, dtypes[name], variant)

@@ -11,10 +11,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
-from safetensors import safe_open
-
 from minidiff.checkpoints.hub import PICKLES, WHY_NO_PICKLES
-from minidiff.checkpoints.load import StoredTensor, expected_shapes, match, read_header
+from minidiff.checkpoints.load import OpenFile, StoredTensor, expected_shapes, match, read_header
 from minidiff.checkpoints.model import Model
 from minidiff.checkpoints.names import canonical_vae_name, unwrapped
 from minidiff.checkpoints.original.dropped import why_dropped
@@ -86,9 +84,8 @@ class SingleFile:
             raise CheckpointError(f"{path} is a folder; from_single_file needs one file, from_pretrained a folder")
         if not path.is_file():
             raise CheckpointNotFoundError(f"there is no file {str(path)!r} (looked from {Path.cwd()})")
-        stored = read_header(path.name, path)
-        with safe_open(path, framework="pt") as file:
-            return cls(path, stored, file.metadata() or {})
+        source = OpenFile(path)
+        return cls(path, read_header(path.name, source), source.mapped.metadata() or {})
 
     @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:

@@ -13,7 +13,7 @@ from minidiff.checkpoints.load import (
     listed,
     match,
     paused_collector,
-    read_header,
+    read_headers,
 )
 from minidiff.checkpoints.model import Model
 from minidiff.checkpoints.original.configs import Configs, FolderConfigs
@@ -160,7 +160,7 @@ def _read_part(
     with paused_collector(), OnMeta():
         model = model_class(kind, repo).from_config(FolderConfigs(repo).read("config.json"))
     weights = repo.weights(model.weights_stem, variant)
-    stored = [tensor for file, path in weights.files.items() for tensor in read_header(file, path)]
+    stored = read_headers(weights)
     rows = model.rows()
     found, wrong = match(expected_shapes(model, rows), stored, model.canonical_hub_name)
     left_out = [tensor for tensor in stored if model.canonical_hub_name(tensor.name) is None]

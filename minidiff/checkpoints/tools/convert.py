@@ -14,7 +14,7 @@ from tempfile import TemporaryDirectory
 
 import torch
 
-from minidiff.atomic import kind_of, put_in_place, workplace
+from minidiff.atomic import kind_of, put_in_place, unchanged, workplace
 from minidiff.checkpoints.hub import variant_of
 from minidiff.checkpoints.original.families import scheduler_changes
 from minidiff.checkpoints.original.header import said_by
@@ -64,16 +64,17 @@ def convert(
     source, target = Path(source), Path(target)
     to = _layout(target, to)
     _check_target(source, target, force)
-    checkpoint = open_checkpoint(
-        source, config=config, prediction_type=prediction_type, variant=variant, use_ema=use_ema
-    ).check()
-    if to == "single-file":
-        _write_single_file(checkpoint, target, dtype, progress)
-    else:
-        with workplace(target) as place:
-            _write_folder(checkpoint, place / target.name, dtype, progress)
-            _check_target(source, target, force)  # it may have come to be, or have been changed, since
-            put_in_place(place / target.name, target)
+    heads = [source / name for name in ("model_index.json", "config.json") if (source / name).is_file()]
+    with workplace(target) as place:
+        made = place / target.name
+        with unchanged(heads[0] if heads else source):
+            checkpoint = open_checkpoint(
+                source, config=config, prediction_type=prediction_type, variant=variant, use_ema=use_ema
+            ).check()
+            write = _write_single_file if to == "single-file" else _write_folder
+            write(checkpoint, made, dtype, progress)
+        _check_target(source, target, force)  # it may have come to be, or have been changed, since
+        put_in_place(made, target)
     return checkpoint
 
 
