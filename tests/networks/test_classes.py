@@ -130,10 +130,10 @@ def test_what_embeds_a_class_may_be_watched() -> None:
     (x, ctx), called = inputs(ours), []
     minidiff.fast.optimize(ours)
     ours.class_embed.register_forward_hook(lambda *_: called.append(1))
-    run = a_run(x[:1], torch.tensor(400), passes=2)
+    run, told = a_run(x[:1], torch.tensor(400), passes=2), labels(ours)
     with computing(run):
         for _ in range(2):
-            ours(x, run.plan.timesteps[0], ctx, **labels(ours))
+            ours(x, run.plan.timesteps[0], ctx, **told)
     assert len(called) == 2
 
 
