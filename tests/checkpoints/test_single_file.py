@@ -382,7 +382,7 @@ def test_families_are_recognised_as_the_reference_does() -> None:
         assert PackagedConfigs(theirs).read("model_index.json")["_class_name"]
         seen.add(family.title)
     xl_instruct = {f.title for f in FAMILIES if f.title.startswith("Stable Diffusion XL InstructPix2Pix")}
-    pruned = {f.title for f in FAMILIES if f.blocks is not None}  # see ``test_single_file_pruned``
+    pruned = {f.title for f in FAMILIES if f.left is not None}  # see ``test_single_file_pruned``
     # The reference takes XL's instruct files for XL base, and pruned ones for what they were pruned from.
     assert seen | xl_instruct | pruned == {f.title for f in FAMILIES}
     assert all((packaged_configs.PUBLISHED / f"{name}.json").is_file() for f in FAMILIES for name in f.configs.values())

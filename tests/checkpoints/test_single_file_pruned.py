@@ -1,4 +1,4 @@
-"""Checkpoints of pruned and upscaling UNets at full size: recognised in a file and in a folder, by how many blocks.
+"""Checkpoints of pruned and upscaling UNets at full size: recognised in a file and in a folder, by what is left.
 
 Files hold no data (``tests.single_files.sparse_file``). Their names follow from our table; that the reference reads
 them is shown on small ones, in ``tests/pipelines/test_pruned_unets.py`` and ``tests/networks/test_classes.py``.
@@ -15,7 +15,7 @@ import minidiff
 from minidiff import DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
 from minidiff.checkpoints.load import OnMeta, expected_shapes
 from minidiff.checkpoints.original.configs import PackagedConfigs
-from minidiff.checkpoints.original.families import FAMILIES, recognise
+from minidiff.checkpoints.original.families import FAMILIES, family_of, recognise
 from minidiff.checkpoints.original.prefixes import EMA, UNET, ema_name
 from minidiff.checkpoints.tools.checkpoint import open_checkpoint
 from minidiff.checkpoints.tools.inspect import report
@@ -25,7 +25,7 @@ from tests.single_files import sparse_file
 from tests.vocabulary import load_script
 
 headers = load_script("headers")
-PRUNED = {f.configs["epsilon"]: f for f in FAMILIES if f.blocks is not None}
+PRUNED = {f.configs["epsilon"]: f for f in FAMILIES if f.left is not None}
 UPSCALER = "stable-diffusion-x4-upscaler"
 # Bytes of published files: SSD-1B-A1111.safetensors and segmind-vega.safetensors in float16, as programs that check
 # them say. https://arxiv.org/abs/2312.04005, table 1: KOALA has 782 M and 1,161 M. https://arxiv.org/abs/2305.15798,
@@ -105,6 +105,18 @@ def test_folders_at_full_size(name: str, tmp_path: Path) -> None:
     if name in (*LOADED, UPSCALER):
         loaded = UNet2DConditionModel.from_pretrained(folder, torch_dtype="float16")
         assert loaded.num_parameters() == model.num_parameters()
+
+
+@pytest.mark.parametrize("pruned", [{}, {"layers_per_block": 1, "mid_block_type": None}])
+def test_as_many_blocks_are_not_enough(pruned: dict[str, Any]) -> None:
+    """BK-SDM-v2 Tiny has SDXS-512-0.9's blocks, and Small as many layers; both look at the pixels everywhere."""
+    fields = PackagedConfigs("sdxs-512-0.9").read("unet/config.json") | {"only_cross_attention": False}
+    if pruned:
+        fields = PackagedConfigs("stable-diffusion-2-1-base").read("unet/config.json") | pruned
+    with OnMeta():
+        model = UNet2DConditionModel.from_config(fields)
+    family = family_of(1024, 4, expected_shapes(model, model.rows(), "ldm"))
+    assert family is not None and family.title == "Stable Diffusion 2.x"
 
 
 def test_the_upscaler(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

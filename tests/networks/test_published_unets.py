@@ -42,7 +42,7 @@ LIKE = {  # name -> (the packaged configuration that it is like, what it has oth
         "Nota-NetsPresso/BK-SDM, src/unet_config/bk_small/config.json; bk_base is small-sd, and bk_tiny tiny-sd",
     ),
 }
-NAMES = [*LIKE, *(f.configs[next(iter(f.configs))] for f in FAMILIES if f.blocks is not None or f.channels == 7)]
+NAMES = [*LIKE, *(f.configs[next(iter(f.configs))] for f in FAMILIES if f.left is not None or f.channels == 7)]
 
 
 def fields_of(name: str) -> dict[str, Any]:

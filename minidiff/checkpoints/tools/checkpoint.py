@@ -202,16 +202,13 @@ def model_class(name: object, where: object) -> type[Model]:
     return public(name)
 
 
-def _hub_names(model: Model) -> Iterator[str]:
-    return (name for row in model.rows() for name in row.hub)
-
-
 def _title(models: Any) -> str:
     """Name the family of a checkpoint that is described by configurations, by its UNet."""
     models = list(models)
     for model in models:
         D, C = model.config.get("cross_attention_dim"), model.config.get("in_channels")
-        if type(model).__name__ == "UNet2DConditionModel" and (family := family_of(D, C, _hub_names(model))):
+        is_unet = type(model).__name__ == "UNet2DConditionModel"
+        if is_unet and (family := family_of(D, C, expected_shapes(model, model.rows()))):
             told = model.config.time_cond_proj_dim is not None
             return family.title + ", told the guidance scale (LCM)" * told
     kinds = {type(model).__name__ for model in models}
