@@ -101,17 +101,20 @@ def unconditional_unet_rows(spec: UNetSpec, config: Config) -> Iterator[Row]:
     Its column ``ldm`` repeats ``hub``: each code base these networks came from had a file format of its own, none of
     them is in use, and all published ones were converted to the Hub's spelling.
     """
-    yield from (row.like_hub() for rows in (_time_and_class_rows(config), unet_rows(spec)) for row in rows)
-
-
-def _time_and_class_rows(config: Config) -> Iterator[Row]:
     if config.time_embedding_type != "positional":
         yield _tensor("time_proj.weight", "time_proj.weight", "time_proj.weight")
-    if config.class_embed_type == "timestep":
-        for n in (1, 2):
-            yield from _layer(f"class_embed.fc{n}", f"class_embedding.linear_{n}", f"label_emb.{n}")
-    elif config.class_embed_type is None and config.num_class_embeds is not None:
+    yield from (row.like_hub() for row in unet_rows(spec))
+
+
+def _class_rows(kind: str | None) -> Iterator[Row]:
+    """Emit what embeds a class; "identity" embeds nothing."""
+    if kind == "table":
         yield _tensor("class_embed.weight", "class_embedding.weight", "label_emb.weight")
+    elif kind == "simple_projection":
+        yield from _layer("class_embed", "class_embedding", "label_emb")
+    elif kind in ("timestep", "projection"):
+        yield from _layer("class_embed.fc1", "class_embedding.linear_1", "label_emb.0.0")
+        yield from _layer("class_embed.fc2", "class_embedding.linear_2", "label_emb.0.2")
 
 
 def unet_rows(spec: UNetSpec) -> Iterator[Row]:
@@ -120,6 +123,9 @@ def unet_rows(spec: UNetSpec) -> Iterator[Row]:
     if spec.time_cond is not None:
         yield from _layer("time_embed.cond", "time_embedding.cond_proj", "time_embed.cond_proj", bias=False)
     yield from _layer("time_embed.fc2", "time_embedding.linear_2", "time_embed.2")
+    # The original spelling has one name for the class and for XL's condition: a network with both keeps the Hub's.
+    classes = _class_rows(spec.class_embed)
+    yield from classes if spec.added is None else (row.like_hub() for row in classes)
     if spec.added is not None:
         yield from _layer("add_embed.fc1", "add_embedding.linear_1", "label_emb.0.0")
         yield from _layer("add_embed.fc2", "add_embedding.linear_2", "label_emb.0.2")

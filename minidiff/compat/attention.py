@@ -229,9 +229,14 @@ class ResnetBlock2D(Part):
 class BasicTransformerBlock(Part):
     """A transformer block; the attributes are those that programs read which replace its ``forward``."""
 
-    use_ada_layer_norm = use_ada_layer_norm_zero = use_ada_layer_norm_single = only_cross_attention = False
+    use_ada_layer_norm = use_ada_layer_norm_zero = use_ada_layer_norm_single = False
     use_layer_norm, norm_type = True, "layer_norm"
     pos_embed = _chunk_size = None
+
+    @property
+    def only_cross_attention(self) -> bool:
+        """Whether its first attention looks at the text too."""
+        return self.real.only_cross
 
     def _with_our_arguments(self, run: Callable, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return run(hidden_states, **_text_of(*args, **kwargs))

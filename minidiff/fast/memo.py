@@ -91,6 +91,7 @@ class FastTime(Fast):
         mlps = [unet.time_embed] if unet.add_embed is None else [unet.time_embed, unet.add_embed]
         layers = [layer for mlp in mlps for layer in mlp.children()]
         known = all(unwatched(m, TimeMLP) for m in mlps) and all(unwatched(layer, nn.Linear) for layer in layers)
+        known = known and unet.class_embed is None
         if not (asked and known):
             return NotImplemented
         sources = *added.values(), times, *weights(*layers)
@@ -101,7 +102,8 @@ class FastTime(Fast):
         (B, C), first = run.latents.shape[:2], unet.down[0]
         only_latents = not added and sample.shape[:2] == (run.passes * B, C)  # and nothing that may differ
         if only_latents and first.attn and calls_are_plain() and all(map(bystander, before_the_text(unet))):
-            memo.alike = first.res[0], first.attn[0].blocks[0].self_attn
+            block = first.attn[0].blocks[0]
+            memo.alike = (first.res[0],) if block.only_cross else (first.res[0], block.self_attn)
         return memo.temb[memo.step].expand(len(sample), -1)
 
 

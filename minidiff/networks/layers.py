@@ -250,19 +250,23 @@ class FeedForward(nn.Module):
 
 
 class TransformerBlock(Recomputed):
-    """Self-attention, cross-attention to the condition, feed-forward; each pre-normed and residual."""
+    """Self-attention, cross-attention to the condition, feed-forward; each pre-normed and residual.
 
-    def __init__(self, D: int, D_ctx: int, *, heads: int) -> None:
+    With ``only_cross`` the first attention looks at the condition too, all of it: a mask concerns the second alone.
+    """
+
+    def __init__(self, D: int, D_ctx: int, *, heads: int, only_cross: bool = False) -> None:
         super().__init__()
+        self.only_cross = only_cross
         self.norm1 = nn.LayerNorm(D)
-        self.self_attn = Attention(D, D, heads=heads)
+        self.self_attn = Attention(D, D_ctx if only_cross else D, heads=heads)
         self.norm2 = nn.LayerNorm(D)
         self.cross_attn = Attention(D, D_ctx, heads=heads)
         self.norm3 = nn.LayerNorm(D)
         self.mlp = FeedForward(D)
 
     def forward(self, x: Tensor, ctx: Tensor, mask: Tensor | None = None) -> Tensor:
-        x = x + self.self_attn(self.norm1(x))
+        x = x + self.self_attn(self.norm1(x), ctx if self.only_cross else None)
         x = x + self.cross_attn(self.norm2(x), ctx, mask=mask)
         return x + self.mlp(self.norm3(x))
 
@@ -274,11 +278,12 @@ class SpatialTransformer(nn.Module):
     as linear layers; they are the same product, so here they are always linear and the name table reshapes.
     """
 
-    def __init__(self, C: int, D_ctx: int, *, depth: int, heads: int, groups: int) -> None:
+    def __init__(self, C: int, D_ctx: int, *, depth: int, heads: int, groups: int, only_cross: bool = False) -> None:
         super().__init__()
         self.norm = nn.GroupNorm(groups, C, eps=1e-6)  # 1e-6 here even where the residual blocks use 1e-5
         self.proj_in = nn.Linear(C, C)
-        self.blocks = nn.ModuleList(TransformerBlock(C, D_ctx, heads=heads) for _ in range(depth))
+        options = {"heads": heads, "only_cross": only_cross}
+        self.blocks = nn.ModuleList(TransformerBlock(C, D_ctx, **options) for _ in range(depth))
         self.proj_out = nn.Linear(C, C)
 
     def forward(self, x: Tensor, ctx: Tensor, mask: Tensor | None = None) -> Tensor:

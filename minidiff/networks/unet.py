@@ -26,6 +26,7 @@ from minidiff.checkpoints.original.single_file import SingleFileModel
 from minidiff.checkpoints.remap import Row
 from minidiff.compat.attention import Attending, processor_arguments
 from minidiff.config import Config
+from minidiff.networks.classes import Classes
 from minidiff.networks.freeu import FreeU
 from minidiff.networks.layers import (
     Downsample,
@@ -78,7 +79,7 @@ class Block(nn.Module):
         return self.resample(x, size)
 
 
-class UNet(SlicedAttention, GradientCheckpointing, Attending, Model):
+class UNet(Classes, SlicedAttention, GradientCheckpointing, Attending, Model):
     """The body of every UNet. The public faces below and in ``unet_unconditional`` say what goes in and comes out.
 
     Layers are made in the order in which the reference makes them, which is the order in which their initial weights
@@ -94,7 +95,7 @@ class UNet(SlicedAttention, GradientCheckpointing, Attending, Model):
         self.config, self.spec = config, spec
         levels, last = spec.levels, len(spec.levels) - 1
         C = levels[0].channels
-        self.conv_in = nn.Conv2d(spec.in_channels, C, 3, padding=1)
+        self.conv_in = nn.Conv2d(spec.in_channels, C, spec.in_kernel, padding=spec.in_kernel // 2)
         self._make_embeddings()
 
         skips = [C]  # channels of everything that is kept for the way up
@@ -124,22 +125,24 @@ class UNet(SlicedAttention, GradientCheckpointing, Attending, Model):
             self.up.append(Block(layers, resample))
 
         self.norm_out = nn.GroupNorm(spec.groups, C, eps=spec.eps)
-        self.conv_out = nn.Conv2d(C, spec.out_channels, 3, padding=1)
+        self.conv_out = nn.Conv2d(C, spec.out_channels, spec.out_kernel, padding=spec.out_kernel // 2)
 
     def _make_embeddings(self) -> None:
-        """Make what embeds the time and, in the faces, all else that the network is told beside the sample."""
+        """Make what embeds the time, a class and, in the faces, all else that the network is told beside the sample."""
         self.time_embed = TimeMLP(self.spec.time_features, self.spec.E, self.spec.time_cond)
+        self.class_embed = self._make_classes()
 
     def _res(self, C_in: int, C_out: int, scale: float = 1.0) -> ResBlock:
         spec = self.spec
-        options = {"E": spec.E, "scale_shift": spec.scale_shift, "dropout": spec.dropout, "scale": scale}
+        E = spec.E * (1 + spec.class_concat)
+        options = {"E": E, "scale_shift": spec.scale_shift, "dropout": spec.dropout, "scale": scale}
         return ResBlock(C_in, C_out, groups=spec.groups, eps=spec.eps, **options)
 
     def _attention(self, lv: LevelSpec, depth: int, pixels: bool) -> SpatialTransformer | PixelAttention | None:
         """Make what stands behind a residual block of a level."""
         C, heads, groups = lv.channels, lv.heads, self.spec.groups
         if depth:
-            return SpatialTransformer(C, lv.D_ctx, depth=depth, heads=heads, groups=groups)
+            return SpatialTransformer(C, lv.D_ctx, depth=depth, heads=heads, groups=groups, only_cross=lv.only_cross)
         options = {"heads": heads, "groups": groups, "eps": self.spec.eps, "width": lv.attn_width}
         return PixelAttention(C, **options) if pixels else None
 
@@ -147,7 +150,7 @@ class UNet(SlicedAttention, GradientCheckpointing, Attending, Model):
         """Make one or two residual blocks with attention (or none) behind the first, at the coarsest level."""
         spec, C = self.spec, lv.channels
         first = self._res(C, C, spec.mid_scale)
-        attn = self._attention(lv, spec.mid_depth, False)
+        attn = self._attention(lv._replace(only_cross=False), spec.mid_depth, False)
         if spec.mid_pixel_attn:
             options = {"groups": spec.mid_groups, "eps": spec.eps, "scale": spec.mid_scale, "width": lv.attn_width}
             attn = PixelAttention(C, heads=lv.heads, **options)
@@ -237,7 +240,7 @@ class UNet2DConditionModel(AdaptedNetwork, SingleFileModel, UNet):
         sample: Tensor,
         timestep: Tensor | float | int,
         encoder_hidden_states: Tensor,
-        class_labels: None = None,
+        class_labels: Tensor | None = None,
         timestep_cond: Tensor | None = None,
         attention_mask: None = None,
         cross_attention_kwargs: Mapping[str, Any] | None = None,
@@ -254,6 +257,8 @@ class UNet2DConditionModel(AdaptedNetwork, SingleFileModel, UNet):
             sample: noisy latents, (B, in_channels, H, W), any H and W.
             timestep: one time for all, or (B,) times; 0 is nearly clean, 999 nearly pure noise.
             encoder_hidden_states: text embeddings, (B, L, D).
+            class_labels: for networks with ``num_class_embeds`` or ``class_embed_type`` alone, which need it: see
+                ``Classes``. Stable Diffusion x4 upscaler: how noisy the small picture is, (B,) integers from 0 to 999.
             timestep_cond: for networks with ``time_cond_proj_dim`` (LCM) alone: the encoded guidance scale, (B, width),
                 see ``guidance_embedding``.
             added_cond_kwargs: for networks with ``addition_embed_type="text_time"`` (SDXL) alone: "text_embeds", the
@@ -272,7 +277,6 @@ class UNet2DConditionModel(AdaptedNetwork, SingleFileModel, UNet):
             ValueError: naming an argument that is not implemented or a shape that does not fit.
         """
         self._refuse(
-            class_labels=class_labels,
             timestep_cond=None if self.spec.time_cond is not None else timestep_cond,
             attention_mask=attention_mask,
             cross_attention_kwargs=None if cross_attention_kwargs and self.has_processors else cross_attention_kwargs,
@@ -284,17 +288,19 @@ class UNet2DConditionModel(AdaptedNetwork, SingleFileModel, UNet):
         self._check_sample(sample)
         self._check_text(sample, encoder_hidden_states)
         mask = self._check_mask(encoder_attention_mask, encoder_hidden_states)
-        told = {} if timestep_cond is None else {"timestep_cond": self._check_cond(sample, timestep_cond)}
+        told = {"class_labels": class_labels, "timestep_cond": self._check_cond(sample, timestep_cond)}
+        told = {name: value for name, value in told.items() if value is not None}
         temb = self._embed_time(sample, timestep, {**(added_cond_kwargs or {}), **told})
         with processor_arguments(cross_attention_kwargs) if cross_attention_kwargs else nullcontext():
             x = self._body(sample, temb, encoder_hidden_states, mask)
         return UNet2DConditionOutput(x) if return_dict else (x,)
 
     def _embed_time(self, sample: Tensor, timestep: Tensor | float | int, told: Mapping[str, Tensor]) -> Tensor:
-        """Return the embedding (B, E) of the time and what else the network is told: guidance (LCM), sizes (SDXL)."""
+        """Return the embedding (B, E) of the time and what else the network is told: guidance, a class, sizes (XL)."""
         added = dict(told)
         t = self._encode_times(self._times(sample, timestep)).to(sample.dtype)
         temb = self.time_embed(t, added.pop("timestep_cond", None))
+        temb = self._tell_class(temb, added.pop("class_labels", None))
         return temb if self.add_embed is None else temb + self.add_embed(self._encode_added(sample, added))
 
     def _encode_added(self, sample: Tensor, added: Mapping[str, Tensor]) -> Tensor:
@@ -334,9 +340,11 @@ class UNet2DConditionModel(AdaptedNetwork, SingleFileModel, UNet):
                 f"{tuple(ctx.shape)}; a width other than {D} comes from the text encoder of another model family"
             )
 
-    def _check_cond(self, sample: Tensor, cond: Tensor) -> Tensor:
+    def _check_cond(self, sample: Tensor, cond: Tensor | None) -> Tensor | None:
         """Return the encoded guidance scale in the dtype of the sample."""
         width = self.spec.time_cond
+        if cond is None:
+            return None
         if cond.shape not in ((1, width), (len(sample), width)):
             raise ValueError(f"timestep_cond should be ({len(sample)} or 1, {width}), found {tuple(cond.shape)}")
         return cond.to(sample.dtype)

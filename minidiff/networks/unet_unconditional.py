@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from minidiff.checkpoints.names import canonical_vae_name, unconditional_unet_rows
 from minidiff.checkpoints.remap import Row
-from minidiff.networks.layers import FourierFeatures, TimeMLP
+from minidiff.networks.classes import check_indices
+from minidiff.networks.layers import FourierFeatures
 from minidiff.networks.specs.fields import show_fields
 from minidiff.networks.specs.unet_unconditional import unconditional_unet_config, unconditional_unet_spec
 from minidiff.networks.unet import UNet
@@ -54,13 +55,6 @@ class UNet2DModel(UNet):
         elif config.time_embedding_type == "learned":
             self.time_proj = nn.Embedding(config.num_train_timesteps, C)
         super()._make_embeddings()
-        self.class_embed = None
-        if config.class_embed_type == "timestep":
-            self.class_embed = TimeMLP(self.spec.time_features, self.spec.E)
-        elif config.class_embed_type == "identity":
-            self.class_embed = nn.Identity()
-        elif config.num_class_embeds is not None:
-            self.class_embed = nn.Embedding(config.num_class_embeds, self.spec.E)
 
     def forward(
         self,
@@ -75,9 +69,8 @@ class UNet2DModel(UNet):
             sample: noisy pictures, (B, in_channels, H, W), any H and W.
             timestep: one time for all, or (B,) times; 0 is nearly clean, 999 nearly pure noise. A network with Fourier
                 features is told noise levels, above 0, and its prediction is divided by them.
-            class_labels: one class for all, or (B,) classes: numbers of the embedding table, or with
-                ``class_embed_type="timestep"`` any numbers, which are encoded as times are. With "identity" the
-                embeddings themselves, (B, E). Only for networks that have classes, and needed by them.
+            class_labels: one class for all, or (B,) classes, see ``Classes``. Only for networks that have classes, and
+                needed by them.
             return_dict: whether to return a record or a tuple.
 
         Raises:
@@ -86,9 +79,7 @@ class UNet2DModel(UNet):
         self._check_sample(sample)
         t = self._times(sample, timestep)
         temb = self.time_embed(self._encode_times(t).to(sample.dtype))
-        if self.class_embed is not None or class_labels is not None:
-            temb = temb + self._class(sample, class_labels)
-        x = self._body(sample, temb)
+        x = self._body(sample, self._tell_class(temb, class_labels))
         if self.config.time_embedding_type == "fourier":
             x = (x / t.reshape(-1, 1, 1, 1)).to(x.dtype)  # score = -eps / sigma: t is the noise level in such networks
         return UNet2DOutput(x) if return_dict else (x,)
@@ -109,40 +100,14 @@ class UNet2DModel(UNet):
         if self.time_proj is None:
             return super()._encode_times(t)
         if self.config.time_embedding_type == "learned":
-            _check_indices("timestep", t, self.config.num_train_timesteps)
+            check_indices("timestep", t, self.config.num_train_timesteps)
         elif t.device.type == "cpu" and not bool((t > 0).all()):  # elsewhere, looking would wait for the device
             raise ValueError(f"Fourier features need times above 0, because they use the logarithm: found {t.tolist()}")
         return self.time_proj(t)
 
-    def _class(self, sample: Tensor, labels: Tensor | None) -> Tensor:
-        """Return the class embedding, (B, E) or (1, E)."""
-        if self.class_embed is None:
-            raise ValueError("class_labels given to a network without classes (num_class_embeds, class_embed_type)")
-        if labels is None:
-            raise ValueError("class_labels are needed: this network was trained with classes")
-        identity = self.config.class_embed_type == "identity"
-        width = (self.spec.E,) if identity else ()
-        if labels.shape not in ((1, *width), (len(sample), *width)):
-            raise ValueError(f"class_labels should be {(len(sample), *width)}, found {tuple(labels.shape)}")
-        if identity:
-            labels = labels.to(sample.dtype)
-        elif self.config.class_embed_type == "timestep":
-            labels = self._encode_times(labels).to(sample.dtype)
-        else:
-            _check_indices("class_labels", labels, self.config.num_class_embeds)
-        return self.class_embed(labels)
-
     def rows(self) -> list[Row]:
         """Return the name table of this configuration: ours, Hub, and the Hub's again for single files."""
         return list(unconditional_unet_rows(self.spec, self.config))
-
-
-def _check_indices(name: str, values: Tensor, count: int) -> None:
-    """Raise if ``values`` are not row numbers of a table with ``count`` rows."""
-    if values.is_floating_point():
-        raise TypeError(f"{name} should be integers from 0 to {count - 1}, found {values.dtype}")
-    if values.device.type == "cpu" and not bool(((values >= 0) & (values < count)).all()):
-        raise ValueError(f"{name} should be from 0 to {count - 1}, found {values.tolist()}")
 
 
 show_fields(UNet2DModel.__init__, unconditional_unet_config({}))

@@ -147,7 +147,7 @@ def test_other_kinds_of_files_are_named(name: str, folder: Path, tmp_path: Path)
 
 @pytest.mark.parametrize(
     ("ctx", "channels", "what"),
-    [(1024, 5, "SD 2 depth"), (1024, 7, "the x4 upscaler"), (1024, 8, "Stable Video Diffusion"), (640, 4, "nothing")],
+    [(1024, 5, "SD 2 depth"), (1024, 8, "Stable Video Diffusion"), (640, 4, "nothing")],
 )
 def test_unknown_families_are_refused_with_what_was_found(ctx: int, channels: int, what: str, tmp_path: Path) -> None:
     tensors: dict[str, list[Any]] = {KEY: ["F32", [320, ctx]], FIRST: ["F32", [320, channels, 3, 3]]}

@@ -33,6 +33,7 @@ TOPOLOGIES = {
     "pruned": UNET
     | {"layers_per_block": 2, "mid_block_type": None, "transformer_layers_per_block": [[2, 1], 1]}
     | {"reverse_transformer_layers_per_block": [1, [1, 2, 1]]},
+    "text alone": UNET | {"only_cross_attention": True},
     "text late": UNET | {"down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"]},
 }
 

@@ -23,6 +23,7 @@ PUBLISHED = [
     "stabilityai--stable-diffusion-2-1",
     "stabilityai--stable-diffusion-2-1-base",
     "stabilityai--stable-diffusion-2-inpainting",
+    "stabilityai--stable-diffusion-x4-upscaler",
 ]
 BOUND = 1e-10  # measured: at most 4e-15 over all cases of this file
 
@@ -69,15 +70,29 @@ def inputs(model: UNet2DConditionModel, B: int = 2, H: int = 8, W: int = 8, L: i
     return x, torch.randn(B, L, model.spec.levels[-1].D_ctx, generator=rng, dtype=torch.float64)
 
 
+def labels(model: UNet2DConditionModel, B: int = 2) -> dict[str, Tensor]:
+    """Return labels of the kind that the model knows, as an argument of its forward; nothing if it knows none."""
+    rng, width = torch.Generator().manual_seed(2), model.spec.class_width or model.spec.E
+    match model.spec.class_embed:
+        case None:
+            return {}
+        case "table" | "timestep":
+            return {"class_labels": torch.randint(0, model.config.num_class_embeds, (B,), generator=rng)}
+        case _:
+            return {"class_labels": torch.randn(B, width, generator=rng, dtype=torch.float64)}
+
+
 @torch.no_grad()
 def error(ours: UNet2DConditionModel, theirs: nn.Module, x: Tensor, t: Any, ctx: Tensor) -> float:
-    return relative_error(ours(x, t, ctx).sample, theirs(x, t, encoder_hidden_states=ctx).sample)
+    told = labels(ours, len(x))
+    return relative_error(ours(x, t, ctx, **told).sample, theirs(x, t, encoder_hidden_states=ctx, **told).sample)
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_topology_at_an_eighth_of_the_width(name: str) -> None:
     fields = json.loads((CONFIGS / name / "unet" / "config.json").read_text())
-    fields |= {"block_out_channels": [40, 80, 160, 160], "norm_num_groups": 4, "cross_attention_dim": 24}
+    widths = [C // 8 for C in fields["block_out_channels"]]
+    fields |= {"block_out_channels": widths, "norm_num_groups": 4, "cross_attention_dim": 24}
     ours, theirs = make_pair(fields)
     x, ctx = inputs(ours)
     assert error(ours, theirs, x, 981, ctx) <= BOUND
@@ -86,6 +101,19 @@ def test_published_topology_at_an_eighth_of_the_width(name: str) -> None:
 BRANCHES = {
     "dropout, which evaluation ignores": tiny(dropout=0.3),
     "lists of what is not there": tiny(only_cross_attention=[False, False]),
+    "the text alone": tiny(only_cross_attention=True),
+    "the text alone at some levels": three("xxx", "xxx", only_cross_attention=[True, False, True]),
+    "the text alone where nothing attends": three("-x-", "--x", only_cross_attention=(True, False, True)),
+    "what is said of another kind of middle": tiny(mid_block_only_cross_attention=True),
+    "classes in a table": tiny(num_class_embeds=9),
+    "classes as times": tiny(class_embed_type="timestep", num_class_embeds=9),
+    "classes given embedded": tiny(class_embed_type="identity"),
+    "classes projected": tiny(class_embed_type="projection", projection_class_embeddings_input_dim=5),
+    "classes projected simply": tiny(class_embed_type="simple_projection", projection_class_embeddings_input_dim=5),
+    "classes beside the time": tiny(num_class_embeds=9, class_embeddings_concat=True),
+    "classes given embedded beside the time": tiny(class_embed_type="identity", class_embeddings_concat=True),
+    "first convolution 1x1": tiny(conv_in_kernel=1),
+    "last convolution 5x5": tiny(conv_out_kernel=5),
     "convolutional projection": tiny(use_linear_projection=False),
     "linear projection": tiny(use_linear_projection=True),
     "heads one for all": tiny(attention_head_dim=4),

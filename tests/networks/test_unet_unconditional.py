@@ -470,7 +470,7 @@ CALLS = {
         (noisy(), 9),
         "timestep should be from 0 t",
     ),
-    "no labels": ({"num_class_embeds": 5}, (noisy(), 1), "class_labels are needed"),
+    "no labels": ({"num_class_embeds": 5}, (noisy(), 1), "class_labels should be provided when num_class_embeds > 0"),
     "no classes": ({}, (noisy(), 1, LABELS), "class_labels given to a network without classes"),
     "number of labels": (
         {"num_class_embeds": 5},

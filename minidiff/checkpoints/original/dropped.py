@@ -6,10 +6,9 @@ from collections.abc import Container
 # Tensors of an original single file that no column of the table names, by the pattern of their name.
 LDM_DROPPED = {
     r"model_ema\..*": "a moving average of the UNet's weights; the weights under model.diffusion_model are the model",
-    r"betas|(sqrt_)?(one_minus_)?alphas_cumprod(_prev)?|log_one_minus_alphas_cumprod|sqrt_recipm?1?_alphas_cumprod"
-    r"|posterior_(variance|log_variance_clipped|mean_coef[12])|lvlb_weights|logvar|scale_factor|denoiser\..*": (
-        "the noise schedule, which the scheduler computes from its configuration"
-    ),
+    r"(low_scale_model\.)?(betas|(sqrt_)?(one_minus_)?alphas_cumprod(_prev)?|log_one_minus_alphas_cumprod"
+    r"|sqrt_recipm?1?_alphas_cumprod|posterior_(variance|log_variance_clipped|mean_coef[12])|lvlb_weights|logvar)"
+    r"|scale_factor|denoiser\..*": ("the noise schedule, which the scheduler computes from its configuration"),
     r"v_pred|ztsnr": "marks of what the UNet predicts and how it was trained: they are read, but are no weights",
     r"global_step": "the number of training steps",
     r"(first_stage_model\.)?loss\..*": "the discriminator and perceptual loss the autoencoder was trained with",

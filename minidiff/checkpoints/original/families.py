@@ -12,7 +12,11 @@ D                       C      family
 1280 (OpenCLIP-bigG)    4      Stable Diffusion XL refiner
 as above                9      inpainting: latent, mask (1), masked picture (4)
 as above                8      instructions (InstructPix2Pix): latent, picture to edit (4)
+1024 (OpenCLIP-H)       7      upscaler: latent, small picture (3)
 ======================  =====  ===================================================================
+
+Networks that were pruned are told by how much they have left, residual blocks and attentions to the text. All other
+numbers are those of a whole network, of which some may be missing.
 """
 
 import re
@@ -22,7 +26,7 @@ from typing import Any, NamedTuple
 
 from minidiff.checkpoints.names import unwrapped
 from minidiff.checkpoints.original.configs import PackagedConfigs
-from minidiff.checkpoints.original.prefixes import UNET, VAE, ema_name
+from minidiff.checkpoints.original.prefixes import EMA, UNET, VAE, ema_name
 from minidiff.errors import CheckpointError
 
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
@@ -30,12 +34,16 @@ V_MARK, ZERO_SNR_MARK = "v_pred", "ztsnr"  # empty tensors: the UNet predicts v,
 
 
 class Family(NamedTuple):
-    """One kind of checkpoint; ``configs`` maps what the UNet predicts to the published model that does so."""
+    """One kind of checkpoint; ``configs`` maps what the UNet predicts to the published model that does so.
+
+    ``left`` is how many residual blocks and attentions to the text the UNet has, if it was pruned.
+    """
 
     title: str
     ctx: int
     channels: int
     configs: Mapping[str, str]
+    left: tuple[int, int] | None = None
 
 
 FAMILIES = (
@@ -53,10 +61,20 @@ FAMILIES = (
     Family("Stable Diffusion XL inpainting", 2048, 9, {"epsilon": "stable-diffusion-xl-1.0-inpainting-0.1"}),
     Family("Stable Diffusion XL InstructPix2Pix", 2048, 8, {"epsilon": "sdxl-instructpix2pix-768"}),
     Family("Stable Diffusion XL refiner", 1280, 4, {"epsilon": "stable-diffusion-xl-refiner-1.0"}),
+    Family("Stable Diffusion x4 upscaler", 1024, 7, {"v_prediction": "stable-diffusion-x4-upscaler"}),
+    Family("SSD-1B, a pruned Stable Diffusion XL", 2048, 4, {"epsilon": "SSD-1B"}, (16, 34)),
+    Family("Segmind Vega, a pruned Stable Diffusion XL", 2048, 4, {"epsilon": "Segmind-Vega"}, (16, 15)),
+    Family("KOALA-700M, a pruned Stable Diffusion XL", 2048, 4, {"epsilon": "koala-700m"}, (9, 21)),
+    Family("KOALA-1B, a pruned Stable Diffusion XL", 2048, 4, {"epsilon": "koala-1b"}, (11, 30)),
+    Family("tiny-sd or BK-SDM-Tiny, a pruned Stable Diffusion 1.x", 768, 4, {"epsilon": "tiny-sd"}, (9, 9)),
+    Family("small-sd or BK-SDM-Base, a pruned Stable Diffusion 1.x", 768, 4, {"epsilon": "small-sd"}, (14, 10)),
+    Family("SDXS-512 DreamShaper, a pruned Stable Diffusion 1.x", 768, 4, {"epsilon": "sdxs-512-dreamshaper"}, (9, 6)),
+    Family("SDXS-512-0.9, a pruned Stable Diffusion 2.x", 1024, 4, {"epsilon": "sdxs-512-0.9"}, (9, 12)),
 )
 AUTOENCODER = Family("autoencoder of Stable Diffusion", 0, 0, {"epsilon": "stable-diffusion-v1-5"})
 
 _CROSS_KEYS = re.compile(r".*attn2\.?to_k\.?weight")  # a moving average has no dots in its names
+_RES_KEYS, _KEYS = re.compile(r".*(emb_layers\.?1|time_emb_proj)\.?weight"), re.compile(r".*attn[12]\.?to_k\.?weight")
 _HUB_SPELLING = re.compile(r"(down_blocks|mid_block|up_blocks|(en|de)coder\.(down|up)_blocks)\..*")
 _STRANGERS = {  # names that only other kinds of files have -> what they are and what reads them
     r"(transformer|lora_transformer|(model\.)?diffusion_model|lora_unet)[._]"
@@ -102,15 +120,25 @@ def recognise(shapes: Mapping[str, tuple[int, ...]], unet: str | None, where: st
     widths = Counter(shape[1] for name, shape in shapes.items() if _CROSS_KEYS.fullmatch(name) and len(shape) == 2)
     ctx = widths.most_common(1)[0][0] if widths else None
     channels = shapes[first][1] if len(shapes.get(first, ())) == 4 else 4  # its absence is reported with the others
-    for family in FAMILIES:
-        if (family.ctx, family.channels) == (ctx, channels):
-            return family
-    known = ", ".join(f"{family.title} ({family.ctx}, {family.channels})" for family in FAMILIES)
+    if family := family_of(ctx, channels, shapes):
+        return family
+    whole = [family for family in FAMILIES if family.left is None]
+    known = ", ".join(f"{family.title} ({family.ctx}, {family.channels})" for family in whole)
     raise CheckpointError(
         f"{where} is no checkpoint that minidiff knows: its UNet reads a text of width {ctx} (attn2.to_k.weight) and "
         f"{channels} channels ({first}). Known are {known}. If it is a variant of one of them, pass config= with a "
         "folder or Hub id in diffusers layout that describes it"
     )
+
+
+def family_of(ctx: int | None, channels: int | None, shapes: Mapping[str, tuple[int, ...]]) -> Family | None:
+    """Return the family of a UNet that reads such a text and so many channels, and has tensors of these shapes."""
+    names = [name for name in shapes if not name.startswith(EMA)]
+    names = names if any(map(_RES_KEYS.fullmatch, names)) else list(shapes)  # a moving average alone
+    text = [name for name in names if _KEYS.fullmatch(name) and shapes[name][1:] == (ctx,)]
+    left = sum(_RES_KEYS.fullmatch(name) is not None for name in names), len(text)
+    fits = {family.left: family for family in FAMILIES if (family.ctx, family.channels) == (ctx, channels)}
+    return fits.get(left) or fits.get(None)
 
 
 def stranger(names: Iterable[str], but: str = "") -> str | None:

@@ -17,7 +17,7 @@ from minidiff.checkpoints.load import (
 )
 from minidiff.checkpoints.model import Model
 from minidiff.checkpoints.original.configs import Configs, FolderConfigs
-from minidiff.checkpoints.original.families import AUTOENCODER, FAMILIES, ZERO_SNR_MARK, Family
+from minidiff.checkpoints.original.families import AUTOENCODER, ZERO_SNR_MARK, family_of
 from minidiff.checkpoints.original.prefixes import NETWORKS
 from minidiff.checkpoints.original.read import SingleFile, StoredNetwork
 from minidiff.checkpoints.original.single_file import describe, say_ema
@@ -207,9 +207,10 @@ def _title(models: Any) -> str:
     models = list(models)
     for model in models:
         D, C = model.config.get("cross_attention_dim"), model.config.get("in_channels")
-        family: Family | None = next((f for f in FAMILIES if (f.ctx, f.channels) == (D, C)), None)
-        if family is not None and type(model).__name__ == "UNet2DConditionModel":
-            return family.title
+        is_unet = type(model).__name__ == "UNet2DConditionModel"
+        if is_unet and (family := family_of(D, C, expected_shapes(model, model.rows()))):
+            told = model.config.time_cond_proj_dim is not None
+            return family.title + ", told the guidance scale (LCM)" * told
     kinds = {type(model).__name__ for model in models}
     if kinds == {"AutoencoderKL"}:
         return AUTOENCODER.title

@@ -16,6 +16,7 @@ class LevelSpec(NamedTuple):
     up_depths: tuple[int, ...]  # the same on the way up, which has one residual block more
     heads: int
     D_ctx: int  # width of the text embeddings this level attends to
+    only_cross: bool = False  # the self-attention of its transformers looks at the text too, not at the pixels
     attn_width: int | None = None  # of all heads over the pixels together; None = channels
     pixel_attn: bool = False  # self-attention over the pixels behind each residual block on the way down
     up_pixel_attn: bool = False  # the same on the way up
@@ -50,6 +51,11 @@ class UNetSpec(NamedTuple):
     added: int | None = None  # width of the added condition of SDXL, pooled text and encoded sizes; None = none
     added_features: int = 0  # width of each encoded size in it
     time_cond: int | None = None  # width of the encoded guidance scale that the network is told; None = it is not told
+    class_embed: str | None = None  # how a class is embedded, see ``Classes``; None = the network knows none
+    class_width: int = 0  # rows of the table of classes, or width of the vectors that are projected
+    class_concat: bool = False  # put the class beside the time instead of adding it
+    in_kernel: int = 3  # height and width of the first convolution
+    out_kernel: int = 3  # and of the last
 
 
 class VAESpec(NamedTuple):

@@ -123,6 +123,13 @@ def check_counts(network: str, config: Config, names: Sequence[str]) -> None:
             raise ConfigError(f"{network}: {name} should be a positive integer or null, found {value!r}")
 
 
+def class_fields(config: Config) -> dict[str, Any]:
+    """Return how a UNet is told a class, as fields of ``UNetSpec``."""
+    kind = config.class_embed_type or ("table" if config.num_class_embeds is not None else None)
+    width = config.num_class_embeds if kind == "table" else config.get("projection_class_embeddings_input_dim")
+    return {"class_embed": kind, "class_width": 0 if kind in (None, "timestep", "identity") else width}
+
+
 def check_groups(network: str, config: Config) -> None:
     """Raise if a level has a number of channels that the groups of its normalisation do not divide."""
     channels, groups = config.block_out_channels, config.norm_num_groups

@@ -6,13 +6,22 @@ from typing import Any
 from minidiff.config import Config
 from minidiff.errors import ConfigError
 from minidiff.networks.specs import LevelSpec, UNetSpec
-from minidiff.networks.specs.fields import block_kinds, check_counts, check_layers, check_types, complete, per_level
+from minidiff.networks.specs.fields import (
+    block_kinds,
+    check_counts,
+    check_layers,
+    check_types,
+    class_fields,
+    complete,
+    per_level,
+)
 
 NAME = "UNet2DConditionModel"
 
 _DOWN_BLOCKS = {"DownBlock2D": False, "CrossAttnDownBlock2D": True}  # type -> has cross-attention
 _UP_BLOCKS = {"UpBlock2D": False, "CrossAttnUpBlock2D": True}
 _MIDDLES = {None: 0, "UNetMidBlock2D": 1, "UNetMidBlock2DCrossAttn": 2}  # type -> residual blocks; the last one attends
+_SIZE, _WIDTH = "addition_time_embed_dim", "projection_class_embeddings_input_dim"
 _DEFAULTS = {
     "sample_size": None,
     "in_channels": 4,
@@ -34,11 +43,16 @@ _DEFAULTS = {
     "reverse_transformer_layers_per_block": None,
     "attention_head_dim": 8,
     "use_linear_projection": False,
+    "only_cross_attention": False,
+    "num_class_embeds": None,
+    "class_embeddings_concat": False,
+    "conv_in_kernel": 3,
+    "conv_out_kernel": 3,
     "addition_time_embed_dim": None,
     "projection_class_embeddings_input_dim": None,
     "time_cond_proj_dim": None,
 }
-_ADDED = ("addition_time_embed_dim", "projection_class_embeddings_input_dim")
+_PROJECTIONS = ("projection", "simple_projection")  # of a class that is given as a vector
 _ONLY = {  # field -> the values that leave the network as it is built here, the default first
     "mid_block_scale_factor": (1,),
     "act_fn": ("silu",),
@@ -46,17 +60,16 @@ _ONLY = {  # field -> the values that leave the network as it is built here, the
     "resnet_time_scale_shift": ("default",),
     "resnet_out_scale_factor": (1.0,),
     "time_embedding_type": ("positional",),
-    "conv_in_kernel": (3,),
-    "conv_out_kernel": (3,),
     "attention_type": ("default",),
-    "mid_block_only_cross_attention": (None, False),
+    "mid_block_only_cross_attention": (None, False, True),  # no kind of middle that is built here reads it
+    "class_embed_type": (None, "timestep", "identity", *_PROJECTIONS),
     "addition_embed_type_num_heads": (64,),  # of addition_embed_type "text", which is refused above
     "upcast_attention": (False, True, None),  # the fused attention keeps its scores in float32 in any case
-    **dict.fromkeys(("dual_cross_attention", "resnet_skip_time_act", "class_embeddings_concat"), (False,)),
+    **dict.fromkeys(("dual_cross_attention", "resnet_skip_time_act"), (False,)),
     **dict.fromkeys(
         """
-        encoder_hid_dim encoder_hid_dim_type num_attention_heads class_embed_type
-        num_class_embeds time_embedding_dim time_embedding_act_fn timestep_post_act cross_attention_norm
+        encoder_hid_dim encoder_hid_dim_type num_attention_heads time_embedding_dim time_embedding_act_fn
+        timestep_post_act cross_attention_norm
         """.split(),
         (None,),
     ),
@@ -65,22 +78,44 @@ _ONLY = {  # field -> the values that leave the network as it is built here, the
 
 def unet_config(fields: Mapping[str, Any]) -> Config:
     """Complete the fields of a conditional UNet's Hub configuration; refuse what is not implemented."""
-    each = [False] * len(fields.get("down_block_types", _DEFAULTS["down_block_types"]))
-    config = complete(NAME, fields, _DEFAULTS, _ONLY | {"only_cross_attention": (False, each, tuple(each))})
-    lists = ("layers_per_block", "cross_attention_dim", "transformer_layers_per_block", "attention_head_dim")
-    check_types(NAME, config, {**_DEFAULTS, "mid_block_type": None}, lists)
+    config = complete(NAME, fields, _DEFAULTS, _ONLY)
+    lists = "layers_per_block cross_attention_dim transformer_layers_per_block attention_head_dim only_cross_attention"
+    check_types(NAME, config, {**_DEFAULTS, "mid_block_type": None}, tuple(lists.split()))
     if config.mid_block_type not in _MIDDLES:
         known = ", ".join("null" if kind is None else kind for kind in _MIDDLES)
         raise ConfigError(f"{NAME}: mid_block_type should be one of {known}, found {config.mid_block_type!r}")
-    check_counts(NAME, config, ["time_cond_proj_dim", *_ADDED])
+    check_counts(NAME, config, ("time_cond_proj_dim", "num_class_embeds", _SIZE, _WIDTH))
     check_layers(NAME, config)
-    for name in _ADDED:
-        if (config[name] is None) == (config.addition_embed_type == "text_time"):
-            raise ConfigError(
-                f"{NAME}: {name} = {config[name]!r} belongs to addition_embed_type 'text_time', which needs it; found "
-                f"{config.addition_embed_type!r}"
-            )
+    _check_kernels(config)
+    _check_told(config)
     return config
+
+
+def _check_kernels(config: Config) -> None:
+    """Raise if the first or the last convolution would change the size."""
+    for name in ("conv_in_kernel", "conv_out_kernel"):
+        if config[name] < 1 or config[name] % 2 == 0:
+            raise ConfigError(f"{NAME}: {name} should be odd and at least 1, found {config[name]}")
+
+
+def _check_told(config: Config) -> None:
+    """Raise if the fields of what the network is told beside the time, sizes and a class, do not belong together."""
+    sizes, kind = config.addition_embed_type == "text_time", config.class_embed_type
+    if (config[_SIZE] is None) == sizes:
+        raise ConfigError(
+            f"{NAME}: {_SIZE} = {config[_SIZE]!r} belongs to addition_embed_type 'text_time', which needs it; found "
+            f"{config.addition_embed_type!r}"
+        )
+    if (config[_WIDTH] is None) == (sizes or kind in _PROJECTIONS):
+        raise ConfigError(
+            f"{NAME}: {_WIDTH} = {config[_WIDTH]!r} belongs to addition_embed_type 'text_time' or class_embed_type "
+            f"'projection' or 'simple_projection', which need it; found {config.addition_embed_type!r} and {kind!r}"
+        )
+    if config.class_embeddings_concat and (sizes or class_fields(config)["class_embed"] is None):
+        raise ConfigError(
+            f"{NAME}: class_embeddings_concat puts a class beside the time: it needs num_class_embeds or "
+            "class_embed_type, and no addition_embed_type"
+        )
 
 
 def unet_spec(config: Config) -> UNetSpec:
@@ -101,12 +136,13 @@ def unet_spec(config: Config) -> UNetSpec:
     middle = _MIDDLES[config.mid_block_type]
     mid_depth = depths[-1][0] if middle == 2 else 0
     widths = per_level(NAME, "cross_attention_dim", config.cross_attention_dim, count)
+    only_cross = _only_cross(config, count)
     levels = tuple(
         LevelSpec(
             C,
             tuple(depth * down[i] for depth in depths[i]),
             tuple(depth * up[i] for depth in up_depths[i]),
-            *(heads[i], widths[i]),
+            *(heads[i], widths[i], only_cross[i]),
         )
         for i, C in enumerate(channels)
     )
@@ -128,10 +164,23 @@ def unet_spec(config: Config) -> UNetSpec:
         downsample_padding=config.downsample_padding,
         time_features=channels[0],
         E=4 * channels[0],
-        added=config.projection_class_embeddings_input_dim,
+        added=config[_WIDTH] if config.addition_embed_type == "text_time" else None,
         added_features=config.addition_time_embed_dim or 0,
         time_cond=config.time_cond_proj_dim,
+        **class_fields(config),
+        class_concat=config.class_embeddings_concat,
+        in_kernel=config.conv_in_kernel,
+        out_kernel=config.conv_out_kernel,
     )
+
+
+def _only_cross(config: Config, levels: int) -> list[bool]:
+    """Spread ``only_cross_attention`` over the levels. The middle is never meant: the reference does not tell it."""
+    value = config.only_cross_attention
+    flags = value if isinstance(value, list) else [value] * levels
+    if len(flags) != levels or any(type(flag) is not bool for flag in flags):
+        raise ConfigError(f"{NAME}: only_cross_attention should be {levels} of true or false, or one, found {value}")
+    return flags
 
 
 def _depths(config: Config, layers: list[int]) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:

@@ -6,7 +6,15 @@ from typing import Any
 from minidiff.config import Config
 from minidiff.errors import ConfigError
 from minidiff.networks.specs import LevelSpec, UNetSpec
-from minidiff.networks.specs.fields import block_kinds, check_counts, check_layers, check_types, complete, per_level
+from minidiff.networks.specs.fields import (
+    block_kinds,
+    check_counts,
+    check_layers,
+    check_types,
+    class_fields,
+    complete,
+    per_level,
+)
 
 NAME = "UNet2DModel"
 
@@ -98,6 +106,7 @@ def unconditional_unet_spec(config: Config) -> UNetSpec:
         mid_scale=config.mid_block_scale_factor,
         scale_shift=scale_shift,
         dropout=config.dropout,
+        **class_fields(config),
     )
 
 
