@@ -40,7 +40,7 @@ BUDGET = {
     "compat": 780,
     "fast": 560,
     "images": 405,
-    "networks": 1540,
+    "networks": 1710,
     "pipelines": 3040,
     "schedulers": 2310,
     "text": 625,
