@@ -42,6 +42,7 @@ class StoredTensor(NamedTuple):
     shape: tuple[int, ...]
     start: int  # position of the first byte in the file
     size: int  # in bytes
+    added: str = ""  # what stands before the name here, but not in the file
 
 
 _FACTORIES = frozenset((torch.empty, torch.zeros, torch.ones, torch.full, torch.rand, torch.randn, torch.arange))
@@ -250,7 +251,7 @@ def _read(stored: Mapping[str, StoredTensor], dtype: torch.dtype) -> dict[str, T
         paths = {tensor.path for tensor in same.values()}
         files = {path: stack.enter_context(safe_open(path, framework="pt")) for path in paths}
         for name, tensor in same.items():  # the pages are private: training such a weight does not change the file
-            tensors[name] = files[tensor.path].get_tensor(tensor.name)
+            tensors[name] = files[tensor.path].get_tensor(tensor.name.removeprefix(tensor.added))
     others = stored.keys() - same.keys()
     with ThreadPoolExecutor(max(1, min(4, torch.get_num_threads(), len(others)))) as pool:
         tensors.update(zip(others, pool.map(lambda name: read_tensor(stored[name], dtype), others), strict=True))

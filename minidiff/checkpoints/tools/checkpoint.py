@@ -17,7 +17,7 @@ from minidiff.checkpoints.load import (
 )
 from minidiff.checkpoints.model import Model
 from minidiff.checkpoints.original.configs import Configs, FolderConfigs
-from minidiff.checkpoints.original.families import AUTOENCODER, FAMILIES, ZERO_SNR_MARK, Family
+from minidiff.checkpoints.original.families import AUTOENCODER, FAMILIES, TINY_AUTOENCODER, ZERO_SNR_MARK, Family
 from minidiff.checkpoints.original.prefixes import NETWORKS
 from minidiff.checkpoints.original.read import SingleFile, StoredNetwork
 from minidiff.checkpoints.original.single_file import describe, say_ema
@@ -211,6 +211,7 @@ def _title(models: Any) -> str:
         if family is not None and type(model).__name__ == "UNet2DConditionModel":
             return family.title
     kinds = {type(model).__name__ for model in models}
-    if kinds == {"AutoencoderKL"}:
-        return AUTOENCODER.title
+    for kind, title in (("AutoencoderKL", AUTOENCODER.title), ("AutoencoderTiny", TINY_AUTOENCODER.title)):
+        if kinds == {kind}:
+            return title
     return "of its own configuration" if kinds else "no network"
