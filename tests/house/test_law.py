@@ -41,7 +41,7 @@ BUDGET = {
     "fast": 560,
     "images": 405,
     "networks": 1710,
-    "pipelines": 3040,
+    "pipelines": 3050,
     "schedulers": 2310,
     "text": 625,
     "top": 790,
