@@ -26,7 +26,7 @@ images
 schedulers
 fast
 pipelines
-callbacks prompts training_utils optimization
+callbacks previews prompts training_utils optimization
 cli
 """
 RANKS = {f"minidiff.{name}": rank for rank, row in enumerate(ROWS.strip().splitlines()) for name in row.split()}
@@ -36,7 +36,7 @@ TOP = len(RANKS)
 BUDGET = {
     "adapters": 1045,
     "checkpoints": 2070,
-    "cli": 225,
+    "cli": 240,
     "compat": 780,
     "fast": 560,
     "images": 405,
@@ -44,7 +44,7 @@ BUDGET = {
     "pipelines": 3050,
     "schedulers": 2310,
     "text": 625,
-    "top": 790,
+    "top": 870,
 }
 
 
