@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from minidiff import AutoencoderKL, AutoencoderTiny, AutoModel
+from minidiff import AutoencoderKL, AutoencoderTiny, AutoModel, DiffusionPipeline
 from minidiff.checkpoints.original.configs import PackagedConfigs
 from minidiff.checkpoints.tools.checkpoint import open_checkpoint
 from minidiff.checkpoints.tools.convert import convert
@@ -24,6 +24,7 @@ from minidiff.errors import CheckpointError, CheckpointNotFoundError, ConfigErro
 from tests.networks.test_vae_tiny import PUBLISHED, small
 from tests.single_files import sparse_file, states_equal
 from tests.theirs import diffusers, randomize
+from tests.tiny import save_tiny
 
 Tensors = dict[str, Tensor]
 FIELDS = small(encoder=4, decoder=4)
@@ -156,6 +157,21 @@ def test_published_size_in_every_spelling(tmp_path: Path, capsys: pytest.Capture
     fields = {n: v for n, v in PackagedConfigs("taesd").read("vae/config.json").items() if n[0] != "_"}
     assert fields.items() <= PUBLISHED.items()
     assert AutoencoderTiny(**fields).config == AutoencoderTiny().config
+
+
+def test_in_the_single_file_of_a_pipeline(folder: Path, tmp_path: Path) -> None:
+    """Saved with a pipeline it stands where an autoencoder does, under ComfyUI's names; the header says what it is."""
+    pipe = DiffusionPipeline.from_pretrained(save_tiny(tmp_path / "sd"))
+    pipe.vae = AutoencoderTiny.from_pretrained(folder)
+    pipe.save_single_file(tmp_path / "whole.safetensors")
+    assert "first_stage_model.taesd_decoder.1.weight" in load_file(tmp_path / "whole.safetensors")
+    pipe.save_pretrained(tmp_path / "folder")
+    convert(tmp_path / "folder", tmp_path / "converted.safetensors")
+    for name in ("whole", "converted"):
+        path = tmp_path / f"{name}.safetensors"
+        assert "AutoencoderTiny" in report(open_checkpoint(path).check())
+        for back in (DiffusionPipeline.from_single_file(path).vae, AutoencoderTiny.from_single_file(path)):
+            assert type(back) is AutoencoderTiny and states_equal(back, pipe.vae)
 
 
 def test_a_half_alone(hub: Tensors, tmp_path: Path) -> None:

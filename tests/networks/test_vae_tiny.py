@@ -128,6 +128,8 @@ def test_published_size() -> None:
     shapes = {name: tensor.shape for name, tensor in ours.state_dict().items()}
     assert shapes == {name: tensor.shape for name, tensor in theirs.state_dict().items()}
     assert ours.num_parameters() == 2_445_063
+    filled, theirs = make_pair(PUBLISHED)
+    assert max(errors(filled, theirs, picture(B=1, H=32, W=40), latent(B=1, H=4, W=5))) <= BOUND
     assert AutoencoderTiny(**{}).config == ours.config.__class__({k: v for k, v in ours.config.items() if k[0] != "_"})
 
 
