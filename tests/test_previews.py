@@ -34,6 +34,12 @@ def embedded() -> Any:
 
 
 @pytest.fixture(scope="module")
+def colours(embedded: Any) -> LatentRGB:
+    """The fit takes as long as to decode a picture."""
+    return previewer(embedded)
+
+
+@pytest.fixture(scope="module")
 def drawn(embedded: Any) -> torch.Tensor:
     """Latents of four different pictures."""
     options = {"num_inference_steps": 8, "guidance_scale": GUIDANCE, "seeds": [0, 1, 2, 3]}
@@ -64,16 +70,16 @@ def test_what_is_linear_is_found() -> None:
     torch.testing.assert_close(found, true, atol=1e-5, rtol=0)
 
 
-def test_colours_of_the_embedded_checkpoint(embedded: Any, drawn: torch.Tensor) -> None:
+def test_colours_of_the_embedded_checkpoint(embedded: Any, colours: LatentRGB, drawn: torch.Tensor) -> None:
     """They were fitted to smooth noise, and are tried on pictures."""
     seen = F.adaptive_avg_pool2d(embedded._decoded(drawn).detach(), drawn.shape[2:])
-    found = previewer(embedded).pixels(drawn)
+    found = colours.pixels(drawn)
     pair = torch.stack([found.clamp(-1, 1).flatten(), seen.clamp(-1, 1).flatten()])
     assert torch.corrcoef(pair)[0, 1] > 0.85  # measured: 0.92; fitted to these pictures themselves, 0.94
     best = LatentRGB.fit(drawn, embedded._decoded(drawn).detach()).pixels(drawn)
     assert (best - seen).square().mean() <= (found - seen).square().mean()
-    assert [picture.size for picture in previewer(embedded)(drawn)] == [(16, 16)] * 4
-    assert torch.equal(previewer(embedded).weight, previewer(embedded).weight)  # the noise is always the same
+    assert [picture.size for picture in colours(drawn)] == [(16, 16)] * 4
+    assert torch.equal(previewer(embedded).weight, colours.weight)  # the noise is always the same
 
 
 UNITS = {  # the colours of the latents (1, 0, 0, 0) to (0, 0, 0, 1), worked out from ComfyUI's numbers
@@ -123,13 +129,13 @@ def test_the_pipeline_s_own_autoencoder(drawn: torch.Tensor, embedded: Any) -> N
     assert previewer(embedded, embedded.vae)(drawn) == embedded.decode(drawn)
 
 
-def test_what_cannot_be_shown(embedded: Any) -> None:
+def test_what_cannot_be_shown(embedded: Any, colours: LatentRGB) -> None:
     with pytest.raises(ValueError, match="latents of 4 channels as the UNet makes them, found 16"):
         previewer(embedded, AutoencoderTiny(latent_channels=16))
     with pytest.raises(ValueError, match=r"latents should be \(B, 4, h, w\), found \(1, 5, 2, 2\)"):
-        previewer(embedded)(torch.zeros(1, 5, 2, 2))
+        colours(torch.zeros(1, 5, 2, 2))
     with pytest.raises(ValueError, match="NaN or infinity"):
-        previewer(embedded)(torch.full((1, 4, 2, 2), torch.nan))
+        colours(torch.full((1, 4, 2, 2), torch.nan))
     pipe = make("StableDiffusionPipeline")
     pipe.vae = None
     with pytest.raises(ValueError, match="has no vae"):
@@ -140,19 +146,26 @@ def test_what_cannot_be_shown(embedded: Any) -> None:
 # --- film strips -------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture(scope="module", params=["StableDiffusionPipeline", "StableDiffusionXLPipeline"])
+def tiny(request: pytest.FixtureRequest) -> tuple[Any, Any]:
+    """A pipeline of each family, and what previews its latents."""
+    pipe = make(request.param)
+    return pipe, previewer(pipe)
+
+
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
-@pytest.mark.parametrize("family", ["StableDiffusion", "StableDiffusionXL"])
-def test_film_of_every_scheduler(family: str, scheduler: str) -> None:
+def test_film_of_every_scheduler(tiny: tuple[Any, Any], scheduler: str) -> None:
     """A column for each of the steps, with what ``steps`` says of them; the picture stays the same."""
-    pipe = make(f"{family}Pipeline")
+    pipe, preview = tiny
     pipe.scheduler = getattr(minidiff, scheduler).from_config(pipe.scheduler.config)
-    film = FilmStrip(previewer(pipe), height=24)
-    asked = {"num_inference_steps": 4, "num_images_per_prompt": 2, "guidance_scale": 3.0}
-    before = call(pipe, **asked)
-    assert np.array_equal(call(pipe, **asked, callback_on_step_end=film), before)
+    film = FilmStrip(preview, height=24)
+    asked = {"num_inference_steps": 4, "num_images_per_prompt": 2, "guidance_scale": 1.0}
+    latents = call(pipe, **asked, callback_on_step_end=film, output_type="latent")
     (kept,) = film.calls
     assert len(kept) == 4 and film.image().size == (4 * 24, 2 * 24)
-    known = [step.denoised for step in pipe.steps("a red heart", seed=7, **asked)]
+    steps = list(pipe.steps("a red heart", seed=7, **asked))
+    known = [step.denoised for step in steps]
+    assert torch.equal(latents, steps[-1].latents)
     assert all(any(torch.equal(x0, one) for one in known) for x0 in kept)
     assert torch.equal(kept[-1], known[-1])
     assert len({tuple(x0.flatten().tolist()) for x0 in kept}) == 4
