@@ -212,7 +212,15 @@ def test_weights_of_any_spelling_are_taken_by_load_state_dict(folder: Path, hub:
         assert states_equal(fresh, ours)
 
 
-def test_no_name_of_another_file_is_taken_for_a_half(tmp_path: Path) -> None:
-    save_file({"0.weight": torch.ones(1), "head.bias": torch.ones(1)}, tmp_path / "encoder.safetensors")
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["0.weight", "head.bias"],  # not numbers alone
+        ["encoder.layers.0.self_attn.q_proj.weight", "encoder.layers.0.mlp.fc1.bias"],  # CLIP's, by transformers 5
+        ["text_model.encoder.layers.0.self_attn.q_proj.weight"],
+    ],
+)
+def test_no_name_of_another_file_is_taken_for_its(names: list[str], tmp_path: Path) -> None:
+    save_file({name: torch.ones(1) for name in names}, tmp_path / "encoder.safetensors")
     with pytest.raises(CheckpointError, match=re.escape("holds no network in the original spelling")):
         AutoencoderTiny.from_single_file(tmp_path / "encoder.safetensors")

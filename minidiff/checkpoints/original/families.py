@@ -59,7 +59,7 @@ TINY_AUTOENCODER = Family("tiny autoencoder of Stable Diffusion (TAESD)", 0, 0, 
 
 _CROSS_KEYS = re.compile(r".*attn2\.?to_k\.?weight")  # a moving average has no dots in its names
 _HUB_SPELLING = re.compile(r"(down_blocks|mid_block|up_blocks|(en|de)coder\.(down|up)_blocks)\..*")
-_TINY = re.compile(r"\b(taesd_)?(en|de)coder\.(layers\.)?\d+\.")
+_TINY = re.compile(r"\b(taesd_)?(en|de)coder\.(layers\.)?\d+\.(conv|weight)")
 _STRANGERS = {  # names that only other kinds of files have -> what they are and what reads them
     r"(transformer|lora_transformer|(model\.)?diffusion_model|lora_unet)[._]"
     r"(single_transformer|transformer|single|double|joint)_blocks[._].*lora.*": (

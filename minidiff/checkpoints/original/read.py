@@ -37,8 +37,8 @@ _BEGINNINGS = {  # component -> how its names begin behind the prefix: originall
         r"(down_blocks|mid_block|up_blocks|time_embedding)\.",
     ),
     "vae": (
-        r"(en|de)coder\.(mid|down|up)\.|(taesd_)?(en|de)coder\.\d+\.",
-        r"(en|de)coder\.(mid_block|down_blocks|up_blocks|layers)\.",
+        r"(en|de)coder\.(mid|down|up)\.|(taesd_)?(en|de)coder\.\d+\.(conv|weight)",
+        r"(en|de)coder\.(mid_block\.|down_blocks\.|up_blocks\.|layers\.\d+\.(conv|weight))",
     ),
 }
 _HALF_OF_TINY = re.compile(r"\d+\.(conv\.\d+\.)?(weight|bias)")
