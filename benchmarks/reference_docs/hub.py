@@ -32,6 +32,7 @@ IDS = {
         "google/ddpm-church-256 google/ddpm-ema-church-256"
     ),
     "vae": "stabilityai/sd-vae-ft-mse madebyollin/sdxl-vae-fp16-fix",
+    "tiny vae": "madebyollin/taesd madebyollin/taesdxl",
     "xl unet": "latent-consistency/lcm-sdxl username/sdxl-unet-sharded mhdang/dpo-sdxl-text2image-v1",
 }
 LORAS = {  # repository -> family, file, spelling
@@ -73,6 +74,7 @@ def make(cache: Path) -> None:
         "ddpm": tiny_ddpm.save_tiny(made / "ddpm"),
     }
     folders |= {"vae": folders["xl"] / "vae", "xl unet": folders["xl"] / "unet"}
+    folders["tiny vae"] = _save_tiny_vae(made / "tiny_vae")
     _name_classes(folders)
     for family, ids in IDS.items():
         for repo in ids.split():
@@ -85,6 +87,14 @@ def make(cache: Path) -> None:
         (made / repo).mkdir(parents=True)
         save_file({token if file.startswith("learned") else "emb_params": torch.randn(1, 24)}, made / repo / file)
         place(cache, repo, made / repo)
+
+
+def _save_tiny_vae(folder: Path) -> Path:
+    import diffusers
+
+    levels = {f"{half}_block_out_channels": [8] * 3 for half in ("encoder", "decoder")}
+    diffusers.AutoencoderTiny(**levels, num_encoder_blocks=[1] * 3, num_decoder_blocks=[1] * 3).save_pretrained(folder)
+    return folder
 
 
 def _name_classes(folders: dict[str, Path]) -> None:

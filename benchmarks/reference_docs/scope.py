@@ -21,7 +21,7 @@ OUTSIDE = (  # pattern of the page, pattern of the code, the reason
     (r"", r"Wan|LTX|CogV|CogView|AnimateDiff|Cosmos|Mochi|Allegro|Latte|[Vv]ideo|export_to_gif|SkyReels", "video"),
     (r"", r"Kandinsky|DeepFloyd|UnCLIP|unclip|Cascade|ShapE|shap-e|Audio|Marigold|Amused", "other families"),
     (r"", r"StableDiffusionUpscale|LatentUpscale|Depth2Img|PAG|_pag|Gligen", "other pipelines"),
-    (r"", r"AsymmetricAutoencoderKL|AutoencoderTiny", "other autoencoders"),
+    (r"", r"AsymmetricAutoencoderKL", "other autoencoders"),
     (r"", r"push_to_hub\(|create_repo|upload_folder|snapshot_download", "writing to the Hub"),
     (r"", r"trust_remote_code|custom_pipeline|register_for_auto_class", "code from the Hub"),
     (r"", r"group_offload|layerwise_casting|float8|ContextParallel|TensorParallel|enable_parallelism", "hooks"),

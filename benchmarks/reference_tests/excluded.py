@@ -87,7 +87,7 @@ EXCLUDED: list[tuple[str, str, str]] = [  # (pattern of the file, pattern of Cla
         "consistent_sdxl",
         "requires_aesthetics_score=True with a base UNet: refused when the pipeline is made, there when it is called",
     ),
-    ("pipelines/", "multi_vae|tiny_autoencoder", "other autoencoders (AutoencoderTiny, the consistency decoder)"),
+    ("pipelines/", "multi_vae", "other autoencoders (the consistency decoder)"),
     (
         "pipelines/stable_diffusion_xl",
         "RefinerOnly.*test_components_function",

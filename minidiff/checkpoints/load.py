@@ -84,6 +84,7 @@ class StoredTensor(NamedTuple):
     shape: tuple[int, ...]
     start: int  # position of the first byte in the file
     size: int  # in bytes
+    added: str = ""  # what stands before the name here, but not in the file
 
     @property
     def path(self) -> Path:
@@ -288,7 +289,7 @@ def _read(stored: Mapping[str, StoredTensor], dtype: torch.dtype) -> dict[str, T
     tensors: dict[str, Tensor] = {}
     same = {name: tensor for name, tensor in stored.items() if STORED_DTYPES[tensor.dtype] == dtype}
     for name, tensor in same.items():  # the pages are private: training such a weight does not change the file
-        tensors[name] = tensor.source.mapped.get_tensor(tensor.name)
+        tensors[name] = tensor.source.mapped.get_tensor(tensor.name.removeprefix(tensor.added))
     others = stored.keys() - same.keys()
     with ThreadPoolExecutor(max(1, min(4, torch.get_num_threads(), len(others)))) as pool:
         tensors.update(zip(others, pool.map(lambda name: read_tensor(stored[name], dtype), others), strict=True))

@@ -21,7 +21,7 @@ from collections.abc import Iterator, Sequence
 
 from minidiff.checkpoints.remap import CONV1X1, SAME, STACKED, TRANSPOSED, Op, Row
 from minidiff.config import Config
-from minidiff.networks.specs import CLIPSpec, UNetSpec, VAESpec
+from minidiff.networks.specs import CLIPSpec, TinyVAESpec, UNetSpec, VAESpec
 
 _WRAPPERS = re.compile(r"(?<![^.])(_orig_mod|module)\.")  # of torch.compile and data parallelism
 
@@ -252,6 +252,29 @@ def vae_rows(spec: VAESpec, config: Config) -> Iterator[Row]:
         channels = [up[max(i - 1, 0)]] + [C] * (spec.layers + 1)
         yield from _vae_level_rows("up", i, last - i, channels, i < last)  # the original counts from the finest level
     yield from out("decoder")
+
+
+# --- Tiny autoencoder ------------------------------------------------------------------------------------------------
+
+_BARE_TINY = re.compile(r"(en|de)coder\.(?=\d)")
+
+
+def tiny_vae_rows(spec: TinyVAESpec) -> Iterator[Row]:
+    """Emit the name table of a tiny autoencoder, whose modules are called as on the Hub.
+
+    Its column ``ldm`` is ComfyUI's, TAESD's own with a word before it. There the clamp of latents is a layer, too.
+    """
+    for half, layers, first in (("encoder", spec.encoder, 0), ("decoder", spec.decoder, 1)):
+        for i, kind in enumerate(layers):
+            parts = {"block": (".conv.0", ".conv.2", ".conv.4"), "act": (), "up": ()}.get(kind, ("",))
+            for part in parts:
+                hub, ldm = f"{half}.layers.{i}{part}", f"taesd_{half}.{i + first}{part}"
+                yield from _layer(hub, hub, ldm, bias=kind not in ("down", "conv"))
+
+
+def canonical_tiny_vae_name(name: str) -> str:
+    """Return ComfyUI's spelling of a tensor in a file of TAESD's own names; other names as they are."""
+    return f"taesd_{name}" if _BARE_TINY.match(name) else name
 
 
 # --- CLIP text encoder -----------------------------------------------------------------------------------------------

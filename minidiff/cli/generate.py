@@ -20,7 +20,13 @@ if TYPE_CHECKING:
 
 USUAL_GUIDANCE = 7.5  # the reference's default
 TEXT_STEPS, PLAIN_STEPS = 25, 50  # with a prompt and without; the scheduler of DDPM needs more
-FOR_TEXT = {"prompt": "the prompt", "negative": "--negative", "guidance": "--guidance", "size": "--size"}
+FOR_TEXT = {
+    "prompt": "the prompt",
+    "negative": "--negative",
+    "guidance": "--guidance",
+    "size": "--size",
+    "film": "--film",
+}
 
 
 def add_generate(parser: argparse.ArgumentParser) -> None:
@@ -39,6 +45,7 @@ def add_generate(parser: argparse.ArgumentParser) -> None:
     add("--size", type=_size, metavar="N|WxH", help="pixels (default: the checkpoint's)")
     add("--num", type=_positive, default=1, help="number of pictures (default: %(default)s)")
     add("--grid", action="store_true", help="write one sheet with all pictures")
+    add("--film", type=_png, metavar="FILE", help="also write what each step predicted, side by side, to this PNG file")
     add("--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="(default: %(default)s)")
     add("--device", type=str, help="cpu, cuda, cuda:1, mps (default: the fastest there is)")
     parser.set_defaults(run=_generate)
@@ -48,8 +55,9 @@ def _generate(args: argparse.Namespace) -> None:
     seed = random.SystemRandom().randrange(2**32) if args.seed is None else args.seed
     model, name = _checkpoint(args.model), args.model or DEFAULT
     output = args.output or Path(f"{_slug(Path(name).name if args.prompt is None else args.prompt)}-{seed}.png")
-    if not output.parent.is_dir():  # said now, not after minutes of work
-        raise FileNotFoundError(f"the folder {output.parent} of the output file {output.name} does not exist")
+    for file in filter(None, (output, args.film)):
+        if not file.parent.is_dir():  # said now, not after minutes of work
+            raise FileNotFoundError(f"the folder {file.parent} of the output file {file.name} does not exist")
     needs_prompt = _needs_prompt(args, _pipeline_class(model).__call__)
 
     pipe = _load(model, args.dtype, args.device)
@@ -57,6 +65,10 @@ def _generate(args: argparse.Namespace) -> None:
         pipe.scheduler = public(args.scheduler).from_config(pipe.scheduler.config)
     steps = args.steps or (TEXT_STEPS if needs_prompt else PLAIN_STEPS)
     call, said = _text_arguments(args, model) if needs_prompt else ({"batch_size": args.num}, {})
+    if args.film:
+        from minidiff.previews import FilmStrip, previewer
+
+        call["callback_on_step_end"] = film = FilmStrip(previewer(pipe))
     out = pipe(**call, num_inference_steps=steps, seeds=[seed + k for k in range(args.num)])
     settings = said | {
         "steps": steps,
@@ -67,6 +79,8 @@ def _generate(args: argparse.Namespace) -> None:
         "minidiff": __version__,
     }
     _write(out.images, out.seeds, output, settings, grid=args.grid)
+    if args.film:
+        _write([film.image()], [", ".join(map(str, out.seeds))], args.film, settings, grid=False)
 
 
 def _checkpoint(model: str | None) -> str | Path:
@@ -136,7 +150,9 @@ def _device(name: str | None) -> "torch.device":
         raise ValueError(f"the device {name!r} is not available: {str(error).splitlines()[0]}") from error
 
 
-def _write(images: "list[Image.Image]", seeds: list[int], output: Path, settings: dict, *, grid: bool) -> None:
+def _write(
+    images: "list[Image.Image]", seeds: list[int] | list[str], output: Path, settings: dict, *, grid: bool
+) -> None:
     from minidiff.images.tensors import make_image_grid, save_png
 
     if grid:

@@ -28,7 +28,7 @@ from minidiff.networks.recompute import GradientCheckpointing
 from minidiff.networks.specs import VAESpec
 from minidiff.networks.specs.fields import show_fields
 from minidiff.networks.specs.vae import vae_config, vae_spec
-from minidiff.networks.tiles import Tiles, in_tiles
+from minidiff.networks.tiles import SavesMemory, in_tiles
 from minidiff.noise import randn
 from minidiff.outputs import Output
 
@@ -163,7 +163,7 @@ class DecoderOutput(Output):
     sample: Tensor
 
 
-class AutoencoderKL(SingleFileModel, GradientCheckpointing, Attending, Model):
+class AutoencoderKL(SingleFileModel, GradientCheckpointing, SavesMemory, Attending, Model):
     """Encode pictures to latent Gaussians and decode latents to pictures.
 
     Keyword arguments are the fields of the Hub's ``vae/config.json``, with the reference's defaults. Layers are made
@@ -185,9 +185,8 @@ class AutoencoderKL(SingleFileModel, GradientCheckpointing, Attending, Model):
         Z = spec.latent_channels
         self.quant_conv = nn.Conv2d(2 * Z, 2 * Z, 1) if self.config.use_quant_conv else nn.Identity()
         self.post_quant_conv = nn.Conv2d(Z, Z, 1) if self.config.use_post_quant_conv else nn.Identity()
-        self.use_slicing = self.use_tiling = False
         side = self.config.sample_size if isinstance(self.config.sample_size, int) else self.config.sample_size[0]
-        self.tile_sample_min_size = side  # side of a tile, in pixels
+        self.tile_sample_min_size = side  # side of a tile, in pixels: that of the pictures it was trained on
         self.tile_latent_min_size = side // 2 ** (len(spec.channels) - 1)  # and in latents
         self.tile_overlap_factor = 0.25  # the part of a tile that it shares with the next
 
@@ -248,26 +247,6 @@ class AutoencoderKL(SingleFileModel, GradientCheckpointing, Attending, Model):
 
     # --- less memory -------------------------------------------------------------------------------------------------
 
-    def enable_slicing(self) -> None:
-        """Encode and decode the pictures of a batch one after the other. The pictures stay the same."""
-        self.use_slicing = True
-
-    def disable_slicing(self) -> None:
-        """Encode and decode a batch at once."""
-        self.use_slicing = False
-
-    def enable_tiling(self, use_tiling: bool = True) -> None:
-        """Encode and decode what is larger than a tile in overlapping tiles; each sees no further than its own edge.
-
-        A tile has the size of the pictures that the network was trained on, ``config.sample_size``; change
-        ``tile_sample_min_size``, ``tile_latent_min_size`` and ``tile_overlap_factor`` for others.
-        """
-        self.use_tiling = use_tiling
-
-    def disable_tiling(self) -> None:
-        """Encode and decode pictures of any size at once."""
-        self.use_tiling = False
-
     def tiled_encode(self, x: Tensor, return_dict: bool = True) -> AutoencoderKLOutput | tuple[DiagonalGaussian]:
         """Encode as ``encode`` does, in tiles whatever the size and the switch."""
         self._check_pictures(x)
@@ -281,22 +260,14 @@ class AutoencoderKL(SingleFileModel, GradientCheckpointing, Attending, Model):
         return DecoderOutput(x) if return_dict else (x,)
 
     def _moments_in_tiles(self, x: Tensor) -> Tensor:
-        return in_tiles(self._moments, x, self._tiles(self.tile_sample_min_size, self.tile_latent_min_size))
+        return in_tiles(
+            self._moments, x, self._tiles(self.tile_sample_min_size, self.tile_latent_min_size, self._factor)
+        )
 
     def _pixels_in_tiles(self, z: Tensor) -> Tensor:
-        return in_tiles(self._pixels, z, self._tiles(self.tile_latent_min_size, self.tile_sample_min_size))
-
-    def _tiles(self, size: int, out: int) -> Tiles:
-        if self.tile_sample_min_size != self._factor * self.tile_latent_min_size:
-            raise ValueError(
-                f"tile_sample_min_size should be {self._factor} times tile_latent_min_size, as pixels are to latents; "
-                f"found {self.tile_sample_min_size} and {self.tile_latent_min_size}"
-            )
-        return Tiles.of(size, out, self.tile_overlap_factor)
-
-    def _one_by_one(self, run: Callable[[Tensor], Tensor], batch: Tensor) -> Tensor:
-        """Return ``run(batch)``, computed one sample at a time if slicing is on."""
-        return torch.cat([run(one) for one in batch.split(1)]) if self.use_slicing and len(batch) > 1 else run(batch)
+        return in_tiles(
+            self._pixels, z, self._tiles(self.tile_latent_min_size, self.tile_sample_min_size, self._factor)
+        )
 
     # --- names of the weights ----------------------------------------------------------------------------------------
 

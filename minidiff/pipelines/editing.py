@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from minidiff.noise import Generators
+from minidiff.pipelines.by_hand import retrieve_latents
 from minidiff.pipelines.callbacks import Fact
 from minidiff.pipelines.request import check_number
 from minidiff.pipelines.run import TextToImage, repeat_to_batch, rescaled
@@ -106,7 +107,7 @@ class Editing(TextToImage):
             if self.vae is None:
                 raise ValueError("this pipeline has no vae: pass latents as image")
             vae = self._encoder()
-            x = vae.encode(x.to(device, vae.dtype)).latent_dist.mode()
+            x = retrieve_latents(vae.encode(x.to(device, vae.dtype)), sample_mode="argmax")
         x = repeat_to_batch(x.to(device, dtype), batch_size * num_images_per_prompt)
         return torch.cat([x, x, torch.zeros_like(x)]) if do_classifier_free_guidance else x
 

@@ -9,6 +9,7 @@ from minidiff.adapters.textual_inversion import TextualInversionLoader
 from minidiff.errors import ConfigError
 from minidiff.networks.unet import UNet2DConditionModel
 from minidiff.networks.vae import AutoencoderKL, DiagonalGaussian
+from minidiff.networks.vae_tiny import AutoencoderTiny
 from minidiff.noise import Generators
 from minidiff.pipelines.base import DiffusionPipeline
 from minidiff.pipelines.by_hand import ByHand
@@ -35,11 +36,11 @@ class LatentPipeline(ByHand, LatentGeneration, LoraLoader, TextualInversionLoade
         """Pixels per latent along each side."""
         return 2 ** (len(self.vae.config.block_out_channels) - 1) if self.vae is not None else 8
 
-    def _decoder(self) -> AutoencoderKL:
+    def _decoder(self) -> AutoencoderKL | AutoencoderTiny:
         """Return the autoencoder in the dtype that it is to decode in."""
         return self.vae
 
-    def _encoder(self) -> AutoencoderKL:
+    def _encoder(self) -> AutoencoderKL | AutoencoderTiny:
         """Return the autoencoder in the dtype that it is to encode in."""
         return self.vae
 
@@ -85,8 +86,8 @@ class LatentPipeline(ByHand, LatentGeneration, LoraLoader, TextualInversionLoade
         """Return clean latents (count, Z, h, w), dealt out to the pictures in turn, in dtype and on the device of like.
 
         Args:
-            x: pixels (B, 3, H, W) in [-1, 1], whose latents are drawn from the autoencoder's Gaussian and scaled; or
-                latents (B, Z, h, w), which are taken as they are.
+            x: pixels (B, 3, H, W) in [-1, 1], whose latents are drawn from the autoencoder's Gaussian (those of a tiny
+                one are certain) and scaled; or latents (B, Z, h, w), which are taken as they are.
             generator: of a list, each draws for the picture it belongs to (``one_each``), or the first ones draw for
                 the images.
 
@@ -98,7 +99,10 @@ class LatentPipeline(ByHand, LatentGeneration, LoraLoader, TextualInversionLoade
         if self.vae is None:
             raise ValueError("this pipeline has no vae: pass latents as image")
         vae = self._encoder()
-        posterior = first(vae.encode(x.to(like).to(vae.dtype)), "latent_dist")
+        encoded = vae.encode(x.to(like).to(vae.dtype))
+        if hasattr(encoded, "latents"):
+            return repeat_to_batch(vae.config.scaling_factor * encoded.latents.to(like), count)
+        posterior = first(encoded, "latent_dist")
         if isinstance(generator, (list, tuple)) and one_each:
             posterior = DiagonalGaussian(repeat_to_batch(posterior.parameters, count))
         elif isinstance(generator, (list, tuple)):
@@ -172,7 +176,7 @@ UNET_INPUTS = {
 
 
 def check_channels(
-    pipeline: type[LatentPipeline], vae: AutoencoderKL | None, unet: UNet2DConditionModel | None
+    pipeline: type[LatentPipeline], vae: AutoencoderKL | AutoencoderTiny | None, unet: UNet2DConditionModel | None
 ) -> None:
     """Raise ``ConfigError`` if the UNet does not read what the pipeline shows it, naming the pipeline that does."""
     if not hasattr(unet, "spec"):  # absent, or of another make

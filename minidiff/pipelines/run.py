@@ -239,7 +239,7 @@ class LatentGeneration(Callbacks):
         The arguments are those of a call that concern the generation. Leaving the loop early stops the generation::
 
             for step in pipe.steps("red apple", num_inference_steps=20, seed=7):
-                preview = pipe.decode(step.denoised)
+                preview = pipe.decode(step.denoised)  # minidiff.previews has quicker ways
 
         With ``padding_mask_crop`` the latents are those of the part that is worked on.
         """

@@ -19,6 +19,7 @@ from minidiff.errors import ConfigError
 from minidiff.networks.clip import CLIPTextModel
 from minidiff.networks.unet import UNet2DConditionModel
 from minidiff.networks.vae import AutoencoderKL
+from minidiff.networks.vae_tiny import AutoencoderTiny
 from minidiff.noise import Generators
 from minidiff.outputs import Output
 from minidiff.pipelines.callbacks import Callback
@@ -76,7 +77,7 @@ class StableDiffusion(LatentPipeline):
 
     def __init__(
         self,
-        vae: AutoencoderKL | None,
+        vae: AutoencoderKL | AutoencoderTiny | None,
         text_encoder: CLIPTextModel | None,
         tokenizer: CLIPTokenizer | None,
         unet: UNet2DConditionModel | None,

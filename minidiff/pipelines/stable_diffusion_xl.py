@@ -26,6 +26,7 @@ from minidiff.errors import ConfigError
 from minidiff.networks.clip import CLIPTextModel, CLIPTextModelWithProjection
 from minidiff.networks.unet import UNet2DConditionModel
 from minidiff.networks.vae import AutoencoderKL
+from minidiff.networks.vae_tiny import AutoencoderTiny
 from minidiff.noise import Generators
 from minidiff.outputs import Output
 from minidiff.pipelines.callbacks import Callback
@@ -79,7 +80,7 @@ class StableDiffusionXL(LatentPipeline):
 
     def __init__(
         self,
-        vae: AutoencoderKL | None,
+        vae: AutoencoderKL | AutoencoderTiny | None,
         text_encoder: CLIPTextModel | None,
         text_encoder_2: CLIPTextModelWithProjection | None,
         tokenizer: CLIPTokenizer | None,
@@ -101,13 +102,13 @@ class StableDiffusionXL(LatentPipeline):
         check_channels(type(self), arguments["vae"], arguments["unet"])
         self._set_up(kind, arguments)
 
-    def _decoder(self) -> AutoencoderKL:
+    def _decoder(self) -> AutoencoderKL | AutoencoderTiny:
         return self._in_float32(torch.float16)
 
-    def _encoder(self) -> AutoencoderKL:
+    def _encoder(self) -> AutoencoderKL | AutoencoderTiny:
         return self._in_float32(torch.float16, torch.bfloat16)
 
-    def _in_float32(self, *dtypes: torch.dtype) -> AutoencoderKL:
+    def _in_float32(self, *dtypes: torch.dtype) -> AutoencoderKL | AutoencoderTiny:
         """Return the autoencoder, or a float32 copy if it has one of ``dtypes`` and its config says it overflows there.
 
         A copy, because another thread may be using the autoencoder as it is.

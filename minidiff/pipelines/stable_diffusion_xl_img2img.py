@@ -20,6 +20,7 @@ from torch import Tensor
 from minidiff.networks.clip import CLIPTextModel, CLIPTextModelWithProjection
 from minidiff.networks.unet import UNet2DConditionModel
 from minidiff.networks.vae import AutoencoderKL
+from minidiff.networks.vae_tiny import AutoencoderTiny
 from minidiff.noise import Generators
 from minidiff.pipelines.callbacks import Callback
 from minidiff.pipelines.image_to_image import ImageToImage
@@ -43,7 +44,7 @@ class XLFromImage(StableDiffusionXL):
 
     def __init__(
         self,
-        vae: AutoencoderKL | None,
+        vae: AutoencoderKL | AutoencoderTiny | None,
         text_encoder: CLIPTextModel | None,
         text_encoder_2: CLIPTextModelWithProjection | None,
         tokenizer: CLIPTokenizer | None,

@@ -14,6 +14,7 @@ from minidiff.errors import ConfigError
 from minidiff.networks.clip import CLIPTextModel, CLIPTextModelWithProjection
 from minidiff.networks.unet import UNet2DConditionModel
 from minidiff.networks.vae import AutoencoderKL
+from minidiff.networks.vae_tiny import AutoencoderTiny
 from minidiff.noise import Generators
 from minidiff.pipelines.callbacks import Callback
 from minidiff.pipelines.editing import AsksForEdit, Editing
@@ -57,7 +58,7 @@ class StableDiffusionXLInstructPix2PixPipeline(Editing, StableDiffusionXL):
 
     def __init__(
         self,
-        vae: AutoencoderKL | None,
+        vae: AutoencoderKL | AutoencoderTiny | None,
         text_encoder: CLIPTextModel | None,
         text_encoder_2: CLIPTextModelWithProjection | None,
         tokenizer: CLIPTokenizer | None,

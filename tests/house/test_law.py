@@ -26,7 +26,7 @@ images
 schedulers
 fast
 pipelines
-callbacks prompts training_utils optimization
+callbacks previews prompts training_utils optimization
 cli
 """
 RANKS = {f"minidiff.{name}": rank for rank, row in enumerate(ROWS.strip().splitlines()) for name in row.split()}
@@ -35,16 +35,16 @@ TOP = len(RANKS)
 # Lines of code of a room, signatures and all, docstrings not. Raise one only in a commit that says why.
 BUDGET = {
     "adapters": 1045,
-    "checkpoints": 2070,
-    "cli": 225,
-    "compat": 780,
+    "checkpoints": 2170,
+    "cli": 240,
+    "compat": 790,
     "fast": 560,
     "images": 405,
-    "networks": 1640,
-    "pipelines": 3040,
+    "networks": 1820,
+    "pipelines": 3050,
     "schedulers": 2310,
     "text": 630,
-    "top": 945,
+    "top": 1050,
 }
 
 

@@ -108,7 +108,7 @@ def test_what_callbacks_may_ask_for(name: str) -> None:
     assert expected <= set(ours._callback_tensor_inputs)
 
 
-@pytest.mark.parametrize("name", ["UNet2DConditionModel", "UNet2DModel", "AutoencoderKL"])
+@pytest.mark.parametrize("name", ["UNet2DConditionModel", "UNet2DModel", "AutoencoderKL", "AutoencoderTiny"])
 def test_constructors_of_networks_show_their_fields(name: str) -> None:
     ours, theirs = (inspect.signature(getattr(library, name)).parameters for library in (minidiff, diffusers))
     assert {p.name: p.default for p in ours.values()} == {p.name: p.default for p in theirs.values()}

@@ -10,6 +10,7 @@ LDM_DROPPED = {
     r"|sqrt_recipm?1?_alphas_cumprod|posterior_(variance|log_variance_clipped|mean_coef[12])|lvlb_weights|logvar)"
     r"|scale_factor|denoiser\..*": ("the noise schedule, which the scheduler computes from its configuration"),
     r"v_pred|ztsnr": "marks of what the UNet predicts and how it was trained: they are read, but are no weights",
+    r"vae_scale": "the factor of ComfyUI's latents; the tiny autoencoder reads those of the process itself",
     r"global_step": "the number of training steps",
     r"(first_stage_model\.)?loss\..*": "the discriminator and perceptual loss the autoencoder was trained with",
     r".*\.embeddings\.position_ids": "a constant 0..76, saved as a buffer",

@@ -72,10 +72,12 @@ FAMILIES = (
     Family("SDXS-512-0.9, a pruned Stable Diffusion 2.x", 1024, 4, {"epsilon": "sdxs-512-0.9"}, (9, 12)),
 )
 AUTOENCODER = Family("autoencoder of Stable Diffusion", 0, 0, {"epsilon": "stable-diffusion-v1-5"})
+TINY_AUTOENCODER = Family("tiny autoencoder of Stable Diffusion (TAESD)", 0, 0, {"epsilon": "taesd"})
 
 _CROSS_KEYS = re.compile(r".*attn2\.?to_k\.?weight")  # a moving average has no dots in its names
 _RES_KEYS, _KEYS = re.compile(r".*(emb_layers\.?1|time_emb_proj)\.?weight"), re.compile(r".*attn[12]\.?to_k\.?weight")
 _HUB_SPELLING = re.compile(r"(down_blocks|mid_block|up_blocks|(en|de)coder\.(down|up)_blocks)\..*")
+_TINY = re.compile(r"\b(taesd_)?(en|de)coder\.(layers\.)?\d+\.(conv|weight)")
 _STRANGERS = {  # names that only other kinds of files have -> what they are and what reads them
     r"(transformer|lora_transformer|(model\.)?diffusion_model|lora_unet)[._]"
     r"(single_transformer|transformer|single|double|joint)_blocks[._].*lora.*": (
@@ -113,7 +115,7 @@ def recognise(shapes: Mapping[str, tuple[int, ...]], unet: str | None, where: st
             "from_pretrained with the folder, or pass config=FOLDER"
         )
     if unet is None:
-        return AUTOENCODER
+        return TINY_AUTOENCODER if any(map(_TINY.search, shapes)) else AUTOENCODER
     convs = ("input_blocks.0.0.weight", "conv_in.weight")
     names = [name for conv in convs for name in (unet + conv, ema_name(conv))]
     first = next((name for name in names if name in shapes), names[0])

@@ -14,7 +14,7 @@ from typing import NamedTuple
 from minidiff.checkpoints.hub import PICKLES, WHY_NO_PICKLES
 from minidiff.checkpoints.load import OpenFile, StoredTensor, expected_shapes, match, read_header
 from minidiff.checkpoints.model import Model
-from minidiff.checkpoints.names import canonical_vae_name, unwrapped
+from minidiff.checkpoints.names import canonical_tiny_vae_name, canonical_vae_name, unwrapped
 from minidiff.checkpoints.original.dropped import why_dropped
 from minidiff.checkpoints.original.prefixes import (
     EMA,
@@ -34,8 +34,12 @@ _BEGINNINGS = {  # component -> how its names begin behind the prefix: originall
         r"(input_blocks|middle_block|output_blocks|time_embed)\.",
         r"(down_blocks|mid_block|up_blocks|time_embedding)\.",
     ),
-    "vae": (r"(en|de)coder\.(mid|down|up)\.", r"(en|de)coder\.(mid_block|down_blocks|up_blocks)\."),
+    "vae": (
+        r"(en|de)coder\.(mid|down|up)\.|(taesd_)?(en|de)coder\.\d+\.(conv|weight)",
+        r"(en|de)coder\.(mid_block\.|down_blocks\.|up_blocks\.|layers\.\d+\.(conv|weight))",
+    ),
 }
+_HALF_OF_TINY = re.compile(r"\d+\.(conv\.\d+\.)?(weight|bias)")
 _REFINER = PREFIXES["XL refiner"]["text_encoder_2"]
 _NO_TEXT_MODEL = re.compile(r"(embeddings|encoder|final_layer_norm)\.")  # some tools leave out "text_model."
 
@@ -85,7 +89,8 @@ class SingleFile:
         if not path.is_file():
             raise CheckpointNotFoundError(f"there is no file {str(path)!r} (looked from {Path.cwd()})")
         source = OpenFile(path)
-        return cls(path, read_header(path.name, source), source.mapped.metadata() or {})
+        stored = _with_other_half(path, read_header(path.name, source))
+        return cls(path, stored, source.mapped.metadata() or {})
 
     @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -139,7 +144,7 @@ class SingleFile:
         prefix = self.prefixes.get(str(owner), "")
         rest = name[len(prefix) :]
         if owner == "vae":
-            return prefix + canonical_vae_name(rest)
+            return prefix + canonical_tiny_vae_name(canonical_vae_name(rest))
         if prefix.endswith(TRANSFORMERS) and _NO_TEXT_MODEL.match(rest):
             return f"{prefix}text_model.{rest}"
         return name
@@ -187,6 +192,25 @@ class SingleFile:
         parts = [StoredNetwork(name, model, rows[name], "ldm", mine[name]) for name, model in networks.items()]
         dropped = [(one, reasons[name]) for one in self.stored if (name := unwrapped(one.name)) in reasons]
         return Matched(parts, wrong, dropped)
+
+
+def _with_other_half(path: Path, stored: list[StoredTensor]) -> list[StoredTensor]:
+    """Return the tensors of a file; of a half of a tiny autoencoder, named by numbers alone, those of both halves.
+
+    Raises:
+        CheckpointNotFoundError: if the other half is not beside it, under the same name with the other word.
+    """
+    if not stored or not all(_HALF_OF_TINY.fullmatch(tensor.name) for tensor in stored):
+        return stored
+    mine, other = ("encoder", "decoder") if any(one.name == "0.weight" for one in stored) else ("decoder", "encoder")
+    beside = path.with_name(path.name.replace(mine, other))
+    if beside == path or not beside.is_file():
+        raise CheckpointNotFoundError(
+            f"{path} is the {mine} of a tiny autoencoder; expected the {other} beside it, in a file of the "
+            f"same name with {other!r} for {mine!r}"
+        )
+    halves = {f"taesd_{mine}.": stored, f"taesd_{other}.": read_header(beside.name, OpenFile(beside))}
+    return [one._replace(name=half + one.name, added=half) for half, tensors in halves.items() for one in tensors]
 
 
 def _flat_names(tables: Iterable[list[Row]]) -> Iterator[str]:

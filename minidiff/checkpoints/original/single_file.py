@@ -30,6 +30,7 @@ from minidiff.checkpoints.original.families import (
 from minidiff.checkpoints.original.header import HeaderConfigs
 from minidiff.checkpoints.original.read import SingleFile, StoredNetwork
 from minidiff.errors import CheckpointError, CheckpointNotFoundError
+from minidiff.registry import public
 
 logger = logging.getLogger("minidiff")
 
@@ -193,6 +194,9 @@ class SingleFileModel:
             )
         folder = subfolder if config is not None else part
         fields = configs.read(str(PurePosixPath(folder or "", "config.json")))
+        described = public(fields.get("_class_name"))
+        if described is not None and not issubclass(cls, described):
+            raise CheckpointError(f"{path} holds a {described.__name__}, not a {cls.__name__}: load it with that class")
         with paused_collector():
             with OnMeta():
                 model = cls.from_config(fields, **overrides)

@@ -17,7 +17,7 @@ from minidiff.checkpoints.load import (
 )
 from minidiff.checkpoints.model import Model
 from minidiff.checkpoints.original.configs import Configs, FolderConfigs
-from minidiff.checkpoints.original.families import AUTOENCODER, ZERO_SNR_MARK, family_of
+from minidiff.checkpoints.original.families import AUTOENCODER, TINY_AUTOENCODER, ZERO_SNR_MARK, family_of
 from minidiff.checkpoints.original.prefixes import NETWORKS
 from minidiff.checkpoints.original.read import SingleFile, StoredNetwork
 from minidiff.checkpoints.original.single_file import describe, say_ema
@@ -212,6 +212,7 @@ def _title(models: Any) -> str:
             told = model.config.time_cond_proj_dim is not None
             return family.title + ", told the guidance scale (LCM)" * told
     kinds = {type(model).__name__ for model in models}
-    if kinds == {"AutoencoderKL"}:
-        return AUTOENCODER.title
+    for kind, title in (("AutoencoderKL", AUTOENCODER.title), ("AutoencoderTiny", TINY_AUTOENCODER.title)):
+        if kinds == {kind}:
+            return title
     return "of its own configuration" if kinds else "no network"

@@ -70,6 +70,17 @@ class VAESpec(NamedTuple):
     mid_attention: bool
 
 
+class TinyVAESpec(NamedTuple):
+    """The layers of the two halves of a tiny autoencoder, in the order in which they compute.
+
+    ``in``, ``conv`` and ``out`` are 3x3 convolutions; ``down`` is one that halves the resolution, ``up`` makes it
+    larger, ``act`` is an activation alone and ``block`` three convolutions with a residual connection.
+    """
+
+    encoder: tuple[str, ...]
+    decoder: tuple[str, ...]
+
+
 class CLIPSpec(NamedTuple):
     """What a CLIP text encoder is built from."""
 
