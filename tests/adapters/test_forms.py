@@ -12,18 +12,22 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+import minidiff
 from minidiff.adapters.forms import Update, read_update
 from minidiff.adapters.lora import Adapters, lora_scaled
-from minidiff.adapters.lora_names import _ENDINGS
+from minidiff.adapters.lora_names import _ENDINGS, LoraNames
+from minidiff.checkpoints.load import OnMeta
 from minidiff.cli.main import main
+from minidiff.config import read_json
 from tests.loras import Pipes, Tensors, assert_same, attention, cleaned, draw, every, hub, layers, outputs, peft
 from tests.pictures import load_both, quiet, seeded
-from tests.theirs import lycoris, relative_error
+from tests.theirs import diffusers, lycoris, relative_error, transformers
 from tests.theirs import peft as peft_library
 from tests.tiny import save_tiny
 from tests.tiny_xl import save_base
 
 Changed = tuple[Pipes, Tensors]  # ours and theirs, which LyCORIS changes, and the file that does the same
+CONFIGS = Path(__file__).parents[1] / "data" / "hub_configs"  # SOURCE.md there says where they are from
 BOUND = 1e-10  # measured: at most 7.1e-16 for single layers, 2e-15 for networks
 KINDS = {  # of LyCORIS's modules: class, arguments, rank
     "LoRA": ("LoConModule", {}, 3),
@@ -293,9 +297,7 @@ def kohya_file(pipe: Any, n: int = 2) -> tuple[list[Any], Tensors]:
                 module, parts = change(layer, list(KINDS)[k // n % len(KINDS)], k)
                 module.apply_to()
                 modules.append(module)
-                stem = prefixes[component] + hub(name).replace("final_layer", "text_model.final_layer").replace(
-                    ".", "_"
-                )
+                stem = prefixes[component] + hub(name).replace(".", "_")
                 tensors |= {f"{stem}.{part}": value for part, value in parts.items()}
     return modules, tensors
 
@@ -432,3 +434,36 @@ def test_a_bias_beside_a_lora() -> None:
         adapters.activate({"a0": 0.5})
         assert relative_error(layer(x), expected) < BOUND
         adapters.delete("a0")
+
+
+# --- the published networks ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("folder", ["runwayml--stable-diffusion-v1-5", "stabilityai--stable-diffusion-xl-base-1.0"])
+def test_names_and_shapes_at_full_size(folder: str) -> None:
+    """Each layer of the reference that LyCORIS can change is found under its name and has its shape."""
+    ours, theirs = {}, {}
+    for part in ("unet", "text_encoder", "text_encoder_2"):
+        if (path := CONFIGS / folder / part / "config.json").exists():
+            fields = read_json(path)
+            text = "CLIPTextModelWithProjection" if part.endswith("2") else "CLIPTextModel"
+            with OnMeta():
+                cls = minidiff.UNet2DConditionModel if part == "unet" else getattr(minidiff, text)
+                ours[part] = cls.from_config(fields)
+            with torch.device("meta"):
+                if part == "unet":
+                    theirs[part] = diffusers.UNet2DConditionModel.from_config(fields)
+                else:
+                    theirs[part] = getattr(transformers, text)(transformers.CLIPTextConfig(**fields))
+    names = LoraNames(ours)
+    prefixes = {"unet": "lora_unet_", "text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_"}
+    for part, network in theirs.items():
+        count = 0
+        for name, module in network.named_modules():
+            if isinstance(module, KNOWN):
+                layer, role = names.find(f"{prefixes[part]}{hub(name).replace('.', '_')}.diff")
+                weight = ours[part].get_submodule(layer.ours).weight
+                given = {role: (name, torch.empty(module.weight.shape, device="meta"))}
+                assert read_update(given, weight, None)[1] == [] and layer.component == part
+                count += 1
+        assert count == len(names.dotted[part])
