@@ -13,7 +13,7 @@ from minidiff.checkpoints.original.families import FAMILIES, no_adapter
 from minidiff.errors import CheckpointError, shortened
 
 FILE_NAME = "pytorch_lora_weights.safetensors"
-_READS_TEXT = re.compile(r".*attn2[._].*to_[kv][._].*(lora_A|down)\.weight")  # its width is that of the text
+_READS_TEXT = re.compile(r".*attn2[._].*to_[kv][._].*(lora_A|down)(\.\w+)?\.weight")  # its width is that of the text
 _SAYS_FAMILY = ("ss_base_model_version", "modelspec.architecture")  # kohya's metadata, and ModelSpec's
 
 
