@@ -58,7 +58,9 @@ def _scale(layer: LayerName, found: Found, configs: Mapping[str, Mapping[str, An
     if rank == 0:
         return 1.0  # a wrong shape, which is reported
     if found.alpha is None:
-        return scale_of(configs.get(layer.component, {}), layer.hub, rank)
+        # Patterns are for the names in the file; transformers 5 has dropped "text_model." from those of one encoder.
+        name = layer.hub if layer.hub in found.down[0] else layer.hub.removeprefix("text_model.")
+        return scale_of(configs.get(layer.component, {}), name, rank)
     if layer.component in configs:
         raise ValueError(f"{found.alpha[0]}: the file's header gives an alpha too; there should be one")
     return scale_from(*found.alpha, rank)

@@ -18,13 +18,12 @@ from typing import Any
 from torch import Tensor
 
 from minidiff.adapters.control import AdapterControl, LoadedLora
+from minidiff.adapters.lora_config import COMPONENTS
 from minidiff.adapters.lora_file import FILE_NAME
 from minidiff.adapters.source import options_of, read_adapter
 from minidiff.checkpoints.model import Model
 
 logger = logging.getLogger("minidiff")
-
-COMPONENTS = ("unet", "text_encoder", "text_encoder_2")
 
 
 class LoraLoader(AdapterControl):
@@ -47,7 +46,8 @@ class LoraLoader(AdapterControl):
         anything is changed. The spellings are listed in ``minidiff.adapters.lora_names``.
 
         Args:
-            pretrained_model_name_or_path_or_dict: a safetensors file, a folder, a Hub id, or tensors by name.
+            pretrained_model_name_or_path_or_dict: a safetensors file, a folder, a Hub id, or tensors by name. A folder
+                of PEFT has ``adapter_config.json``, or one for each network in ``unet/`` and ``text_encoder/``.
             adapter_name: what to call it; default: default_0, default_1...
             hotswap: whether it takes the place of the adapter of this name: active or not as that one, at the weight 1.
             options: ``weight_name``, the file in the folder or repository (default: pytorch_lora_weights.safetensors,

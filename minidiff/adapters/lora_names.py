@@ -60,7 +60,9 @@ _DOTTED = {f"{name}.": name for name in ("unet", "text_encoder", "text_encoder_2
     "clip_g.": "text_encoder_2",
 }
 _WRAPPED = re.compile(r"(?<![^.])base_model\.model\.")
-_ADAPTER = re.compile(r"(?<=\.lora_[AB])\.([^.]+)(?=\.weight$)")  # the name of an adapter, inside a tensor's name
+_ADAPTER = re.compile(
+    r"(\.lora_(?:A|B|magnitude_vector))\.([^.]+)(?=\.weight$)"
+)  # the name of an adapter, inside a tensor's name
 _OLD_UNET = {"to_out": "to_out.0"}  # "to_out_lora" adapts "to_out.0"
 _OLD_TEXT = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
 
@@ -100,7 +102,7 @@ class LoraNames:
 
     def find(self, key: str) -> tuple[LayerName, Role] | str:
         """Return the layer that a tensor belongs to and its role there, or the reason why there is none."""
-        key = _ADAPTER.sub("", _WRAPPED.sub("", unwrapped(key)))
+        key = _ADAPTER.sub(r"\1", _WRAPPED.sub("", unwrapped(key)))
         for pattern, kind in NOT_IMPLEMENTED.items():
             if re.search(pattern, key):
                 return f"{kind}, which minidiff does not implement"
@@ -163,7 +165,7 @@ class Found(NamedTuple):
 def sort_tensors(tensors: Mapping[str, Tensor], names: LoraNames) -> tuple[dict[LayerName, Found], list[str]]:
     """Group the tensors of a file by layer; also return a line for each tensor that belongs to no whole layer."""
     parts: dict[LayerName, dict[Role, tuple[str, Tensor]]] = {}
-    adapters = dict.fromkeys(found[1] for key in tensors if (found := _ADAPTER.search(key)))
+    adapters = dict.fromkeys(found[2] for key in tensors if (found := _ADAPTER.search(key)))
     problems = [f"it holds the adapters {', '.join(adapters)}: give one of them alone"] if len(adapters) > 1 else []
     for key, tensor in tensors.items():
         found = names.find(key)

@@ -180,7 +180,7 @@ def _read(source: Source, weight_name: str | None, where: Mapping[str, Any]) -> 
         raise CheckpointError(
             "string_to_param is the layout of A1111's pickles: pass state['string_to_param']['*'] and token= instead"
         )
-    label, tensors, _ = read_adapter(source, FILE_NAME, weight_name, **where)
+    label, tensors, *_ = read_adapter(source, FILE_NAME, weight_name, **where)
     if set(tensors) == set(_ENCODERS):
         return [(_ENCODERS[key], label, key, vectors) for key, vectors in tensors.items()]
     if len(tensors) != 1:
