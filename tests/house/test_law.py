@@ -43,7 +43,7 @@ BUDGET = {
     "networks": 1540,
     "pipelines": 3040,
     "schedulers": 2310,
-    "text": 625,
+    "text": 642,
     "top": 790,
 }
 
