@@ -21,13 +21,15 @@ class LoadedLora:
 
     adapter_name: str
     layers: dict[str, dict[str, int]]  # component -> Hub name of a layer -> rank
+    words: tuple[str, ...] = ()  # the embeddings in the file
 
     def __str__(self) -> str:
         counts = []
         for component, ranks in self.layers.items():
             spread = "-".join(str(rank) for rank in sorted({min(ranks.values()), max(ranks.values())}))
             counts.append(f"{len(ranks)} layers of {component} (rank {spread})")
-        return f"LoRA {self.adapter_name!r} adapts {', '.join(counts)}"
+        brings = f", and brings the words {', '.join(self.words)}" if self.words else ""
+        return f"LoRA {self.adapter_name!r} adapts {', '.join(counts)}{brings}"
 
 
 class AdapterControl:
@@ -81,7 +83,7 @@ class AdapterControl:
         for adapters in self._all_adapters().values():
             adapters.enable(True)
 
-    def _add_lora(self, file: AdapterFile, name: str) -> LoadedLora:
+    def _add_lora(self, file: AdapterFile, name: str, words: tuple[str, ...] = ()) -> LoadedLora:
         """Add an adapter to the networks that its file is for, in the place of one of this name if there is one."""
         networks = self._lora_networks()
         updates = read_updates(file, networks)
@@ -96,7 +98,7 @@ class AdapterControl:
             component: {layer.hub: len(update.down) for layer, update in layers.items()}
             for component, layers in updates.items()
         }
-        loaded = LoadedLora(name, ranks)
+        loaded = LoadedLora(name, ranks, words)
         logger.info("%s", loaded)
         return loaded
 
