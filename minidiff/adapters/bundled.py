@@ -25,7 +25,6 @@ from minidiff.text.tokens import added_words, tokens_of
 
 PREFIX = "bundle_emb."
 _KEY = re.compile(r"bundle_emb\.(.+)\.(clip_[lg](?:_out)?|em[bp]_params(?:_out)?|string_to_param\.\*)")
-_NAMES = {"string_to_param.*": "emb_params"}  # where two kinds of file call the same differently
 
 Words = dict[str, list[Word]]  # component -> its new words
 
@@ -47,7 +46,7 @@ def split_words(file: AdapterFile, parts: Mapping[str, Any]) -> tuple[AdapterFil
     found: dict[str, dict[str, Tensor]] = {}
     for key, tensor in mine.items():
         word, name = _KEY.fullmatch(key).groups()
-        found.setdefault(word, {})[_NAMES.get(name, name)] = tensor
+        found.setdefault(word, {})[name] = tensor
     pairs, words = pairs_of(parts), Words()
     for word, tensors in found.items():
         for vectors in addressed(read_tensors(f"{file.label}: {PREFIX}{word}", tensors), tensors, {}, pairs, False):
