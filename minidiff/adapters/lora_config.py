@@ -19,12 +19,12 @@ CONFIG_NAME, WEIGHTS_NAME = "adapter_config.json", "adapter_model.safetensors"  
 COMPONENTS = ("unet", "text_encoder", "text_encoder_2")
 
 _CLASSES = {"CLIPTextModel": "text_encoder", "CLIPTextModelWithProjection": "text_encoder_2"}  # all else is a UNet
-_USED = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora")
+_USED = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora")
 _IGNORED = frozenset(  # they concern training, or say which layers were chosen: the file shows that by its tensors
     """
     peft_type task_type auto_mapping peft_version base_model_name_or_path revision inference_mode runtime_config
     target_modules exclude_modules layers_to_transform layers_pattern lora_dropout loftq_config megatron_config
-    megatron_core qalora_group_size ensure_weight_tying
+    megatron_core qalora_group_size ensure_weight_tying lora_bias
     """.split()
 )
 _HARMLESS = {  # field -> values that ask for nothing; all others need None, False or an empty value

@@ -19,7 +19,9 @@ from minidiff.adapters.control import AdapterControl, LoadedLora
 from minidiff.adapters.lora import LoraLayer, adapters_of
 from minidiff.adapters.lora_config import CONFIG_NAME, KEY
 from minidiff.adapters.lora_file import FILE_NAME
+from minidiff.adapters.lora_names import SAVED
 from minidiff.adapters.source import AdapterFile, options_of, read_adapter
+from minidiff.checkpoints.remap import CONV1X1
 from minidiff.checkpoints.save import save_tensors
 from minidiff.config import Config
 from minidiff.errors import CheckpointError
@@ -81,6 +83,8 @@ class AdaptedNetwork(AdapterControl):
     ) -> None:
         """Write an adapter in PEFT's spelling, without a prefix; ranks and alphas stand in the header.
 
+        Forms that the reference cannot save are written under the names of LyCORIS.
+
         Args:
             save_directory: made if it does not exist.
             adapter_name: which.
@@ -91,9 +95,12 @@ class AdaptedNetwork(AdapterControl):
             raise CheckpointError("safe_serialization=False asks for a pickle; minidiff writes only safetensors")
         (name,) = self._known(adapter_name)
         tensors: dict[str, Tensor] = {}
+        ops = {row.hub[0].removesuffix(".weight"): row.hub_op for row in self.rows()}
         for layer in self._lora_layers(name):
-            down, up = layer.matrices(name)
-            tensors |= {f"{layer.hub}.lora_A.weight": down, f"{layer.hub}.lora_B.weight": up}
+            for part, tensor in layer.update(name).parts.items():
+                as_conv = tensor.ndim == 2 and ops[layer.hub] is CONV1X1
+                key = f"{layer.hub}.{SAVED.get(part, part)}"
+                tensors[key] = CONV1X1.from_ours((tensor,))[0] if as_conv else tensor
         if upcast_before_saving:
             tensors = {key: tensor.float() for key, tensor in tensors.items()}
         path = Path(save_directory, weight_name or FILE_NAME)
@@ -110,10 +117,13 @@ class AdaptedNetwork(AdapterControl):
         return [layer for layer in adapters_of(self).layers.values() if name in layer.scales]
 
     def _lora_config(self, name: str) -> dict[str, Any]:
-        ranks = {f"^{layer.hub}": len(layer.matrices(name)[0]) for layer in self._lora_layers(name)}
+        ranks = {f"^{layer.hub}": layer.forms[name].rank for layer in self._lora_layers(name)}
         alphas = {f"^{layer.hub}": layer.scales[name] * ranks[f"^{layer.hub}"] for layer in self._lora_layers(name)}
         r, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
         fields: dict[str, Any] = {"r": r, "lora_alpha": alpha, "target_modules": [key[1:] for key in ranks]}
+        parts = {part for layer in self._lora_layers(name) for part in layer.forms[name].parts}
+        fields |= {"use_dora": True} if "magnitude" in parts else {}
+        fields |= {"lora_bias": True} if "up_bias" in parts else {}
         fields["rank_pattern"] = {key: value for key, value in ranks.items() if value != r}
         fields["alpha_pattern"] = {key: value for key, value in alphas.items() if value != alpha}
         return fields

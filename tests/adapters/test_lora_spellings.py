@@ -194,7 +194,7 @@ def loaded(pipe: Any) -> dict[str, Any]:
     for part in ("unet", "text_encoder", "text_encoder_2"):
         adapters = adapters_of(getattr(pipe, part, None))
         for name, layer in adapters.layers.items() if adapters else ():
-            found[f"{part}.{name}"] = (*layer.matrices("default_0"), layer.scales["default_0"])
+            found[f"{part}.{name}"] = layer.update("default_0")
     return found
 
 
@@ -212,8 +212,10 @@ def test_the_same_weights_as_in_diffusers_spelling(kind: Kind, name: str, alpha:
     kind.pipe.load_lora_weights(spelled(SPELLINGS[name], lora, kind.original, alpha))
     found = loaded(kind.pipe)
     assert found.keys() == expected.keys() and len(found) == sum(map(len, lora.values()))
-    for key, (A, B, s) in found.items():
-        assert torch.equal(A, expected[key][0]) and torch.equal(B, expected[key][1]) and s == expected[key][2]
+    for key, update in found.items():
+        assert (update.form, update.scale) == ("LoRA", expected[key].scale)
+        assert update.parts.keys() == expected[key].parts.keys() == {"down", "up"}
+        assert all(torch.equal(part, expected[key].parts[role]) for role, part in update.parts.items())
 
 
 def test_what_the_networks_compute(kind: Kind) -> None:

@@ -22,10 +22,12 @@ from tests.tiny import save_tiny
 from tests.tiny_xl import save_base
 
 KINDS = {"sd": (save_tiny, "StableDiffusionPipeline"), "xl": (save_base, "StableDiffusionXLPipeline")}
-TARGETS = ["to_q", "to_v", "to_out.0", "q_proj", "v_proj", "fc1"]
+TARGETS = ("to_q", "to_v", "to_out.0", "q_proj", "v_proj", "fc1")
 SETTINGS: dict[str, dict[str, Any]] = {
     "alpha": {"lora_alpha": 6},
     "stabilised": {"lora_alpha": 6, "use_rslora": True},
+    "DoRA": {"lora_alpha": 6, "use_dora": True},
+    "biases of the matrices": {"lora_alpha": 6, "lora_bias": True, "only": ("to_out.0", "q_proj", "fc1")},
     "patterns": {
         "rank_pattern": {"attn1.to_q": 3, r".*layers\.0.*q_proj": 2},
         "alpha_pattern": {"to_v": 7, "mid_block.*to_q": 1, "v_proj": 5, "^encoder.layers.1.mlp.fc1": 9},
@@ -62,13 +64,13 @@ def parts_of(pipe: Any) -> list[str]:
     return [name for name in ("unet", "text_encoder", "text_encoder_2") if hasattr(pipe, name)]
 
 
-def train(theirs: Any, folder: Path, **settings: Any) -> list[Tensor]:
+def train(theirs: Any, folder: Path, only: tuple[str, ...] = TARGETS, **settings: Any) -> list[Tensor]:
     """Do as PEFT's examples/lora_dreambooth/train_dreambooth.py: save each network to its folder. Return outputs."""
     from peft import LoraConfig, get_peft_model
 
     wrapped, g = copy.copy(theirs), seeded(1)
     for part in parts_of(theirs):
-        targets = [name for name in TARGETS if any(n.endswith(name) for n, _ in getattr(theirs, part).named_modules())]
+        targets = [name for name in only if any(n.endswith(name) for n, _ in getattr(theirs, part).named_modules())]
         config = LoraConfig(r=4, target_modules=targets, **settings)
         model = get_peft_model(copy.deepcopy(getattr(theirs, part)), config).to(torch.float64)
         for name, parameter in model.named_parameters():
@@ -141,7 +143,7 @@ def write(folder: Path, **fields: Any) -> Path:
 
 
 ASKED = {
-    "DoRA": ({"use_dora": True}, "adapter_config.json asks for unet.use_dora = True"),
+    "DoRA": ({"use_dora": True}, "to_q is DoRA, but it has no lora_magnitude_vector"),
     "biases": ({"bias": "lora_only"}, "adapter_config.json asks for unet.bias = 'lora_only'"),
     "whole layers": ({"modules_to_save": ["conv_in"]}, r"asks for unet.modules_to_save = \['conv_in'\]"),
     "another adapter": ({"peft_type": "IA3"}, "peft_type = 'IA3': of PEFT's adapters minidiff reads only LORA"),

@@ -34,9 +34,9 @@ TOP = len(RANKS)
 
 # Lines of code of a room, signatures and all, docstrings not. Raise one only in a commit that says why.
 BUDGET = {
-    "adapters": 1200,
+    "adapters": 1400,
     "checkpoints": 2050,
-    "cli": 225,
+    "cli": 230,
     "compat": 780,
     "fast": 560,
     "images": 405,
