@@ -60,7 +60,7 @@ class LoraLayer:
             more = None if bias is None else bias - module.bias
             return output + _computed(module, args[0], weight - module.weight, more)
         for adapter, weight in self.active:
-            down, up = (module._buffers[f"lora_{adapter}_{part}"] for part in ("down", "up"))
+            down, up = self.matrices(adapter)
             factor = self.scales[adapter] * weight * scale
             output = torch.add(output, self._low_rank(args[0], down, up), alpha=factor)
         return output
@@ -70,6 +70,11 @@ class LoraLayer:
         if isinstance(self.module, nn.Conv2d):
             return F.conv2d(F.conv2d(x, down, None, self.module.stride, self.module.padding), up)
         return F.linear(F.linear(x, down), up)
+
+    def matrices(self, adapter: str) -> tuple[Tensor, Tensor]:
+        """Return A and B of an adapter that is LoRA here."""
+        buffers = self.module._buffers
+        return buffers[f"lora_{adapter}_down"], buffers[f"lora_{adapter}_up"]
 
     def update(self, adapter: str) -> Update:
         """Return what an adapter does here."""

@@ -386,16 +386,22 @@ def test_an_optimized_pipeline_sees_all_forms(changed: Changed, tmp_path: Path) 
 @pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
 def test_half_precision(kind: str, dtype: torch.dtype) -> None:
-    """Computed in float32 from what is stored in half: one rounding of W', as far as the weights' own rounding."""
+    """What is stored in half is computed in float32: without a weight below, the only rounding is the last one."""
     layer, x = make_layer("conv 3x3")
-    tensors = change(layer, kind)[1]
-    adapted(layer, tensors)
-    expected = layer(x)
+    tensors = {key: value.to(dtype) for key, value in change(layer, kind)[1].items()}
     adapters = adapted(half := copy.deepcopy(make_layer("conv 3x3")[0]).to(dtype), tensors)
-    bound = 2 * torch.finfo(dtype).eps  # measured: at most 0.8 eps
+    adapted(layer, tensors)
+    expected, bound = layer(x), 2 * torch.finfo(dtype).eps  # measured: at most 0.8 eps
     assert relative_error(half(x.to(dtype)), expected) < bound
     adapters.fuse(1.0, safe=True)
     assert half.weight.dtype == dtype and relative_error(half(x.to(dtype)), expected) < bound
+    weights = []
+    for one in (dtype, torch.float32):
+        layer = make_layer("conv 3x3")[0].to(one)
+        layer.weight.zero_()
+        adapted(layer, tensors).fuse(1.0, safe=True)
+        weights.append(layer.weight.to(dtype))
+    assert torch.equal(*weights) and weights[0].any()
 
 
 # --- biases ----------------------------------------------------------------------------------------------------------
