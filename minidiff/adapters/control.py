@@ -23,13 +23,15 @@ class LoadedLora:
     adapter_name: str
     layers: dict[str, dict[str, int]]  # component -> Hub name of a layer -> rank, 0 where there is none
     forms: dict[str, dict[str, str]]  # component -> Hub name of a layer -> form, see ``minidiff.adapters.forms``
+    words: tuple[str, ...] = ()  # the embeddings in the file
 
     def __str__(self) -> str:
         counts = []
         for component, ranks in self.layers.items():
             kinds = described(zip(self.forms[component].values(), ranks.values(), strict=True))
             counts.append(f"{len(ranks)} layers of {component} ({kinds})")
-        return f"LoRA {self.adapter_name!r} adapts {', '.join(counts)}"
+        brings = f", and brings the words {', '.join(self.words)}" if self.words else ""
+        return f"LoRA {self.adapter_name!r} adapts {', '.join(counts)}{brings}"
 
 
 class AdapterControl:
@@ -83,7 +85,7 @@ class AdapterControl:
         for adapters in self._all_adapters().values():
             adapters.enable(True)
 
-    def _add_lora(self, file: AdapterFile, name: str) -> LoadedLora:
+    def _add_lora(self, file: AdapterFile, name: str, words: tuple[str, ...] = ()) -> LoadedLora:
         """Add an adapter to the networks that its file is for, in the place of one of this name if there is one."""
         networks = self._lora_networks()
         updates = read_updates(file, networks)
@@ -98,7 +100,7 @@ class AdapterControl:
             {part: {layer.hub: getattr(one, field) for layer, one in found.items()} for part, found in updates.items()}
             for field in ("rank", "form")
         )
-        loaded = LoadedLora(name, ranks, forms)
+        loaded = LoadedLora(name, ranks, forms, words)
         logger.info("%s", loaded)
         return loaded
 

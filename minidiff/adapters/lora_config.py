@@ -1,8 +1,9 @@
-"""What the header of a PEFT file says of its LoRA layers: alpha, and the variants of LoRA that it asks for.
+"""What PEFT says of the LoRA layers in a file: alpha, and the variants of LoRA that it asks for.
 
 diffusers writes the fields of ``peft.LoraConfig`` as JSON under ``lora_adapter_metadata``, each with its component in
 front: ``{"unet.r": 8, "unet.lora_alpha": 16, "unet.alpha_pattern": {"attn1.to_q": 4}}``. A pattern is a regular
-expression for the end of a layer's name.
+expression for the end of a layer's name. PEFT itself writes them, for one network, into ``adapter_config.json`` beside
+the file.
 """
 
 import json
@@ -14,7 +15,10 @@ from typing import Any
 from minidiff.errors import CheckpointError, check_number
 
 KEY = "lora_adapter_metadata"
+CONFIG_NAME, WEIGHTS_NAME = "adapter_config.json", "adapter_model.safetensors"  # in a folder of PEFT
+COMPONENTS = ("unet", "text_encoder", "text_encoder_2")
 
+_CLASSES = {"CLIPTextModel": "text_encoder", "CLIPTextModelWithProjection": "text_encoder_2"}  # all else is a UNet
 _USED = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora")
 _IGNORED = frozenset(  # they concern training, or say which layers were chosen: the file shows that by its tensors
     """
@@ -35,22 +39,23 @@ def layer_configs(metadata: Mapping[str, str], components: Iterable[str]) -> dic
     Raises:
         CheckpointError: if the header is no JSON object, or a field asks for what is not implemented.
     """
-    if KEY not in metadata:
+    key = CONFIG_NAME if CONFIG_NAME in metadata else KEY
+    if key not in metadata:
         return {}
     try:
-        fields = json.loads(metadata[KEY])
+        fields = json.loads(metadata[key])
     except json.JSONDecodeError as error:
-        raise CheckpointError(f"{KEY} in the file's header is not JSON: {error}") from error
+        raise CheckpointError(f"{key} in the file's header is not JSON: {error}") from error
     if not isinstance(fields, dict):
-        raise CheckpointError(f"{KEY} in the file's header should be an object, found {type(fields).__name__}")
+        raise CheckpointError(f"{key} in the file's header should be an object, found {type(fields).__name__}")
     configs: dict[str, dict[str, Any]] = {}
     for name, value in fields.items():
         component, _, field = name.partition(".")
         if component not in components:
-            raise CheckpointError(f"{KEY} has {name!r}, but this pipeline has only {', '.join(components)}")
+            raise CheckpointError(f"{key} has {name!r}, but this pipeline has only {', '.join(components)}")
         configs.setdefault(component, {})[field] = value
         if field not in _USED and field not in _IGNORED and not _is_harmless(field, value):
-            raise CheckpointError(f"{KEY} asks for {name} = {value!r}, which minidiff does not implement")
+            raise CheckpointError(f"{key} asks for {name} = {value!r}, which minidiff does not implement")
     return configs
 
 
@@ -80,3 +85,14 @@ def _of_layer(config: Mapping[str, Any], field: str, layer: str, default: Any) -
         if re.fullmatch(rf"(.*\.)?({pattern})", layer):
             return value
     return default
+
+
+def component_of(config: Mapping[str, Any]) -> str:
+    """Return the component that an ``adapter_config.json`` is for, by the class of the network that PEFT has noted.
+
+    Raises:
+        CheckpointError: if it is of another kind of adapter than LoRA.
+    """
+    if (kind := config.get("peft_type", "LORA")) != "LORA":
+        raise CheckpointError(f"{CONFIG_NAME} has peft_type = {kind!r}: of PEFT's adapters minidiff reads only LORA")
+    return _CLASSES.get((config.get("auto_mapping") or {}).get("base_model_class", ""), "unet")

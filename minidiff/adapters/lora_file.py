@@ -14,7 +14,7 @@ from minidiff.checkpoints.original.families import FAMILIES, no_adapter
 from minidiff.errors import CheckpointError, shortened
 
 FILE_NAME = "pytorch_lora_weights.safetensors"
-_READS_TEXT = re.compile(r".*attn2[._].*to_[kv][._].*(lora_A|down)\.weight")  # its width is that of the text
+_READS_TEXT = re.compile(r".*attn2[._].*to_[kv][._].*(lora_A|down)(\.\w+)?\.weight")  # its width is that of the text
 _SAYS_FAMILY = ("ss_base_model_version", "modelspec.architecture")  # kohya's metadata, and ModelSpec's
 
 
@@ -64,4 +64,7 @@ def _scale(layer: LayerName, given: Keyed, update: Update, configs: Mapping[str,
     if "alpha" in given:
         alpha = alpha_of(*given["alpha"])
         return alpha / update.rank if update.rank else 1.0
-    return scale_of(configs.get(layer.component, {}), layer.hub, update.rank) if update.rank else 1.0
+    # Patterns are for the names in the file; transformers 5 has dropped "text_model." from those of one encoder.
+    hub = any(layer.hub in key for key, _ in given.values())
+    name = layer.hub if hub else layer.hub.removeprefix("text_model.")
+    return scale_of(configs.get(layer.component, {}), name, update.rank) if update.rank else 1.0

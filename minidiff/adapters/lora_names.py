@@ -1,4 +1,4 @@
-"""The names of LoRA tensors: from the spellings of four programs to the layers of our networks, by the name table.
+"""The names of LoRA tensors: from the spellings of many programs to the layers of our networks, by the name table.
 
 ===================  =================================================================================================
 written by           the matrix A of the first query of a UNet, and of its text encoder
@@ -13,10 +13,20 @@ kohya                lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_a
                      lora_te_text_model_encoder_layers_0_self_attn_q_proj.lora_down.weight
 kohya, SDXL          lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q.lora_down.weight
                      lora_te1_text_model_encoder_layers_0_self_attn_q_proj.lora_down.weight
+ComfyUI, OneTrainer  diffusion_model.input_blocks.1.1.transformer_blocks.0.attn1.to_q.lora_A.weight
+                     text_encoders.clip_l.transformer.text_model.encoder.layers.0.self_attn.q_proj.lora_A.weight
+OneTrainer, OMI      unet.input_blocks.1.1.transformer_blocks.0.attn1.to_q.lora_down.weight
+                     clip_l.text_model.encoder.layers.0.self_attn.q_proj.lora_down.weight
+OneTrainer, bare     input_blocks.1.1.transformer_blocks.0.attn1.to_q.lora_A.weight
+SimpleTuner          lycoris_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q.lora_down.weight
+PEFT, wrapped        base_model.model.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q.lora_A.weight
+PEFT, in memory      unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q.lora_A.default.weight
 ===================  =================================================================================================
 
-A dotted name is a name of the Hub's column. Kohya writes "_" for ".", which cannot be undone by looking at the name
-("to_q" has one of its own), so all names of the table are written that way once and looked up.
+A dotted name is a name of the Hub's column, or of the original single file's for a UNet. Kohya writes "_" for ".",
+which cannot be undone by looking at the name ("to_q" has one of its own), so all names of the table are written that
+way once and looked up. Endings and beginnings are independent: any beginning may have any ending.
+docs/adapters.md says where each spelling was read.
 """
 
 import re
@@ -48,11 +58,23 @@ SAVED = {  # what PEFT calls a part, or kohya if PEFT does not have it
 }
 _KOHYA = {  # beginning of a name -> component
     "lora_unet_": "unet",
+    "lycoris_": "unet",
     "lora_te_": "text_encoder",
     "lora_te1_": "text_encoder",
     "lora_te2_": "text_encoder_2",
 }
-_DOTTED = {f"{name}.": name for name in ("unet", "text_encoder", "text_encoder_2")}
+_DOTTED = {f"{name}.": name for name in ("unet", "text_encoder", "text_encoder_2")} | {
+    "diffusion_model.": "unet",
+    "text_encoders.clip_l.transformer.": "text_encoder",
+    "text_encoders.clip_h.transformer.": "text_encoder",
+    "text_encoders.clip_g.transformer.": "text_encoder_2",
+    "clip_l.": "text_encoder",
+    "clip_g.": "text_encoder_2",
+}
+_WRAPPED = re.compile(r"(?<![^.])base_model\.model\.")
+_ADAPTER = re.compile(
+    r"(\.lora_(?:A|B|magnitude_vector))\.([^.]+)(?=\.weight$)"
+)  # the name of an adapter, inside a tensor's name
 _OLD_UNET = {"to_out": "to_out.0"}  # "to_out_lora" adapts "to_out.0"
 _OLD_TEXT = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
 
@@ -84,14 +106,13 @@ class LoraNames:
             self.dotted[component] = {}
             self.flat[component] = {}
             for layer, original in _layers(component, network):
-                self.dotted[component][layer.hub] = layer
                 for name in {layer.hub, original} - {None}:
-                    other = self.flat[component].setdefault(name.replace(".", "_"), layer)
-                    assert other is layer, f"{name} is two layers with '_' for '.': {layer} and {other}"
+                    _enter(self.dotted[component], name, layer)
+                    _enter(self.flat[component], name.replace(".", "_"), layer)
 
     def find(self, key: str) -> tuple[LayerName, Role] | str:
         """Return the layer that a tensor belongs to and its role there, or the reason why there is none."""
-        key = unwrapped(key)
+        key = _unwrapped(key)
         for pattern, kind in NOT_IMPLEMENTED.items():
             if re.search(pattern, key):
                 return f"{kind}, which minidiff does not implement"
@@ -127,6 +148,16 @@ class LoraNames:
         return names[component].get(name) or f"for a layer {name!r}, which {component} does not have"
 
 
+def _unwrapped(key: str) -> str:
+    """Return the name of a tensor without those of wrappers and of its adapter."""
+    return _ADAPTER.sub(r"\1", _WRAPPED.sub("", unwrapped(key)))
+
+
+def _enter(names: dict[str, LayerName], name: str, layer: LayerName) -> None:
+    other = names.setdefault(name, layer)
+    assert other is layer, f"{name} is two layers: {layer} and {other}"
+
+
 def _layers(component: str, network: Model) -> Iterator[tuple[LayerName, str | None]]:
     """Yield each layer that adapters change, with its name in the UNet of an original single file."""
     modules = dict(own_modules(network))
@@ -141,7 +172,8 @@ def _layers(component: str, network: Model) -> Iterator[tuple[LayerName, str | N
 def sort_tensors(tensors: Mapping[str, Tensor], names: LoraNames) -> tuple[dict[LayerName, dict], list[str]]:
     """Group the tensors of a file by layer and role; also return a line for each tensor that belongs to no layer."""
     layers: dict[LayerName, dict[Role, tuple[str, Tensor]]] = {}
-    problems = []
+    adapters = dict.fromkeys(found[2] for key in tensors if (found := _ADAPTER.search(key)))
+    problems = [f"it holds the adapters {', '.join(adapters)}: give one of them alone"] if len(adapters) > 1 else []
     for key, tensor in tensors.items():
         found = names.find(key)
         if isinstance(found, str):
@@ -159,7 +191,7 @@ def stems(keys: Iterable[str]) -> dict[tuple[str, str], dict[Role, str]]:
     found: dict[tuple[str, str], dict[Role, str]] = {}
     beginnings = _KOHYA | _DOTTED
     for key in keys:
-        name = unwrapped(key)
+        name = _unwrapped(key)
         start = next((one for one in beginnings if name.startswith(one)), "")
         if ending := next((one for one in _ENDINGS if name.endswith(one)), None):
             layer = name[len(start) :].removesuffix(ending)

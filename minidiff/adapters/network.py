@@ -17,7 +17,7 @@ from torch import Tensor
 
 from minidiff.adapters.control import AdapterControl, LoadedLora
 from minidiff.adapters.lora import LoraLayer, adapters_of
-from minidiff.adapters.lora_config import KEY
+from minidiff.adapters.lora_config import CONFIG_NAME, KEY
 from minidiff.adapters.lora_file import FILE_NAME
 from minidiff.adapters.lora_names import SAVED
 from minidiff.adapters.source import AdapterFile, options_of, read_adapter
@@ -48,17 +48,22 @@ class AdaptedNetwork(AdapterControl):
 
         Args:
             pretrained_model_name_or_path_or_dict: as in ``LoraLoader.load_lora_weights``, likewise what is not named.
-            prefix: what stands before the names of this network in the file; others are left alone. None: nothing.
+            prefix: what stands before the names of this network in the file; others are left alone. None: nothing. It
+                does not count for a folder of PEFT.
 
         Raises:
             CheckpointError: if no name begins with the prefix; else as ``load_lora_weights``.
         """
         options = options_of("load_lora_adapter", options)
-        label, tensors, header = read_adapter(pretrained_model_name_or_path_or_dict, FILE_NAME, **options)
+        label, tensors, header, of_peft = read_adapter(pretrained_model_name_or_path_or_dict, FILE_NAME, **options)
+        if of_peft:
+            parts = {key.partition(".")[0] for key in tensors}
+            prefix = self.lora_component if len(parts) > 1 else parts.pop()
         if not (mine := self._of_component(tensors, prefix)):
             raise CheckpointError(f"no tensor of {label} begins with '{prefix}.'; pass prefix='unet', or None for none")
-        if KEY in header and isinstance(fields := json.loads(header[KEY]), dict):
-            header = {**header, KEY: json.dumps(self._of_component(fields, prefix))}
+        for key in {KEY, CONFIG_NAME} & header.keys():
+            if isinstance(fields := json.loads(header[key]), dict):
+                header = {**header, key: json.dumps(self._of_component(fields, prefix))}
         name = self._name_to_swap(adapter_name) if hotswap else self._new_name(adapter_name)
         return self._add_lora(AdapterFile(label, mine, header), name)
 

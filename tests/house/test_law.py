@@ -34,7 +34,7 @@ TOP = len(RANKS)
 
 # Lines of code of a room, signatures and all, docstrings not. Raise one only in a commit that says why.
 BUDGET = {
-    "adapters": 1245,
+    "adapters": 1400,
     "checkpoints": 2050,
     "cli": 230,
     "compat": 780,
@@ -43,7 +43,7 @@ BUDGET = {
     "networks": 1540,
     "pipelines": 3040,
     "schedulers": 2310,
-    "text": 625,
+    "text": 642,
     "top": 790,
 }
 
