@@ -55,9 +55,8 @@ class LoraLayer:
     def __call__(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
         scale = _call_scale.get()
         if any(self.forms[adapter].parts.keys() != {"down", "up"} for adapter, _ in self.active):
-            weight, bias = self.changed(scale)
-            more = None if bias is None else bias - module.bias
-            return output + _computed(module, args[0], weight - module.weight, more)
+            (W, b), (W_0, b_0) = self.changed(scale), self.own()
+            return output + _computed(module, args[0], W - W_0, None if b is None else b - b_0)
         for adapter, weight in self.active:
             down, up = self.matrices(adapter)
             factor = self.forms[adapter].scale * weight * scale
@@ -101,10 +100,13 @@ class LoraLayer:
                 if hook is self:
                     del self.module._forward_hooks[number]
 
+    def own(self) -> tuple[Tensor, Tensor | None]:
+        """Return W and b, as the layer computes with them."""
+        return self.module.weight, self.module.bias
+
     def changed(self, factor: float) -> tuple[Tensor, Tensor | None]:
         """Return W' and b', changed by ``factor`` times all adapters that are active, in their order."""
-        W = W_0 = self.module.weight
-        b = self.module.bias
+        W, b = W_0, _ = self.own()
         for adapter, weight in self.active:
             W, b = changed(W, b, self.update(adapter), weight * factor, W_0)
         return W, b
