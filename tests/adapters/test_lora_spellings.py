@@ -346,6 +346,9 @@ def test_inspect_reads_a_folder_of_peft(tmp_path: Path, capsys: pytest.CaptureFi
     assert all(re.search(rf"  {part} +1 layers: 1 LoRA of rank 2\n", page) for part in layer)
     assert main(["inspect", str(tmp_path / "unet" / "adapter_model.safetensors")]) == 0
     assert "  unet " in capsys.readouterr().out
+    save_file({f"foo.lora_{letter}.weight": torch.ones(2, 2) for letter in "AB"}, tmp_path / "x.safetensors")
+    assert main(["inspect", str(tmp_path / "x.safetensors")]) == 0
+    assert re.search(r"  spelling +unknown\n", capsys.readouterr().out)
 
 
 @pytest.mark.parametrize("keys", [["emp_params", "emp_params_out"], ["clip_l", "clip_l_out"], ["text_encoders_0"]])
