@@ -18,7 +18,7 @@ def _inspect(args: argparse.Namespace) -> None:
     from minidiff.checkpoints.tools.checkpoint import open_checkpoint
     from minidiff.checkpoints.tools.inspect import keys, report
 
-    if args.checkpoint.is_file() and (page := report_adapter(args.checkpoint)):
+    if page := report_adapter(args.checkpoint):
         print(page)
         return
     checkpoint = open_checkpoint(args.checkpoint, config=args.config, variant=args.variant, ask=False)

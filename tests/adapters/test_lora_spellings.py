@@ -1,11 +1,13 @@
 """Spellings of LoRA that the reference does not load: the same matrices as in diffusers' spelling, bit for bit."""
 
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 import minidiff
@@ -13,6 +15,7 @@ from minidiff import CLIPTextModel, CLIPTextModelWithProjection, UNet2DCondition
 from minidiff.adapters.lora import adapters_of
 from minidiff.adapters.lora_names import LoraNames
 from minidiff.checkpoints.load import OnMeta
+from minidiff.cli.main import main
 from minidiff.config import read_json
 from minidiff.errors import CheckpointError
 from tests.loras import Matrices, Tensors, draw, every, hub, outputs, peft
@@ -277,3 +280,78 @@ def test_one_layer_in_two_spellings(kinds: dict[str, Kind]) -> None:
     tensors = spelled(SPELLINGS["ComfyUI"], lora, kind.original) | spelled(SPELLINGS["SimpleTuner"], lora, {})
     with pytest.raises(CheckpointError, match="lycoris_.*: the same tensor as diffusion_model"):
         kind.pipe.load_lora_weights(tensors)
+
+
+# --- minidiff inspect ------------------------------------------------------------------------------------------------
+
+TITLES = {
+    "ComfyUI": "ComfyUI (OneTrainer writes it too)",
+    "ComfyUI, SD 2": "ComfyUI (OneTrainer writes it too)",
+    "ComfyUI, extracted": "ComfyUI (OneTrainer writes it too)",
+    "OneTrainer, OMI": "OMI (OneTrainer)",
+    "OneTrainer, bare": "OneTrainer, with the names of original files, PEFT, as diffusers writes it",
+    "SimpleTuner": "SimpleTuner, kohya",
+    "kohya, original names": "kohya, with the names of original files, kohya",
+    "wrapped by PEFT": "PEFT",
+    "in memory": "PEFT in memory, with the name of an adapter",
+    "in memory, wrapped": "PEFT",
+    "kohya": "kohya",
+    "diffusers": "diffusers",
+    "diffusers, with PEFT": "PEFT, as diffusers writes it",
+    "LyCORIS": "the Hub's names",
+}
+MORE = {
+    "kohya": Spelling(flat("lora_unet_"), ".lora_down.weight", ".lora_up.weight"),
+    "diffusers": Spelling(lambda part, hub_name, _: f"{part}.{hub_name}", ".lora.down.weight", ".lora.up.weight"),
+    "diffusers, with PEFT": Spelling(lambda part, hub_name, _: f"{part}.{hub_name}"),
+    "LyCORIS": Spelling(lambda part, hub_name, _: f"{part}.{hub_name}", ".lora_down.weight", ".lora_up.weight"),
+}
+
+
+@pytest.mark.parametrize("name", TITLES)
+def test_inspect_says_whose_spelling_it_is(
+    kinds: dict[str, Kind], tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    kind, path = kinds["xl"], tmp_path / "x.safetensors"
+    lora = draw(kind.theirs)
+    save_file(spelled((SPELLINGS | MORE)[name], lora, kind.original), path)
+    assert main(["inspect", str(path)]) == 0
+    page = capsys.readouterr().out
+    assert re.search(rf"^  spelling +{re.escape(TITLES[name])}\n", page, re.MULTILINE)
+    for part, layers in lora.items():
+        assert re.search(rf"^  {part} +{len(layers)} layers: {len(layers)} LoRA of rank 2\n", page, re.MULTILINE)
+    assert re.search(r"^  unexpected +nothing\n", page, re.MULTILINE)
+
+
+def test_inspect_names_the_words_in_a_lora(
+    kinds: dict[str, Kind], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kind, path = kinds["sd"], tmp_path / "x.safetensors"
+    words = {f"bundle_emb.<cat>.{name}": torch.ones(1, 24) for name in ("clip_l", "clip_l_out")}
+    save_file(spelled(SPELLINGS["OneTrainer, OMI"], draw(kind.theirs, only=every(9)), kind.original) | words, path)
+    assert main(["inspect", str(path)]) == 0
+    assert re.search(r"  embeddings +<cat>.clip_l, <cat>.clip_l_out\n  unexpected +nothing", capsys.readouterr().out)
+
+
+def test_inspect_reads_a_folder_of_peft(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    layer = {"unet": "mid_block.resnets.0.conv1", "text_encoder": "encoder.layers.0.mlp.fc1"}
+    for part, name in layer.items():
+        (tmp_path / part).mkdir()
+        tensors = {f"base_model.model.{name}.lora_{letter}.weight": torch.ones(2, 2) for letter in "AB"}
+        save_file(tensors, tmp_path / part / "adapter_model.safetensors")
+        (tmp_path / part / "adapter_config.json").write_text('{"auto_mapping": null}')
+    assert main(["inspect", str(tmp_path)]) == 0
+    page = capsys.readouterr().out
+    assert "load_lora_weights(folder)" in page and re.search(r"  spelling +PEFT\n", page)
+    assert all(re.search(rf"  {part} +1 layers: 1 LoRA of rank 2\n", page) for part in layer)
+    assert main(["inspect", str(tmp_path / "unet" / "adapter_model.safetensors")]) == 0
+    assert "  unet " in capsys.readouterr().out
+    save_file({f"foo.lora_{letter}.weight": torch.ones(2, 2) for letter in "AB"}, tmp_path / "x.safetensors")
+    assert main(["inspect", str(tmp_path / "x.safetensors")]) == 0
+    assert re.search(r"  spelling +unknown\n", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("keys", [["emp_params", "emp_params_out"], ["clip_l", "clip_l_out"], ["text_encoders_0"]])
+def test_embeddings_are_told_from_lora(kinds: dict[str, Kind], keys: list[str]) -> None:
+    with pytest.raises(CheckpointError, match=r"\(it is a textual inversion: .*load_textual_inversion\(file\)"):
+        kinds["sd"].pipe.load_lora_weights({key: torch.ones(2, 24) for key in keys})
