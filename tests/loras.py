@@ -83,7 +83,7 @@ def attention(layer: tuple[int, str]) -> bool:
 
 def hub(name: str) -> str:
     """Return a name as it is on the Hub: transformers 5 has dropped "text_model." from one of its two encoders."""
-    return f"text_model.{name}" if name.startswith("encoder.") else name
+    return f"text_model.{name}" if name.startswith(("encoder.", "final_layer_norm")) else name
 
 
 def spell(lora: Matrices, name: Callable[[str, str], str], down: str, up: str) -> Tensors:

@@ -1,4 +1,4 @@
-"""The reference (diffusers, transformers) and the few tools that compare with it.
+"""The reference (diffusers, transformers, peft, LyCORIS) and the few tools that compare with it.
 
 ``from tests.theirs import diffusers`` imports the reference on first use: tests that do not need it do not wait for it.
 """
@@ -28,6 +28,15 @@ def __getattr__(name: str) -> ModuleType:
         transformers.utils.logging.set_verbosity_error()
         transformers.utils.logging.disable_progress_bar()
         return transformers
+    if name == "lycoris":
+        import lycoris
+
+        lycoris.logger.setLevel("ERROR")
+        return lycoris
+    if name == "peft":
+        import peft
+
+        return peft
     raise AttributeError(name)
 
 

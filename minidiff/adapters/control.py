@@ -5,7 +5,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from minidiff.adapters.lora import Adapters, LowRank, adapters_of, remove_adapters
+from minidiff.adapters.forms import Update, described
+from minidiff.adapters.lora import Adapters, adapters_of, remove_adapters
 from minidiff.adapters.lora_file import read_updates
 from minidiff.adapters.lora_weights import component_weights
 from minidiff.adapters.source import AdapterFile
@@ -17,17 +18,20 @@ logger = logging.getLogger("minidiff")
 
 @dataclass(frozen=True)
 class LoadedLora:
-    """What ``load_lora_weights`` did: the Hub names of the layers that it adapts in each network, with their ranks."""
+    """What ``load_lora_weights`` did: the Hub names of the layers that it changes in each network, with their ranks."""
 
     adapter_name: str
-    layers: dict[str, dict[str, int]]  # component -> Hub name of a layer -> rank
+    layers: dict[str, dict[str, int]]  # component -> Hub name of a layer -> rank, 0 where there is none
+    forms: dict[str, dict[str, str]]  # component -> Hub name of a layer -> form, see ``minidiff.adapters.forms``
+    words: tuple[str, ...] = ()  # the embeddings in the file
 
     def __str__(self) -> str:
         counts = []
         for component, ranks in self.layers.items():
-            spread = "-".join(str(rank) for rank in sorted({min(ranks.values()), max(ranks.values())}))
-            counts.append(f"{len(ranks)} layers of {component} (rank {spread})")
-        return f"LoRA {self.adapter_name!r} adapts {', '.join(counts)}"
+            kinds = described(zip(self.forms[component].values(), ranks.values(), strict=True))
+            counts.append(f"{len(ranks)} layers of {component} ({kinds})")
+        brings = f", and brings the words {', '.join(self.words)}" if self.words else ""
+        return f"LoRA {self.adapter_name!r} adapts {', '.join(counts)}{brings}"
 
 
 class AdapterControl:
@@ -81,7 +85,7 @@ class AdapterControl:
         for adapters in self._all_adapters().values():
             adapters.enable(True)
 
-    def _add_lora(self, file: AdapterFile, name: str) -> LoadedLora:
+    def _add_lora(self, file: AdapterFile, name: str, words: tuple[str, ...] = ()) -> LoadedLora:
         """Add an adapter to the networks that its file is for, in the place of one of this name if there is one."""
         networks = self._lora_networks()
         updates = read_updates(file, networks)
@@ -92,15 +96,15 @@ class AdapterControl:
                 there[component].swap(name, layers)
             elif layers:
                 self._add_to(network, component, name, layers)
-        ranks = {
-            component: {layer.hub: len(update.down) for layer, update in layers.items()}
-            for component, layers in updates.items()
-        }
-        loaded = LoadedLora(name, ranks)
+        ranks, forms = (
+            {part: {layer.hub: getattr(one, field) for layer, one in found.items()} for part, found in updates.items()}
+            for field in ("rank", "form")
+        )
+        loaded = LoadedLora(name, ranks, forms, words)
         logger.info("%s", loaded)
         return loaded
 
-    def _add_to(self, network: Model, component: str, name: str, layers: Mapping[str, tuple[str, LowRank]]) -> None:
+    def _add_to(self, network: Model, component: str, name: str, layers: Mapping[str, tuple[str, Update]]) -> None:
         """Add an adapter to a network; those that are fused there are taken out of the weights."""
         if adapters_of(network) is None:
             network._lora = Adapters(network)

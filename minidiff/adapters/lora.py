@@ -1,25 +1,28 @@
-"""Low-rank adaptation (LoRA): a layer's weight W becomes W + s B A, with A and B of a rank far below that of W.
+"""The adapters of a network: which of them change which layers, and how much (``minidiff.adapters.forms`` says how).
 
-    y = W x + s B (A x)        A: (r, I), B: (O, r), s = alpha / r        linear layer (O, I)
-                               A: (r, I, h, w), B: (O, r, 1, 1)           convolution (O, I, h, w), in the place of W
+    y = W x + b + s B (A x)                    LoRA: A (r, I), B (O, r), s = alpha / r for a linear layer (O, I); for a
+                                               convolution (O, I, h, w) in its place A (r, I, h, w), B (O, r, 1, 1)
+    y = W x + b + (W' - W) x + (b' - b)        every other form
 
 Hu et al. 2021 (https://arxiv.org/abs/2106.09685), section 4.1; convolutions as in kohya's LoCon. Checked against
 ``peft.tuners.lora`` as diffusers uses it.
 
-The network keeps its modules, its weights and their names. A forward hook on each adapted layer adds s B (A x) to the
-layer's output; A and B are buffers of the layer that are not saved, so that they follow it to other devices and dtypes.
+The network keeps its modules, its weights and their names. A forward hook on each adapted layer adds the last terms to
+the layer's output; it computes W' at every call, ``fuse`` once. The tensors of an adapter are buffers of the layer that
+are not saved, so that they follow it to other devices and dtypes.
 """
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from minidiff.adapters.forms import Update, changed
 from minidiff.errors import check_number
 
 # What all adapters are multiplied with in the call that is under way. Each thread has its own.
@@ -39,29 +42,25 @@ def lora_scaled(scale: float | None) -> Iterator[None]:
         _call_scale.reset(before)
 
 
-class LowRank(NamedTuple):
-    """The update s B A of one layer."""
-
-    down: Tensor  # A
-    up: Tensor  # B
-    scale: float  # s
-
-
 class LoraLayer:
-    """The updates of one layer by several adapters; as a forward hook, it adds those that are active."""
+    """The updates of one layer by several adapters; as a forward hook, it applies those that are active."""
 
-    def __init__(self, module: nn.Linear | nn.Conv2d, hub: str) -> None:
+    def __init__(self, module: nn.Module, hub: str) -> None:
         self.module, self.hub = module, hub
-        self.scales: dict[str, float] = {}  # adapter -> s
-        self.active: tuple[tuple[str, float], ...] = ()  # (adapter, s times its weight); replaced, never changed
-        self.original: nn.Parameter | None = None  # W, while the module's weight is W + s B A
+        self.forms: dict[str, Update] = {}  # adapter -> its update, with None for the tensors
+        self.active: tuple[tuple[str, float], ...] = ()  # (adapter, its weight); replaced, never changed
+        self.originals: dict[str, nn.Parameter] = {}  # W and b, while the module's are others
         module.register_forward_hook(self)
 
     def __call__(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
         scale = _call_scale.get()
-        for adapter, factor in self.active:
+        if any(self.forms[adapter].parts.keys() != {"down", "up"} for adapter, _ in self.active):
+            (W, b), (W_0, b_0) = self.changed(scale), self.own()
+            return output + _computed(module, args[0], W - W_0, None if b is None else b - b_0)
+        for adapter, weight in self.active:
             down, up = self.matrices(adapter)
-            output = torch.add(output, self._low_rank(args[0], down, up), alpha=factor * scale)
+            factor = self.forms[adapter].scale * weight * scale
+            output = torch.add(output, self._low_rank(args[0], down, up), alpha=factor)
         return output
 
     def _low_rank(self, x: Tensor, down: Tensor, up: Tensor) -> Tensor:
@@ -71,55 +70,73 @@ class LoraLayer:
         return F.linear(F.linear(x, down), up)
 
     def matrices(self, adapter: str) -> tuple[Tensor, Tensor]:
-        """Return A and B of an adapter."""
+        """Return A and B of an adapter that is LoRA here."""
         buffers = self.module._buffers
-        return buffers[f"lora_{adapter}_A"], buffers[f"lora_{adapter}_B"]
+        return buffers[f"lora_{adapter}_down"], buffers[f"lora_{adapter}_up"]
 
-    def add(self, adapter: str, update: LowRank) -> None:
-        """Take over the matrices of an adapter, in the layer's layout, dtype and device."""
+    def update(self, adapter: str) -> Update:
+        """Return what an adapter does here."""
+        form, buffers = self.forms[adapter], self.module._buffers
+        return form._replace(parts={part: buffers[f"lora_{adapter}_{part}"] for part in form.parts})
+
+    def add(self, adapter: str, update: Update) -> None:
+        """Take over the tensors of an adapter, in the layer's layout, dtype and device."""
         weight = self.module.weight
-        for letter, matrix in (("A", update.down), ("B", update.up)):
-            shape = matrix.shape if weight.ndim == 4 else matrix.shape[:2]  # a 1x1 convolution is a linear layer
-            buffer = matrix.detach().reshape(shape).to(weight)
-            self.module.register_buffer(f"lora_{adapter}_{letter}", buffer, persistent=False)
-        self.scales[adapter] = update.scale
+        for part, tensor in update.parts.items():
+            shape = tensor.shape if weight.ndim == 4 else tensor.shape[:2]  # a 1x1 convolution is a linear layer
+            if weight.ndim == 4 and part in ("down", "up"):
+                shape = (*shape, 1, 1)[:4]
+            buffer = tensor.detach().reshape(shape).to(weight)
+            self.module.register_buffer(f"lora_{adapter}_{part}", buffer, persistent=False)
+        self.forms[adapter] = update._replace(parts=dict.fromkeys(update.parts))
 
     def remove(self, adapter: str) -> None:
         """Forget an adapter; without any, the layer is what it was."""
-        del self.scales[adapter]
-        for letter in "AB":
-            del self.module._buffers[f"lora_{adapter}_{letter}"]
-            self.module._non_persistent_buffers_set.discard(f"lora_{adapter}_{letter}")
-        if not self.scales:
+        for part in self.forms.pop(adapter).parts:
+            del self.module._buffers[f"lora_{adapter}_{part}"]
+            self.module._non_persistent_buffers_set.discard(f"lora_{adapter}_{part}")
+        if not self.forms:
             for number, hook in list(self.module._forward_hooks.items()):
                 if hook is self:
                     del self.module._forward_hooks[number]
 
-    def fused(self, factor: float) -> Tensor:
-        """Return W + factor s B A of all adapters that are active.
+    def own(self) -> tuple[Tensor, Tensor | None]:
+        """Return W and b, as the layer computes with them."""
+        return self.module.weight, self.module.bias
 
-        Products of half precision are computed in float32, as in the reference.
-        """
-        weight = self.module.weight.detach()
-        for adapter, scale in self.active:
-            down, up = self.matrices(adapter)
-            if down.dtype in (torch.float16, torch.bfloat16):
-                down, up = down.float(), up.float()
-            delta = (up.flatten(1) @ down.flatten(1)).reshape(weight.shape) * (scale * factor)
-            weight = weight + delta.to(weight.dtype)
-        return weight
+    def changed(self, factor: float) -> tuple[Tensor, Tensor | None]:
+        """Return W' and b', changed by ``factor`` times all adapters that are active, in their order."""
+        W, b = W_0, _ = self.own()
+        for adapter, weight in self.active:
+            W, b = changed(W, b, self.update(adapter), weight * factor, W_0)
+        return W, b
 
-    def fuse(self, weight: Tensor) -> None:
-        """Put ``weight`` in the place of W, which is kept: not its values, the very tensor."""
-        self.original = self.module.weight
-        self.module.weight = nn.Parameter(weight, requires_grad=self.original.requires_grad)
+    def fuse(self, weight: Tensor, bias: Tensor | None) -> None:
+        """Put these in the place of W and b, which are kept: not their values, the very tensors."""
+        for name, tensor in (("weight", weight), ("bias", bias)):
+            if tensor is not (original := getattr(self.module, name)):
+                self.originals[name] = original
+                setattr(self.module, name, nn.Parameter(tensor.detach(), requires_grad=original.requires_grad))
 
     def unfuse(self) -> None:
-        """Put W back, where the layer is now."""
-        current, original = self.module.weight, self.original
-        if (current.dtype, current.device) != (original.dtype, original.device):  # moved while fused
-            original = nn.Parameter(original.detach().to(current), requires_grad=original.requires_grad)
-        self.module.weight, self.original = original, None
+        """Put W and b back, where the layer is now."""
+        for name, original in self.originals.items():
+            current = getattr(self.module, name)
+            if (current.dtype, current.device) != (original.dtype, original.device):  # moved while fused
+                original = nn.Parameter(original.detach().to(current), requires_grad=original.requires_grad)
+            setattr(self.module, name, original)
+        self.originals = {}
+
+
+def _computed(module: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Return what a layer makes of x with this weight and bias."""
+    if isinstance(module, nn.Linear):
+        return F.linear(x, weight, bias)
+    if isinstance(module, nn.Conv2d):
+        return module._conv_forward(x, weight, bias)
+    if isinstance(module, nn.GroupNorm):
+        return F.group_norm(x, module.num_groups, weight, bias, module.eps)
+    return F.layer_norm(x, module.normalized_shape, weight, bias, module.eps)
 
 
 Weight = float | Mapping[str, float]  # of an adapter; or of each part of a network, by the beginning of its Hub names
@@ -137,20 +154,20 @@ class Adapters:
         self.enabled = True
         self.fused: tuple[str, ...] = ()  # the adapters that are part of the weights now
 
-    def add(self, adapter: str, updates: Mapping[str, tuple[str, LowRank]]) -> None:
+    def add(self, adapter: str, updates: Mapping[str, tuple[str, Update]]) -> None:
         """Add an adapter, {our layer: (Hub name, update)}, and make it the only active one, as the reference does."""
         self._attach(adapter, updates)
         self.names.append(adapter)
         self.activate({adapter: 1.0})
 
-    def swap(self, adapter: str, updates: Mapping[str, tuple[str, LowRank]]) -> None:
+    def swap(self, adapter: str, updates: Mapping[str, tuple[str, Update]]) -> None:
         """Give an adapter other matrices. It stays active or not; its weight becomes 1, as in the reference."""
         self._detach(adapter)
         self._attach(adapter, updates)
         self.weights[adapter] = 1.0
         self._apply()
 
-    def _attach(self, adapter: str, updates: Mapping[str, tuple[str, LowRank]]) -> None:
+    def _attach(self, adapter: str, updates: Mapping[str, tuple[str, Update]]) -> None:
         for name, (hub, update) in updates.items():
             if name not in self.layers:
                 self.layers[name] = LoraLayer(self.network.get_submodule(name), hub)
@@ -158,9 +175,9 @@ class Adapters:
 
     def _detach(self, adapter: str) -> None:
         for layer in self.layers.values():
-            if adapter in layer.scales:
+            if adapter in layer.forms:
                 layer.remove(adapter)
-        self.layers = {name: layer for name, layer in self.layers.items() if layer.scales}
+        self.layers = {name: layer for name, layer in self.layers.items() if layer.forms}
 
     def activate(self, weights: Mapping[str, Weight]) -> None:
         """Make these adapters the active ones; names that the network does not have are left out."""
@@ -184,19 +201,19 @@ class Adapters:
 
     def fuse(self, factor: float, safe: bool) -> None:
         """Make the active adapters part of the weights. ``safe``: raise and change nothing if one is not finite."""
-        weights = {name: layer.fused(factor) for name, layer in self.layers.items() if layer.active}
-        if safe and (wrong := [name for name, weight in weights.items() if not weight.isfinite().all()]):
+        with torch.no_grad():
+            new = {name: layer.changed(factor) for name, layer in self.layers.items() if layer.active}
+        if safe and (wrong := [name for name, both in new.items() if not all(map(_is_finite, both))]):
             raise ValueError(f"fusing makes weights that are not finite, in {', '.join(wrong)}; nothing was changed")
-        for name, weight in weights.items():
-            self.layers[name].fuse(weight)
+        for name, (weight, bias) in new.items():
+            self.layers[name].fuse(weight, bias)
         self.fused = self.active
         self._apply()
 
     def unfuse(self) -> None:
         """Put the original weights back."""
         for layer in self.layers.values():
-            if layer.original is not None:
-                layer.unfuse()
+            layer.unfuse()
         self.fused = ()
         self._apply()
 
@@ -204,10 +221,12 @@ class Adapters:
         """Tell each layer which adapters it is to add."""
         active = self.active if self.enabled and not self.fused else ()
         for layer in self.layers.values():
-            names = [name for name in active if name in layer.scales]
-            layer.active = tuple(
-                (name, _of_layer(self.weights[name], layer.hub) * layer.scales[name]) for name in names
-            )
+            names = [name for name in active if name in layer.forms]
+            layer.active = tuple((name, _of_layer(self.weights[name], layer.hub)) for name in names)
+
+
+def _is_finite(tensor: Tensor | None) -> bool:
+    return tensor is None or bool(tensor.isfinite().all())
 
 
 def _of_layer(weight: Weight, hub: str) -> float:
@@ -230,32 +249,11 @@ def remove_adapters(network: nn.Module) -> None:
     del network._lora
 
 
-def check_updates(network: nn.Module, updates: Iterable[tuple[str, str, Tensor, str, Tensor]]) -> list[str]:
-    """Return a line for each matrix that does not fit its layer: (our layer, key, down, key, up)."""
-    problems = []
-    for layer, down_key, down, up_key, up in updates:
-        weight = network.get_submodule(layer).weight
-        C_out, C_in, *kernel = weight.shape
-        r = down.shape[0] if down.ndim else 0
-        ones = (1,) * len(kernel)
-        for key, matrix, expected in ((down_key, down, (r, C_in, *kernel)), (up_key, up, (C_out, r, *ones))):
-            also = expected if kernel else (*expected, 1, 1)  # a linear layer may be stored as a 1x1 convolution
-            if tuple(matrix.shape) not in (expected, also) or r == 0:
-                wanted = ("r", *expected[1:]) if matrix is down else (expected[0], "r", *expected[2:])
-                problems.append(
-                    f"{key} is {tuple(matrix.shape)}, expected ({', '.join(map(str, wanted))})"
-                    + (f" with the rank r = {r} of {down_key}" if matrix is up else "")
-                )
-            elif weight.dtype == torch.float16 and not matrix.to(weight.dtype).isfinite().all():
-                problems.append(f"{key} is not finite in {weight.dtype}, the dtype of its layer: load in another")
-    return problems
-
-
-def scale_from(key: str, alpha: Tensor, rank: int) -> float:
-    """Return s = alpha / r. Raise ``ValueError`` if alpha is not one finite number."""
+def alpha_of(key: str, alpha: Tensor) -> float:
+    """Return alpha. Raise ``ValueError`` if alpha is not one finite number."""
     if alpha.numel() != 1 or not math.isfinite(alpha.item()):
         raise ValueError(f"{key} should be one finite number, found {alpha.tolist()}")
-    return alpha.item() / rank
+    return alpha.item()
 
 
 def scale_argument(arguments: Mapping[str, Any] | None) -> float:

@@ -1,8 +1,9 @@
-"""What the header of a PEFT file says of its LoRA layers: alpha, and the variants of LoRA that it asks for.
+"""What PEFT says of the LoRA layers in a file: alpha, and the variants of LoRA that it asks for.
 
 diffusers writes the fields of ``peft.LoraConfig`` as JSON under ``lora_adapter_metadata``, each with its component in
 front: ``{"unet.r": 8, "unet.lora_alpha": 16, "unet.alpha_pattern": {"attn1.to_q": 4}}``. A pattern is a regular
-expression for the end of a layer's name.
+expression for the end of a layer's name. PEFT itself writes them, for one network, into ``adapter_config.json`` beside
+the file.
 """
 
 import json
@@ -14,13 +15,18 @@ from typing import Any
 from minidiff.errors import CheckpointError, check_number
 
 KEY = "lora_adapter_metadata"
+CONFIG_NAME, WEIGHTS_NAME = "adapter_config.json", "adapter_model.safetensors"  # in a folder of PEFT
+COMPONENTS = ("unet", "text_encoder", "text_encoder_2")
 
-_USED = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora")
+_CLASSES = {"CLIPTextModel": "text_encoder", "CLIPTextModelWithProjection": "text_encoder_2"}  # all else is a UNet
+_KINDS = ("LORA", "LOHA", "LOKR")
+_USED = ("r", "alpha", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora")
 _IGNORED = frozenset(  # they concern training, or say which layers were chosen: the file shows that by its tensors
     """
     peft_type task_type auto_mapping peft_version base_model_name_or_path revision inference_mode runtime_config
     target_modules exclude_modules layers_to_transform layers_pattern lora_dropout loftq_config megatron_config
-    megatron_core qalora_group_size ensure_weight_tying
+    megatron_core qalora_group_size ensure_weight_tying lora_bias
+    rank_dropout module_dropout rank_dropout_scale init_weights use_effective_conv2d decompose_both decompose_factor
     """.split()
 )
 _HARMLESS = {  # field -> values that ask for nothing; all others need None, False or an empty value
@@ -35,22 +41,23 @@ def layer_configs(metadata: Mapping[str, str], components: Iterable[str]) -> dic
     Raises:
         CheckpointError: if the header is no JSON object, or a field asks for what is not implemented.
     """
-    if KEY not in metadata:
+    key = CONFIG_NAME if CONFIG_NAME in metadata else KEY
+    if key not in metadata:
         return {}
     try:
-        fields = json.loads(metadata[KEY])
+        fields = json.loads(metadata[key])
     except json.JSONDecodeError as error:
-        raise CheckpointError(f"{KEY} in the file's header is not JSON: {error}") from error
+        raise CheckpointError(f"{key} in the file's header is not JSON: {error}") from error
     if not isinstance(fields, dict):
-        raise CheckpointError(f"{KEY} in the file's header should be an object, found {type(fields).__name__}")
+        raise CheckpointError(f"{key} in the file's header should be an object, found {type(fields).__name__}")
     configs: dict[str, dict[str, Any]] = {}
     for name, value in fields.items():
         component, _, field = name.partition(".")
         if component not in components:
-            raise CheckpointError(f"{KEY} has {name!r}, but this pipeline has only {', '.join(components)}")
+            raise CheckpointError(f"{key} has {name!r}, but this pipeline has only {', '.join(components)}")
         configs.setdefault(component, {})[field] = value
         if field not in _USED and field not in _IGNORED and not _is_harmless(field, value):
-            raise CheckpointError(f"{KEY} asks for {name} = {value!r}, which minidiff does not implement")
+            raise CheckpointError(f"{key} asks for {name} = {value!r}, which minidiff does not implement")
     return configs
 
 
@@ -59,18 +66,20 @@ def _is_harmless(field: str, value: Any) -> bool:
 
 
 def scale_of(config: Mapping[str, Any], layer: str, rank: int) -> float:
-    """Return what the product of the two matrices of a layer is multiplied with: alpha / r, or alpha / sqrt(r).
+    """Return what the change of a layer is multiplied with: alpha / r, or alpha / sqrt(r).
 
-    The second is rank-stabilised LoRA, Kalajdzievski 2023 (https://arxiv.org/abs/2312.03732).
+    The second is rank-stabilised LoRA, Kalajdzievski 2023 (https://arxiv.org/abs/2312.03732). A LoKr whose tensors have
+    no rank (0) has that of the header, 1 without one.
 
     Raises:
         CheckpointError: if the header speaks of another rank than the tensors have.
         TypeError, ValueError: if its alpha is no finite number.
     """
     r = _of_layer(config, "rank_pattern", layer, config.get("r", rank))
-    if r != rank:
+    if rank and r != rank:
         raise CheckpointError(f"{layer} has rank {rank}, but the file's header says r = {r!r}")
-    alpha = _of_layer(config, "alpha_pattern", layer, config.get("lora_alpha", rank))
+    rank = rank or r or 1
+    alpha = _of_layer(config, "alpha_pattern", layer, config.get("lora_alpha", config.get("alpha", rank)))
     check_number(f"{layer}: lora_alpha in the file's header", alpha)
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
@@ -80,3 +89,15 @@ def _of_layer(config: Mapping[str, Any], field: str, layer: str, default: Any) -
         if re.fullmatch(rf"(.*\.)?({pattern})", layer):
             return value
     return default
+
+
+def component_of(config: Mapping[str, Any]) -> str:
+    """Return the component that an ``adapter_config.json`` is for, by the class of the network that PEFT has noted.
+
+    Raises:
+        CheckpointError: if it is of another kind of adapter than LoRA, LoHa and LoKr.
+    """
+    if (kind := config.get("peft_type", "LORA")) not in _KINDS:
+        known = ", ".join(_KINDS)
+        raise CheckpointError(f"{CONFIG_NAME} has peft_type = {kind!r}: of PEFT's adapters minidiff reads only {known}")
+    return _CLASSES.get((config.get("auto_mapping") or {}).get("base_model_class", ""), "unet")

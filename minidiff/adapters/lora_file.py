@@ -4,31 +4,32 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from minidiff.adapters.lora import LowRank, check_updates, scale_from
+from minidiff.adapters.forms import Keyed, Update, read_update
+from minidiff.adapters.lora import alpha_of
 from minidiff.adapters.lora_config import layer_configs, scale_of
-from minidiff.adapters.lora_names import Found, LayerName, LoraNames, sort_tensors
+from minidiff.adapters.lora_names import LayerName, LoraNames, sort_tensors
 from minidiff.adapters.source import AdapterFile
 from minidiff.checkpoints.model import Model
 from minidiff.checkpoints.original.families import FAMILIES, no_adapter
 from minidiff.errors import CheckpointError, shortened
 
 FILE_NAME = "pytorch_lora_weights.safetensors"
-_READS_TEXT = re.compile(r".*attn2[._].*to_[kv][._].*(lora_A|down)\.weight")  # its width is that of the text
+_READS_TEXT = re.compile(r".*attn2[._].*to_[kv][._].*(lora_A|down)(\.\w+)?\.weight")  # its width is that of the text
 _SAYS_FAMILY = ("ss_base_model_version", "modelspec.architecture")  # kohya's metadata, and ModelSpec's
 
 
-def read_updates(file: AdapterFile, networks: Mapping[str, Model]) -> dict[str, dict[LayerName, LowRank]]:
+def read_updates(file: AdapterFile, networks: Mapping[str, Model]) -> dict[str, dict[LayerName, Update]]:
     """Return the updates in a file, component by component; raise one ``CheckpointError`` with all that is wrong."""
     layers, problems = sort_tensors(file.tensors, LoraNames(networks))
-    for component, network in networks.items():
-        mine = [(layer.ours, *found.down, *found.up) for layer, found in layers.items() if layer.component == component]
-        problems += check_updates(network, mine)
     configs = layer_configs(file.metadata, tuple(networks))
-    updates: dict[str, dict[LayerName, LowRank]] = {}
-    for layer, found in layers.items():
+    updates: dict[str, dict[LayerName, Update]] = {}
+    for layer, given in layers.items():
+        module = networks[layer.component].get_submodule(layer.ours)
         try:
-            scale = _scale(layer, found, configs)
-            updates.setdefault(layer.component, {})[layer] = LowRank(found.down[1], found.up[1], scale)
+            update, wrong = read_update(given, module.weight, module.bias)
+            problems += wrong
+            scale = 1.0 if wrong else _scale(layer, given, update, configs)
+            updates.setdefault(layer.component, {})[layer] = update._replace(scale=scale)
         except (TypeError, ValueError) as error:
             problems.append(str(error))
     if problems:
@@ -52,13 +53,18 @@ def _whose(file: AdapterFile, networks: Mapping[str, Model]) -> str | None:
     return f"{said} in its header is {file.metadata[said]!r}" if said else None
 
 
-def _scale(layer: LayerName, found: Found, configs: Mapping[str, Mapping[str, Any]]) -> float:
-    """Return s of a layer: from the file's header, or its own alpha."""
-    rank = found.down[1].shape[0] if found.down[1].ndim else 0
-    if rank == 0:
-        return 1.0  # a wrong shape, which is reported
-    if found.alpha is None:
-        return scale_of(configs.get(layer.component, {}), layer.hub, rank)
-    if layer.component in configs:
-        raise ValueError(f"{found.alpha[0]}: the file's header gives an alpha too; there should be one")
-    return scale_from(*found.alpha, rank)
+def _scale(layer: LayerName, given: Keyed, update: Update, configs: Mapping[str, Mapping[str, Any]]) -> float:
+    """Return s of a layer: from the file's header, or its own alpha; 1 for what has no rank."""
+    if "alpha" in given and layer.component in configs:
+        raise ValueError(f"{given['alpha'][0]}: the file's header gives an alpha too; there should be one")
+    if "alpha" in given and update.form == "difference":
+        raise ValueError(f"{given['alpha'][0]}: its layer has a difference, which has no rank to divide it by")
+    if configs.get(layer.component, {}).get("use_dora") and update.form != "DoRA":
+        raise ValueError(f"the file's header says that {layer.hub} is DoRA, but it has no lora_magnitude_vector")
+    if "alpha" in given:
+        alpha = alpha_of(*given["alpha"])
+        return alpha / update.rank if update.rank else 1.0
+    # Patterns are for the names in the file; transformers 5 has dropped "text_model." from those of one encoder.
+    hub = any(layer.hub in key for key, _ in given.values())
+    name = layer.hub if hub else layer.hub.removeprefix("text_model.")
+    return 1.0 if update.form == "difference" else scale_of(configs.get(layer.component, {}), name, update.rank)

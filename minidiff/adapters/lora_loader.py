@@ -17,14 +17,14 @@ from typing import Any
 
 from torch import Tensor
 
+from minidiff.adapters.bundled import forget_words, split_words, teach_words
 from minidiff.adapters.control import AdapterControl, LoadedLora
+from minidiff.adapters.lora_config import COMPONENTS
 from minidiff.adapters.lora_file import FILE_NAME
 from minidiff.adapters.source import options_of, read_adapter
 from minidiff.checkpoints.model import Model
 
 logger = logging.getLogger("minidiff")
-
-COMPONENTS = ("unet", "text_encoder", "text_encoder_2")
 
 
 class LoraLoader(AdapterControl):
@@ -47,30 +47,48 @@ class LoraLoader(AdapterControl):
         anything is changed. The spellings are listed in ``minidiff.adapters.lora_names``.
 
         Args:
-            pretrained_model_name_or_path_or_dict: a safetensors file, a folder, a Hub id, or tensors by name.
+            pretrained_model_name_or_path_or_dict: a safetensors file, a folder, a Hub id, or tensors by name. A folder
+                of PEFT has ``adapter_config.json``, or one for each network in ``unet/`` and ``text_encoder/``.
             adapter_name: what to call it; default: default_0, default_1...
             hotswap: whether it takes the place of the adapter of this name: active or not as that one, at the weight 1.
             options: ``weight_name``, the file in the folder or repository (default: pytorch_lora_weights.safetensors,
                 or the only safetensors file there); ``subfolder``, ``revision``, ``cache_dir``, ``token``,
                 ``local_files_only`` and ``force_download`` as of ``from_pretrained``.
 
+        Embeddings inside the file (``minidiff.adapters.bundled``) are learned, and forgotten when it is unloaded.
+
         Returns:
-            which layers it adapts; the same is logged.
+            which layers it adapts and which words it brings; the same is logged.
 
         Raises:
             CheckpointError: one error with all tensors that have no layer in this pipeline, lack their other matrix,
                 have a wrong shape, or belong to a kind of adapter that is not implemented.
             CheckpointNotFoundError: if there is no such file.
-            ValueError: if the name is taken, or, with ``hotswap``, if it is not, or fused.
+            ValueError: if the name is taken, or, with ``hotswap``, if it is not, or fused; if a word of the file is
+                known already, or ``hotswap`` would exchange words.
         """
         options = options_of("load_lora_weights", options)
         name = self._name_to_swap(adapter_name) if hotswap else self._new_name(adapter_name)
         file = read_adapter(pretrained_model_name_or_path_or_dict, FILE_NAME, **options)
-        return self._add_lora(file, name)
+        file, words = split_words(file, self.components)
+        if words and hotswap:
+            raise ValueError(f"{file.label} brings words, which hotswap=True cannot exchange: delete {name!r} first")
+        loaded = self._add_lora(file, name, tuple(dict.fromkeys(word.token for new in words.values() for word in new)))
+        teach_words(words, self.components, name)
+        return loaded
 
     def unload_lora_weights(self) -> None:
-        """Remove all adapters. The weights are bit for bit the originals; but those that are fused stay so."""
+        """Remove all adapters and the words that came with them. The weights are bit for bit the originals; but those
+        that are fused stay so, and their words."""
+        fused = self.fused_loras
         self._remove_all()
+        forget_words(self.components, set(), fused)
+
+    def delete_adapters(self, adapter_names: str | Sequence[str]) -> None:
+        """Remove some adapters and the words that came with them; one that is not there costs a warning. Where no
+        active one is left, the oldest becomes active, as in the reference."""
+        super().delete_adapters(adapter_names)
+        forget_words(self.components, self._names(), set())
 
     # --- which of them count, and how much ---------------------------------------------------------------------------
 

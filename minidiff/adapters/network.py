@@ -17,9 +17,11 @@ from torch import Tensor
 
 from minidiff.adapters.control import AdapterControl, LoadedLora
 from minidiff.adapters.lora import LoraLayer, adapters_of
-from minidiff.adapters.lora_config import KEY
+from minidiff.adapters.lora_config import CONFIG_NAME, KEY
 from minidiff.adapters.lora_file import FILE_NAME
+from minidiff.adapters.lora_names import SAVED
 from minidiff.adapters.source import AdapterFile, options_of, read_adapter
+from minidiff.checkpoints.remap import CONV1X1
 from minidiff.checkpoints.save import save_tensors
 from minidiff.config import Config
 from minidiff.errors import CheckpointError
@@ -46,17 +48,22 @@ class AdaptedNetwork(AdapterControl):
 
         Args:
             pretrained_model_name_or_path_or_dict: as in ``LoraLoader.load_lora_weights``, likewise what is not named.
-            prefix: what stands before the names of this network in the file; others are left alone. None: nothing.
+            prefix: what stands before the names of this network in the file; others are left alone. None: nothing. It
+                does not count for a folder of PEFT.
 
         Raises:
             CheckpointError: if no name begins with the prefix; else as ``load_lora_weights``.
         """
         options = options_of("load_lora_adapter", options)
-        label, tensors, header = read_adapter(pretrained_model_name_or_path_or_dict, FILE_NAME, **options)
+        label, tensors, header, of_peft = read_adapter(pretrained_model_name_or_path_or_dict, FILE_NAME, **options)
+        if of_peft:
+            parts = {key.partition(".")[0] for key in tensors}
+            prefix = self.lora_component if len(parts) > 1 else parts.pop()
         if not (mine := self._of_component(tensors, prefix)):
             raise CheckpointError(f"no tensor of {label} begins with '{prefix}.'; pass prefix='unet', or None for none")
-        if KEY in header and isinstance(fields := json.loads(header[KEY]), dict):
-            header = {**header, KEY: json.dumps(self._of_component(fields, prefix))}
+        for key in {KEY, CONFIG_NAME} & header.keys():
+            if isinstance(fields := json.loads(header[key]), dict):
+                header = {**header, key: json.dumps(self._of_component(fields, prefix))}
         name = self._name_to_swap(adapter_name) if hotswap else self._new_name(adapter_name)
         return self._add_lora(AdapterFile(label, mine, header), name)
 
@@ -76,6 +83,8 @@ class AdaptedNetwork(AdapterControl):
     ) -> None:
         """Write an adapter in PEFT's spelling, without a prefix; ranks and alphas stand in the header.
 
+        Forms that the reference cannot save are written under the names of LyCORIS.
+
         Args:
             save_directory: made if it does not exist.
             adapter_name: which.
@@ -86,9 +95,12 @@ class AdaptedNetwork(AdapterControl):
             raise CheckpointError("safe_serialization=False asks for a pickle; minidiff writes only safetensors")
         (name,) = self._known(adapter_name)
         tensors: dict[str, Tensor] = {}
+        ops = {row.hub[0].removesuffix(".weight"): row.hub_op for row in self.rows()}
         for layer in self._lora_layers(name):
-            down, up = layer.matrices(name)
-            tensors |= {f"{layer.hub}.lora_A.weight": down, f"{layer.hub}.lora_B.weight": up}
+            for part, tensor in layer.update(name).parts.items():
+                as_conv = tensor.ndim == 2 and ops[layer.hub] is CONV1X1
+                key = f"{layer.hub}.{SAVED.get(part, part)}"
+                tensors[key] = CONV1X1.from_ours((tensor,))[0] if as_conv else tensor
         if upcast_before_saving:
             tensors = {key: tensor.float() for key, tensor in tensors.items()}
         path = Path(save_directory, weight_name or FILE_NAME)
@@ -102,13 +114,16 @@ class AdaptedNetwork(AdapterControl):
         return {name: Config(self._lora_config(name)) for name in adapters.names}
 
     def _lora_layers(self, name: str) -> list[LoraLayer]:
-        return [layer for layer in adapters_of(self).layers.values() if name in layer.scales]
+        return [layer for layer in adapters_of(self).layers.values() if name in layer.forms]
 
     def _lora_config(self, name: str) -> dict[str, Any]:
-        ranks = {f"^{layer.hub}": len(layer.matrices(name)[0]) for layer in self._lora_layers(name)}
-        alphas = {f"^{layer.hub}": layer.scales[name] * ranks[f"^{layer.hub}"] for layer in self._lora_layers(name)}
+        forms = {f"^{layer.hub}": layer.forms[name] for layer in self._lora_layers(name)}
+        ranks = {key: form.rank or 1 for key, form in forms.items()}
+        alphas = {key: form.scale * ranks[key] for key, form in forms.items()}
         r, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
         fields: dict[str, Any] = {"r": r, "lora_alpha": alpha, "target_modules": [key[1:] for key in ranks]}
+        fields |= {"use_dora": True} if all("magnitude" in form.parts for form in forms.values()) else {}
+        fields |= {"lora_bias": True} if any("up_bias" in form.parts for form in forms.values()) else {}
         fields["rank_pattern"] = {key: value for key, value in ranks.items() if value != r}
         fields["alpha_pattern"] = {key: value for key, value in alphas.items() if value != alpha}
         return fields

@@ -1,17 +1,24 @@
-"""Where an adapter comes from: a mapping of tensors, a safetensors file, a folder or a repository on the Hub."""
+"""Where an adapter comes from: a mapping of tensors, a safetensors file, a folder or a repository on the Hub.
 
+A folder of PEFT's ``save_pretrained`` holds ``adapter_model.safetensors`` of one network, and ``adapter_config.json``;
+PEFT's examples write one for each network: ``unet/``, ``text_encoder/``.
+"""
+
+import json
 from collections.abc import Mapping
 from dataclasses import fields
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from minidiff.adapters.lora_config import COMPONENTS, CONFIG_NAME, WEIGHTS_NAME, component_of
 from minidiff.checkpoints.arguments import refuse_unless_harmless
 from minidiff.checkpoints.hub import PICKLES, WHY_NO_PICKLES, MissingFileError, NotCachedError, Repo
 from minidiff.checkpoints.load import STORED_DTYPES, OpenFile, read_header
 from minidiff.checkpoints.model import refuse_pickles
+from minidiff.config import read_json
 from minidiff.errors import CheckpointError, CheckpointNotFoundError, shortened
 
 _OPTIONS = {"weight_name", *(field.name for field in fields(Repo))} - {"source"}
@@ -22,7 +29,8 @@ class AdapterFile(NamedTuple):
 
     label: str  # the path, for error messages
     tensors: dict[str, Tensor]
-    metadata: dict[str, str]  # of the file's header
+    metadata: dict[str, str]  # of the file's header, or what lay beside it
+    of_peft: bool = False  # whether it is a folder of PEFT, whose names are given the component in front here
 
 
 def read_adapter(
@@ -48,9 +56,11 @@ def read_adapter(
         found = AdapterFile("the given state dict", dict(source), {})
     else:
         path = Path(source)
-        if not path.is_file():
-            path = _choose(Repo(source, **where), default_name, weight_name)
-        found = _read(path)
+        found = (
+            _read(Repo(path.parent), path)
+            if path.is_file()
+            else _find(Repo(source, **where), default_name, weight_name)
+        )
     if not found.tensors:
         raise CheckpointError(f"{found.label} holds no tensors")
     check_tensors(found.label, found.tensors)
@@ -93,6 +103,23 @@ def _kind(value: object) -> torch.dtype | None:
     return value.dtype if isinstance(value, Tensor) else None
 
 
+def _find(repo: Repo, default_name: str, weight_name: str | None) -> AdapterFile:
+    """Read the file that is meant, or else the folders of PEFT for several networks."""
+    try:
+        path = _choose(repo, default_name, weight_name)
+    except NotCachedError:
+        raise
+    except MissingFileError:
+        parts = [name for name in COMPONENTS if weight_name is None and CONFIG_NAME in repo.at(name).names()]
+        if not parts:
+            raise
+        files = [_read(repo.at(part), _choose(repo.at(part), WEIGHTS_NAME, None), part) for part in parts]
+        tensors = {key: tensor for file in files for key, tensor in file.tensors.items()}
+        fields = {key: value for file in files for key, value in json.loads(file.metadata[CONFIG_NAME]).items()}
+        return AdapterFile(str(repo), tensors, {CONFIG_NAME: json.dumps(fields)}, of_peft=True)
+    return _read(repo.at(str(PurePosixPath(weight_name or "").parent)), path)
+
+
 def _choose(repo: Repo, default_name: str, weight_name: str | None) -> Path:
     """Return the path of the file that is meant."""
     if weight_name is not None:
@@ -114,12 +141,19 @@ def _choose(repo: Repo, default_name: str, weight_name: str | None) -> Path:
             ) from error
         pickles = [name for name in names if name.endswith(PICKLES)]
         why = f"only {', '.join(pickles)}: {WHY_NO_PICKLES}" if pickles else f"only {', '.join(names) or 'nothing'}"
-        raise CheckpointNotFoundError(f"{repo} has no {default_name} and no other safetensors file, {why}") from error
+        raise MissingFileError(f"{repo} has no {default_name} and no other safetensors file, {why}") from error
 
 
-def _read(path: Path) -> AdapterFile:
+def _read(repo: Repo, path: Path, component: str | None = None) -> AdapterFile:
+    """Read a file of ``repo``; one of PEFT is for the component, by default the one that its configuration tells."""
     if path.name.endswith(PICKLES):
         raise CheckpointError(f"{path} is a pickle: {WHY_NO_PICKLES}")
     source = OpenFile(path)  # says what is wrong with a file that is not safetensors
     tensors = {one.name: source.mapped.get_tensor(one.name) for one in read_header(path.name, source)}
-    return AdapterFile(str(path), tensors, source.mapped.metadata() or {})
+    metadata = source.mapped.metadata() or {}
+    if path.name != WEIGHTS_NAME:
+        return AdapterFile(str(path), tensors, metadata)
+    config = read_json(repo.pinned(path).file(CONFIG_NAME))  # without it nobody knows alpha
+    told = component_of(config)
+    tensors, fields = ({f"{component or told}.{name}": one for name, one in part.items()} for part in (tensors, config))
+    return AdapterFile(str(path), tensors, {CONFIG_NAME: json.dumps(fields)}, of_peft=True)

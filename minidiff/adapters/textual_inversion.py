@@ -5,13 +5,18 @@
 Gal et al. 2022 (https://arxiv.org/abs/2208.01618), section 3. A word with n vectors is n tokens, and ``expand`` writes
 them into the prompt. Checked against ``diffusers.loaders.TextualInversionLoaderMixin``.
 
-========================  ==================================================
+========================  ==========================================================================================
 a file of                 holds
-========================  ==================================================
+========================  ==========================================================================================
 diffusers                 the token: (D,) or (n, D)
-A1111, SD 1.x and 2.x     ``emb_params``: (n, D)
+A1111, SD 1.x and 2.x     ``emb_params``: (n, D); OneTrainer spells it ``emp_params``
 A1111 and others, SDXL    ``clip_l``: (n, 768), ``clip_g``: (n, 1280)
-========================  ==================================================
+pivotal tuning            the same; before 2024 ``text_encoders_0``, ``text_encoders_1``
+OneTrainer                also ``clip_l_out``, ``clip_g_out``, ``emp_params_out``: as many vectors as without ``_out``
+========================  ==========================================================================================
+
+Vectors that end in ``_out`` take the place of what the encoder returns for their tokens, of the layer that the UNet
+reads (``minidiff.text.windows``): those without ``_out`` are zeros then.
 """
 
 import logging
@@ -38,8 +43,13 @@ Source = str | Path | Mapping[str, Tensor] | Tensor
 
 _STEM = "learned_embeds"  # diffusers' script for two encoders writes learned_embeds_2 beside it
 FILE_NAME = f"{_STEM}.safetensors"
-_ENCODERS = {"clip_l": "text_encoder", "clip_g": "text_encoder_2"}  # in files for two encoders
-_NAMELESS = "emb_params"  # in files that do not say what their token is called
+_ENCODERS = {  # in files for two encoders
+    "clip_l": "text_encoder",
+    "clip_g": "text_encoder_2",
+    "text_encoders_0": "text_encoder",
+    "text_encoders_1": "text_encoder_2",
+}
+_NAMELESS = ("emb_params", "emp_params")  # in files that do not say what their token is called
 
 
 class Word(NamedTuple):
@@ -48,6 +58,7 @@ class Word(NamedTuple):
     token: str
     vectors: Tensor
     label: str  # where it comes from, for error messages
+    outputs: Tensor | None = None  # (n, D): what the encoder is to return in their places
 
     @property
     def tokens(self) -> list[str]:
@@ -108,14 +119,10 @@ class TextualInversionLoader:
         words: dict[str, list[Word]] = {}  # component -> its new words
         for one, name in zip(sources, names, strict=False):
             read = _read(one, weight_name, where)
-            for component, label, key, vectors in _addressed(read, one, where, pairs, chosen):
-                words.setdefault(component, []).extend(_words(label, key, vectors, several or name))
-        for component, new in words.items():
-            _check(new, *pairs[component])
-        for component, new in words.items():
-            _learn(new, *pairs[component])
-            for word in new:
-                logger.info("%s knows %r now: %d vector(s)", component, word.token, len(word.vectors))
+            for vectors in addressed(read, one, where, pairs, chosen):
+                words.setdefault(vectors.component, []).extend(words_of(vectors, several or name))
+        check(words, pairs)
+        teach(words, pairs)
 
     def unload_textual_inversion(
         self,
@@ -141,7 +148,7 @@ class TextualInversionLoader:
             added = there[component]
             gone = {one for name in names if name in added for one in tokens_of(name, added)} if names else set(added)
             if gone:
-                _forget(gone, tokenizer, encoder)
+                forget(gone, tokenizer, encoder)
 
     def maybe_convert_prompt(self, prompt: str | list[str], tokenizer: CLIPTokenizer) -> str | list[str]:
         """Write out the tokens of words with several vectors, as the reference's method of this name does."""
@@ -149,12 +156,7 @@ class TextualInversionLoader:
 
     def _pairs(self, tokenizer: CLIPTokenizer | None, text_encoder: Model | None) -> dict[str, Pair]:
         """Return tokenizers and text encoders by component, the given ones alone if there are some."""
-        parts = self.components
-        pairs = {
-            f"text_encoder{suffix}": (parts[f"tokenizer{suffix}"], parts[f"text_encoder{suffix}"])
-            for suffix in ("", "_2")
-            if parts.get(f"tokenizer{suffix}") is not None and parts.get(f"text_encoder{suffix}") is not None
-        }
+        pairs = pairs_of(self.components)
         if tokenizer is None and text_encoder is None:
             if not pairs:
                 raise ValueError("this pipeline has no text encoder with a tokenizer")
@@ -165,63 +167,86 @@ class TextualInversionLoader:
         return {known[0] if known else "text_encoder": (tokenizer, text_encoder)}
 
 
+def pairs_of(parts: Mapping[str, Any]) -> dict[str, Pair]:
+    """Return the tokenizers and text encoders of a pipeline, by component."""
+    return {
+        f"text_encoder{suffix}": (parts[f"tokenizer{suffix}"], parts[f"text_encoder{suffix}"])
+        for suffix in ("", "_2")
+        if parts.get(f"tokenizer{suffix}") is not None and parts.get(f"text_encoder{suffix}") is not None
+    }
+
+
 # --- reading ---------------------------------------------------------------------------------------------------------
 
 
-Read = tuple[str | None, str, str, Tensor]  # component or None for the first, where it comes from, key, vectors
+class Read(NamedTuple):
+    """The vectors of a file for one text encoder."""
+
+    component: str | None  # None if the file does not say
+    label: str  # where it comes from
+    key: str
+    vectors: Tensor
+    outputs: Tensor | None = None
 
 
 def _read(source: Source, weight_name: str | None, where: Mapping[str, Any]) -> list[Read]:
     """Return the vectors of a source, for each text encoder that it is for."""
     if isinstance(source, Tensor):
-        check_tensors("the given tensor", {_NAMELESS: source})
-        return [(None, "the given tensor", _NAMELESS, source)]
+        check_tensors("the given tensor", {_NAMELESS[0]: source})
+        return [Read(None, "the given tensor", _NAMELESS[0], source)]
     if isinstance(source, Mapping) and "string_to_param" in source:
         raise CheckpointError(
             "string_to_param is the layout of A1111's pickles: pass state['string_to_param']['*'] and token= instead"
         )
-    label, tensors, _ = read_adapter(source, FILE_NAME, weight_name, **where)
-    if set(tensors) == set(_ENCODERS):
-        return [(_ENCODERS[key], label, key, vectors) for key, vectors in tensors.items()]
-    if len(tensors) != 1:
+    label, tensors, *_ = read_adapter(source, FILE_NAME, weight_name, **where)
+    return read_tensors(label, tensors)
+
+
+def read_tensors(label: str, tensors: Mapping[str, Tensor]) -> list[Read]:
+    """Return the vectors among the tensors of an embedding, for each text encoder that it is for."""
+    outputs = {f"{key}_out": key for key in (*_ENCODERS, *_NAMELESS)}
+    if alone := [key for key, of in outputs.items() if key in tensors and of not in tensors]:
+        raise CheckpointError(f"{label} holds {alone[0]} without {outputs[alone[0]]}: nothing says what goes in")
+    vectors = {key: one for key, one in tensors.items() if key not in outputs}
+    if len(vectors) != 1 and not (vectors and vectors.keys() <= _ENCODERS.keys()):
         if what := no_adapter(tensors, "a textual inversion"):
             raise CheckpointError(f"{label} is {what}")
         raise CheckpointError(
             f"{label} holds {', '.join(shortened(list(tensors)))}; expected one tensor under the name of its token or "
-            f"as {_NAMELESS}, or {' and '.join(_ENCODERS)}"
+            f"as {_NAMELESS[0]}, or clip_l and clip_g, or text_encoders_0 and text_encoders_1"
         )
-    ((key, vectors),) = tensors.items()
-    return [(_ENCODERS.get(key), label, key, vectors)]
+    return [Read(_ENCODERS.get(key), label, key, one, tensors.get(f"{key}_out")) for key, one in vectors.items()]
 
 
-def _addressed(
+def addressed(
     read: list[Read], source: Source, where: Mapping[str, Any], pairs: Mapping[str, Pair], chosen: bool
 ) -> list[Read]:
     """Return vectors with the text encoder that they go to, which the caller has ``chosen`` or the file says."""
     first = next(iter(pairs))
     if chosen:  # of a file for both, the other half is left alone
-        read = [(first, *rest) for component, *rest in read if len(read) == 1 or component == first]
+        read = [one._replace(component=first) for one in read if len(read) == 1 or one.component == first]
     elif len(pairs) == 2:
         read = _of_both(read, source, where, pairs)
-    read = [(component or first, *rest) for component, *rest in read]
-    if lost := [f"{label}: {key} is for {component}" for component, label, key, _ in read if component not in pairs]:
+    read = [one._replace(component=one.component or first) for one in read]
+    if lost := [f"{one.label}: {one.key} is for {one.component}" for one in read if one.component not in pairs]:
         raise ValueError(f"{lost[0]}, which this pipeline does not have")
     return read
 
 
 def _of_both(read: list[Read], source: Source, where: Mapping[str, Any], pairs: Mapping[str, Pair]) -> list[Read]:
     """Return vectors for both text encoders: of a file for one, with those of the file beside it."""
-    component, label, key, vectors = read[0]
+    component, label, key, vectors, _ = read[0]
     if component is not None:
         return read
     name = Path(label).name
     if name.startswith(f"{_STEM}_2"):
-        return [("text_encoder_2", label, key, vectors)]
+        return [Read("text_encoder_2", label, key, vectors)]
     if isinstance(source, str | Path) and name.startswith(_STEM):
         path = Path(source)
         repo = Repo(path.parent) if path.is_file() else Repo(source, **where)
         if beside := repo.optional_file(f"{_STEM}_2{name.removeprefix(_STEM)}"):
-            return [("text_encoder", label, key, vectors), ("text_encoder_2", *_read(beside, None, {})[0][1:])]
+            second = _read(beside, None, {})[0]._replace(component="text_encoder_2")
+            return [Read("text_encoder", label, key, vectors), second]
     fits = [one for one, (_, encoder) in pairs.items() if encoder.config.hidden_size == vectors.shape[-1]]
     reads = f"which {' and '.join(fits)} reads" if fits else "which neither reads"
     raise ValueError(
@@ -230,18 +255,31 @@ def _of_both(read: list[Read], source: Source, where: Mapping[str, Any], pairs: 
     )
 
 
-def _words(label: str, key: str, vectors: Tensor, names: str | list[str] | None) -> list[Word]:
+def words_of(read: Read, names: str | list[str] | None) -> list[Word]:
     """Give the vectors of a source their names: one for all of them, or one each."""
+    _, label, key, vectors, outputs = read
     if vectors.ndim not in (1, 2) or vectors.numel() == 0:
         raise ValueError(f"{label}: {key} is {tuple(vectors.shape)}, expected vectors (n, D) or one (D,)")
-    vectors = vectors.reshape(-1, vectors.shape[-1])
+    if outputs is not None and outputs.shape != vectors.shape:
+        raise ValueError(f"{label}: {key}_out is {tuple(outputs.shape)}, expected {tuple(vectors.shape)} like {key}")
+    vectors, outputs = (None if x is None else x.reshape(-1, x.shape[-1]) for x in (vectors, outputs))
     if isinstance(names, list):
         if len(names) != len(vectors):
             raise ValueError(f"{label}: {key} has {len(vectors)} vectors for the {len(names)} names in token")
-        return [Word(name, vector[None], label) for name, vector in zip(names, vectors, strict=True)]
-    if names is None and (key == _NAMELESS or key in _ENCODERS):
+        rows = range(len(vectors))
+        return [
+            Word(name, vectors[k : k + 1], label, None if outputs is None else outputs[k : k + 1])
+            for k, name in zip(rows, names, strict=True)
+        ]
+    if names is None and (key in _NAMELESS or key in _ENCODERS):
         raise ValueError(f"{label} does not say what its token is called ({key} is no name): pass token=")
-    return [Word(key if names is None else names, vectors, label)]
+    return [Word(key if names is None else names, vectors, label, outputs)]
+
+
+def check(words: Mapping[str, Sequence[Word]], pairs: Mapping[str, Pair]) -> None:
+    """Raise ``ValueError`` if a text encoder cannot learn its words, component by component."""
+    for component, new in words.items():
+        _check(new, *pairs[component])
 
 
 def _check(words: Sequence[Word], tokenizer: CLIPTokenizer, encoder: Model) -> None:
@@ -256,7 +294,8 @@ def _check(words: Sequence[Word], tokenizer: CLIPTokenizer, encoder: Model) -> N
                 f"{word.label}: the vectors of {word.token!r} are {tuple(word.vectors.shape)}, expected (n, {D}) for "
                 "this text encoder; others belong to another model family"
             )
-        if not word.vectors.to(encoder.dtype).isfinite().all():
+        given = [word.vectors, *([] if word.outputs is None else [word.outputs])]
+        if not all(one.to(encoder.dtype).isfinite().all() for one in given):
             raise ValueError(f"{word.label}: the vectors of {word.token!r} are not finite in {encoder.dtype}")
         needed = dict.fromkeys([*word.tokens, f"{word.token}_1"])
         known = [token for token in needed if token in vocabulary or token in seen]
@@ -271,6 +310,14 @@ def _check(words: Sequence[Word], tokenizer: CLIPTokenizer, encoder: Model) -> N
 # --- changing a tokenizer and its text encoder -----------------------------------------------------------------------
 
 
+def teach(words: Mapping[str, Sequence[Word]], pairs: Mapping[str, Pair]) -> None:
+    """Add words that ``check`` has let pass, component by component."""
+    for component, new in words.items():
+        _learn(new, *pairs[component])
+        for word in new:
+            logger.info("%s knows %r now: %d vector(s)", component, word.token, len(word.vectors))
+
+
 def _learn(words: Sequence[Word], tokenizer: CLIPTokenizer, encoder: Model) -> None:
     """Add words: to the table first, so that no other thread meets a token without a row."""
     tokens = [token for word in words for token in word.tokens]
@@ -280,10 +327,14 @@ def _learn(words: Sequence[Word], tokenizer: CLIPTokenizer, encoder: Model) -> N
     rows |= dict(enumerate((vector for word in words for vector in word.vectors), start=first))
     _set_rows(encoder, _untaught(tokenizer, encoder), rows, tokenizer.eos_token_id)
     tokenizer.add_tokens(tokens)
+    told = [word for word in words if word.outputs is not None]
+    tokenizer.outputs = tokenizer.outputs | {
+        token: vector.detach() for word in told for token, vector in zip(word.tokens, word.outputs, strict=True)
+    }
     assert tokenizer.convert_tokens_to_ids(tokens) == list(range(first, first + len(tokens)))
 
 
-def _forget(tokens: set[str], tokenizer: CLIPTokenizer, encoder: Model) -> None:
+def forget(tokens: set[str], tokenizer: CLIPTokenizer, encoder: Model) -> None:
     """Remove words; the ids of those added after them move up."""
     before, table = _untaught(tokenizer, encoder), encoder.token_embed.weight.detach()
     vectors = {token: table[i] for token, i in added_words(tokenizer).items() if token not in tokens}

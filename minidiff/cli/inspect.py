@@ -1,4 +1,4 @@
-"""``minidiff inspect FILE_OR_FOLDER``: what a checkpoint holds, from its headers."""
+"""``minidiff inspect FILE_OR_FOLDER``: what a checkpoint or an adapter holds, from its headers."""
 
 import argparse
 from pathlib import Path
@@ -14,8 +14,12 @@ def add_inspect(parser: argparse.ArgumentParser) -> None:
 
 
 def _inspect(args: argparse.Namespace) -> None:
+    from minidiff.adapters.report import report_adapter
     from minidiff.checkpoints.tools.checkpoint import open_checkpoint
     from minidiff.checkpoints.tools.inspect import keys, report
 
+    if page := report_adapter(args.checkpoint):
+        print(page)
+        return
     checkpoint = open_checkpoint(args.checkpoint, config=args.config, variant=args.variant, ask=False)
     print(keys(checkpoint) if args.keys else report(checkpoint))

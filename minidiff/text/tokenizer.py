@@ -130,7 +130,15 @@ class CLIPTokenizer(TokenTable):
         return cls(vocab, merges, **read_fields(config, special_map, []))
 
     def save_pretrained(self, save_directory: str | Path) -> None:
-        """Write ``vocab.json``, ``merges.txt``, ``tokenizer_config.json`` and ``special_tokens_map.json``."""
+        """Write ``vocab.json``, ``merges.txt``, ``tokenizer_config.json`` and ``special_tokens_map.json``.
+
+        Raise ``ValueError`` if words have output vectors, for which these files have no place.
+        """
+        if self.outputs:
+            raise ValueError(
+                f"{', '.join(map(repr, self.outputs))} stand for outputs of the text encoder (clip_l_out), which no "
+                "folder can hold: forget them first with unload_textual_inversion()"
+            )
         backend = self._backend
         write_tokenizer(
             Path(save_directory),

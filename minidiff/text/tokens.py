@@ -8,9 +8,11 @@ A word that textual inversion has learned with several vectors is several added 
 import copy
 import threading
 from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from tokenizers import AddedToken, Tokenizer
+from torch import Tensor
 
 from minidiff.text.bpe import bpe
 from minidiff.text.tokenizer_files import ROLES
@@ -34,6 +36,8 @@ class TokenTable:
     pad_token: str
     _backend: Tokenizer
     _merges: list[tuple[str, str]]
+    outputs: Mapping[str, Tensor] = MappingProxyType({})  # added token -> (D,): what stands for its state, if not that
+    owners: Mapping[str, str] = MappingProxyType({})  # added word -> the adapter that it came with
 
     bos_token_id, eos_token_id, unk_token_id, pad_token_id = map(_id_of, ROLES)
 
@@ -80,6 +84,10 @@ class TokenTable:
             backend = bpe(self._backend.get_vocab(with_added_tokens=False), self._merges, self.unk_token)
             backend.add_tokens([token for _, token in sorted(added.items()) if token.content not in tokens])
             self._backend = backend
+            self.outputs, self.owners = (
+                {token: value for token, value in kept.items() if token not in tokens}
+                for kept in (self.outputs, self.owners)
+            )
 
     @property
     def added_tokens_decoder(self) -> dict[int, AddedToken]:

@@ -211,10 +211,22 @@ def _encode(
     empty = pad(part.tokenizer, [], L)
     ids = [window for text in texts for window in text.ids + [empty] * (K - len(text.ids))]
     weights = [window for text in texts for window in text.weights + [[1.0] * L] * (K - len(text.weights))]
-    z, pooled = part.states(torch.tensor(ids, device=device), skip)
+    tokens = torch.tensor(ids, device=device)
+    z, pooled = part.states(tokens, skip)
+    z = _with_outputs(z, tokens, part.tokenizer)
     if any(w != 1 for window in weights for w in window):
         z = apply_weights(z, torch.tensor(weights, device=z.device, dtype=z.dtype))
     return rearrange(z, "(B K) L D -> B (K L) D", K=K), None if pooled is None else pooled[::K]
+
+
+def _with_outputs(z: Tensor, ids: Tensor, tokenizer: CLIPTokenizer) -> Tensor:
+    """Return states (n, L, D) with the vectors of words that were trained as outputs in the places of their tokens.
+
+    Source: ``_apply_output_embeddings`` of OneTrainer, which leaves the pooled state alone too.
+    """
+    for token, vector in tokenizer.outputs.items():
+        z = torch.where((ids == tokenizer.convert_tokens_to_ids(token))[..., None], vector.to(z), z)
+    return z
 
 
 def _dropped(asked: TextsOfSides, read: Mapping[str, list[list[Windows]]]) -> Dropped | None:

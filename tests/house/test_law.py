@@ -34,16 +34,16 @@ TOP = len(RANKS)
 
 # Lines of code of a room, signatures and all, docstrings not. Raise one only in a commit that says why.
 BUDGET = {
-    "adapters": 1045,
+    "adapters": 1435,
     "checkpoints": 2170,
-    "cli": 240,
+    "cli": 245,
     "compat": 790,
     "fast": 560,
     "images": 405,
     "networks": 1820,
     "pipelines": 3050,
     "schedulers": 2310,
-    "text": 630,
+    "text": 650,
     "top": 1050,
 }
 

@@ -83,10 +83,10 @@ _STRANGERS = {  # names that only other kinds of files have -> what they are and
     r"(single_transformer|transformer|single|double|joint)_blocks[._].*lora.*": (
         "of a transformer (Stable Diffusion 3, Flux), which minidiff does not implement"
     ),
-    r"lora_(unet|te\d?)_.*|.*\.lora_(A|B|up|down)\..*|.*\.lora\.(up|down)\..*": (
+    r"lora_(unet|te\d?)_.*|lycoris_.*|.*\.lora_(A|B|up|down)\..*|.*\.lora\.(up|down)\..*": (
         "a LoRA: load the model that it belongs to, then call pipe.load_lora_weights(file)"
     ),
-    r"emb_params|string_to_param\..*|clip_[lg]": (
+    r"em[bp]_params(_out)?|string_to_param\..*|clip_[lg](_out)?|text_encoders_[01]": (
         "a textual inversion: load the model that it belongs to, then call pipe.load_textual_inversion(file)"
     ),
     r"control_model\..*|controlnet_.*": "a ControlNet, which minidiff does not implement",
