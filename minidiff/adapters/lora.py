@@ -47,7 +47,6 @@ class LoraLayer:
 
     def __init__(self, module: nn.Module, hub: str) -> None:
         self.module, self.hub = module, hub
-        self.scales: dict[str, float] = {}  # adapter -> s
         self.forms: dict[str, Update] = {}  # adapter -> its update, with None for the tensors
         self.active: tuple[tuple[str, float], ...] = ()  # (adapter, its weight); replaced, never changed
         self.originals: dict[str, nn.Parameter] = {}  # W and b, while the module's are others
@@ -56,12 +55,11 @@ class LoraLayer:
     def __call__(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
         scale = _call_scale.get()
         if any(self.forms[adapter].parts.keys() != {"down", "up"} for adapter, _ in self.active):
-            weight, bias = self.changed(scale)
-            more = None if bias is None else bias - module.bias
-            return output + _computed(module, args[0], weight - module.weight, more)
+            (W, b), (W_0, b_0) = self.changed(scale), self.own()
+            return output + _computed(module, args[0], W - W_0, None if b is None else b - b_0)
         for adapter, weight in self.active:
             down, up = self.matrices(adapter)
-            factor = self.scales[adapter] * weight * scale
+            factor = self.forms[adapter].scale * weight * scale
             output = torch.add(output, self._low_rank(args[0], down, up), alpha=factor)
         return output
 
@@ -85,30 +83,30 @@ class LoraLayer:
         """Take over the tensors of an adapter, in the layer's layout, dtype and device."""
         weight = self.module.weight
         for part, tensor in update.parts.items():
-            # a 1x1 convolution is a linear layer
-            shape = tensor.shape if weight.ndim == 4 else tensor.shape[:2]
-            if weight.ndim == 4 and part in ("down", "up") and tensor.ndim == 2:
-                shape = (*shape, 1, 1)
+            shape = tensor.shape if weight.ndim == 4 else tensor.shape[:2]  # a 1x1 convolution is a linear layer
+            if weight.ndim == 4 and part in ("down", "up"):
+                shape = (*shape, 1, 1)[:4]
             buffer = tensor.detach().reshape(shape).to(weight)
             self.module.register_buffer(f"lora_{adapter}_{part}", buffer, persistent=False)
         self.forms[adapter] = update._replace(parts=dict.fromkeys(update.parts))
-        self.scales[adapter] = update.scale
 
     def remove(self, adapter: str) -> None:
         """Forget an adapter; without any, the layer is what it was."""
-        del self.scales[adapter]
         for part in self.forms.pop(adapter).parts:
             del self.module._buffers[f"lora_{adapter}_{part}"]
             self.module._non_persistent_buffers_set.discard(f"lora_{adapter}_{part}")
-        if not self.scales:
+        if not self.forms:
             for number, hook in list(self.module._forward_hooks.items()):
                 if hook is self:
                     del self.module._forward_hooks[number]
 
+    def own(self) -> tuple[Tensor, Tensor | None]:
+        """Return W and b, as the layer computes with them."""
+        return self.module.weight, self.module.bias
+
     def changed(self, factor: float) -> tuple[Tensor, Tensor | None]:
         """Return W' and b', changed by ``factor`` times all adapters that are active, in their order."""
-        W = W_0 = self.module.weight
-        b = self.module.bias
+        W, b = W_0, _ = self.own()
         for adapter, weight in self.active:
             W, b = changed(W, b, self.update(adapter), weight * factor, W_0)
         return W, b
@@ -177,9 +175,9 @@ class Adapters:
 
     def _detach(self, adapter: str) -> None:
         for layer in self.layers.values():
-            if adapter in layer.scales:
+            if adapter in layer.forms:
                 layer.remove(adapter)
-        self.layers = {name: layer for name, layer in self.layers.items() if layer.scales}
+        self.layers = {name: layer for name, layer in self.layers.items() if layer.forms}
 
     def activate(self, weights: Mapping[str, Weight]) -> None:
         """Make these adapters the active ones; names that the network does not have are left out."""
@@ -223,7 +221,7 @@ class Adapters:
         """Tell each layer which adapters it is to add."""
         active = self.active if self.enabled and not self.fused else ()
         for layer in self.layers.values():
-            names = [name for name in active if name in layer.scales]
+            names = [name for name in active if name in layer.forms]
             layer.active = tuple((name, _of_layer(self.weights[name], layer.hub)) for name in names)
 
 

@@ -19,12 +19,14 @@ CONFIG_NAME, WEIGHTS_NAME = "adapter_config.json", "adapter_model.safetensors"  
 COMPONENTS = ("unet", "text_encoder", "text_encoder_2")
 
 _CLASSES = {"CLIPTextModel": "text_encoder", "CLIPTextModelWithProjection": "text_encoder_2"}  # all else is a UNet
-_USED = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora")
+_KINDS = ("LORA", "LOHA", "LOKR")
+_USED = ("r", "alpha", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora")
 _IGNORED = frozenset(  # they concern training, or say which layers were chosen: the file shows that by its tensors
     """
     peft_type task_type auto_mapping peft_version base_model_name_or_path revision inference_mode runtime_config
     target_modules exclude_modules layers_to_transform layers_pattern lora_dropout loftq_config megatron_config
     megatron_core qalora_group_size ensure_weight_tying lora_bias
+    rank_dropout module_dropout rank_dropout_scale init_weights use_effective_conv2d decompose_both decompose_factor
     """.split()
 )
 _HARMLESS = {  # field -> values that ask for nothing; all others need None, False or an empty value
@@ -64,18 +66,20 @@ def _is_harmless(field: str, value: Any) -> bool:
 
 
 def scale_of(config: Mapping[str, Any], layer: str, rank: int) -> float:
-    """Return what the product of the two matrices of a layer is multiplied with: alpha / r, or alpha / sqrt(r).
+    """Return what the change of a layer is multiplied with: alpha / r, or alpha / sqrt(r).
 
-    The second is rank-stabilised LoRA, Kalajdzievski 2023 (https://arxiv.org/abs/2312.03732).
+    The second is rank-stabilised LoRA, Kalajdzievski 2023 (https://arxiv.org/abs/2312.03732). A LoKr whose tensors have
+    no rank (0) has that of the header, 1 without one.
 
     Raises:
         CheckpointError: if the header speaks of another rank than the tensors have.
         TypeError, ValueError: if its alpha is no finite number.
     """
     r = _of_layer(config, "rank_pattern", layer, config.get("r", rank))
-    if r != rank:
+    if rank and r != rank:
         raise CheckpointError(f"{layer} has rank {rank}, but the file's header says r = {r!r}")
-    alpha = _of_layer(config, "alpha_pattern", layer, config.get("lora_alpha", rank))
+    rank = rank or r or 1
+    alpha = _of_layer(config, "alpha_pattern", layer, config.get("lora_alpha", config.get("alpha", rank)))
     check_number(f"{layer}: lora_alpha in the file's header", alpha)
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
@@ -91,8 +95,9 @@ def component_of(config: Mapping[str, Any]) -> str:
     """Return the component that an ``adapter_config.json`` is for, by the class of the network that PEFT has noted.
 
     Raises:
-        CheckpointError: if it is of another kind of adapter than LoRA.
+        CheckpointError: if it is of another kind of adapter than LoRA, LoHa and LoKr.
     """
-    if (kind := config.get("peft_type", "LORA")) != "LORA":
-        raise CheckpointError(f"{CONFIG_NAME} has peft_type = {kind!r}: of PEFT's adapters minidiff reads only LORA")
+    if (kind := config.get("peft_type", "LORA")) not in _KINDS:
+        known = ", ".join(_KINDS)
+        raise CheckpointError(f"{CONFIG_NAME} has peft_type = {kind!r}: of PEFT's adapters minidiff reads only {known}")
     return _CLASSES.get((config.get("auto_mapping") or {}).get("base_model_class", ""), "unet")

@@ -67,4 +67,4 @@ def _scale(layer: LayerName, given: Keyed, update: Update, configs: Mapping[str,
     # Patterns are for the names in the file; transformers 5 has dropped "text_model." from those of one encoder.
     hub = any(layer.hub in key for key, _ in given.values())
     name = layer.hub if hub else layer.hub.removeprefix("text_model.")
-    return scale_of(configs.get(layer.component, {}), name, update.rank) if update.rank else 1.0
+    return 1.0 if update.form == "difference" else scale_of(configs.get(layer.component, {}), name, update.rank)

@@ -114,16 +114,16 @@ class AdaptedNetwork(AdapterControl):
         return {name: Config(self._lora_config(name)) for name in adapters.names}
 
     def _lora_layers(self, name: str) -> list[LoraLayer]:
-        return [layer for layer in adapters_of(self).layers.values() if name in layer.scales]
+        return [layer for layer in adapters_of(self).layers.values() if name in layer.forms]
 
     def _lora_config(self, name: str) -> dict[str, Any]:
-        ranks = {f"^{layer.hub}": layer.forms[name].rank for layer in self._lora_layers(name)}
-        alphas = {f"^{layer.hub}": layer.scales[name] * ranks[f"^{layer.hub}"] for layer in self._lora_layers(name)}
+        forms = {f"^{layer.hub}": layer.forms[name] for layer in self._lora_layers(name)}
+        ranks = {key: form.rank or 1 for key, form in forms.items()}
+        alphas = {key: form.scale * ranks[key] for key, form in forms.items()}
         r, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
         fields: dict[str, Any] = {"r": r, "lora_alpha": alpha, "target_modules": [key[1:] for key in ranks]}
-        parts = {part for layer in self._lora_layers(name) for part in layer.forms[name].parts}
-        fields |= {"use_dora": True} if "magnitude" in parts else {}
-        fields |= {"lora_bias": True} if "up_bias" in parts else {}
+        fields |= {"use_dora": True} if all("magnitude" in form.parts for form in forms.values()) else {}
+        fields |= {"lora_bias": True} if any("up_bias" in form.parts for form in forms.values()) else {}
         fields["rank_pattern"] = {key: value for key, value in ranks.items() if value != r}
         fields["alpha_pattern"] = {key: value for key, value in alphas.items() if value != alpha}
         return fields

@@ -345,9 +345,11 @@ def test_what_is_said_of_a_file(changed: Changed, tmp_path: Path, capsys: pytest
 
 
 def test_saved_and_loaded(changed: Changed, tmp_path: Path) -> None:
-    """All parts under their names, with alphas in the header."""
+    """All parts under their names, with alphas in the header; of a LoKr without a rank too, which PEFT scales."""
     (ours, _), tensors = changed
     ours.load_lora_weights(tensors, adapter_name="all")
+    lokr = next(layer for layer in ours.unet._lora.layers.values() if layer.forms["all"][:2] == ("LoKr", 0))
+    lokr.forms["all"] = lokr.forms["all"]._replace(scale=1.5)
     expected = outputs(ours)[0]
     ours.unet.save_lora_adapter(tmp_path, adapter_name="all")
     ours.unload_lora_weights()

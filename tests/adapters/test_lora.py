@@ -202,7 +202,7 @@ def test_alphas_in_the_header(sd: Pipes, tmp_path: Path, stabilised: bool) -> No
     for pipe in sd:
         pipe.load_lora_weights(tmp_path, weight_name="adapter.safetensors")
     assert_same(*map(outputs, sd))
-    scales = {patch.scales["default_0"] for patch in sd[0].unet._lora.layers.values()}
+    scales = {patch.forms["default_0"].scale for patch in sd[0].unet._lora.layers.values()}
     assert len(scales) > 4  # both matter: the layer's rank, and the alpha of its pattern
 
 

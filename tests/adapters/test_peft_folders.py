@@ -17,7 +17,7 @@ from minidiff.errors import CheckpointError, CheckpointNotFoundError
 from tests.hub_server import HubServer, Repository, run_with
 from tests.loras import Pipes, assert_same, cleaned, outputs
 from tests.pictures import seeded
-from tests.theirs import diffusers, relative_error
+from tests.theirs import diffusers, peft, relative_error
 from tests.tiny import save_tiny
 from tests.tiny_xl import save_base
 
@@ -28,6 +28,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "stabilised": {"lora_alpha": 6, "use_rslora": True},
     "DoRA": {"lora_alpha": 6, "use_dora": True},
     "biases of the matrices": {"lora_alpha": 6, "lora_bias": True, "only": ("to_out.0", "q_proj", "fc1")},
+    "LoHa": {"kind": "LoHaConfig", "alpha": 6, "alpha_pattern": {"to_v": 7}, "rank_pattern": {"to_q": 2}},
+    "LoKr": {"kind": "LoKrConfig", "alpha": 6, "decompose_factor": 2, "alpha_pattern": {"to_v": 7}},
+    "LoKr without a rank": {"kind": "LoKrConfig", "alpha": 6, "decompose_factor": 6, "alpha_pattern": {"to_v": 7}},
     "patterns": {
         "rank_pattern": {"attn1.to_q": 3, r".*layers\.0.*q_proj": 2},
         "alpha_pattern": {"to_v": 7, "mid_block.*to_q": 1, "v_proj": 5, "^encoder.layers.1.mlp.fc1": 9},
@@ -64,17 +67,17 @@ def parts_of(pipe: Any) -> list[str]:
     return [name for name in ("unet", "text_encoder", "text_encoder_2") if hasattr(pipe, name)]
 
 
-def train(theirs: Any, folder: Path, only: tuple[str, ...] = TARGETS, **settings: Any) -> list[Tensor]:
+def train(
+    theirs: Any, folder: Path, only: tuple[str, ...] = TARGETS, kind: str = "LoraConfig", **settings: Any
+) -> list[Tensor]:
     """Do as PEFT's examples/lora_dreambooth/train_dreambooth.py: save each network to its folder. Return outputs."""
-    from peft import LoraConfig, get_peft_model
-
     wrapped, g = copy.copy(theirs), seeded(1)
     for part in parts_of(theirs):
         targets = [name for name in only if any(n.endswith(name) for n, _ in getattr(theirs, part).named_modules())]
-        config = LoraConfig(r=4, target_modules=targets, **settings)
-        model = get_peft_model(copy.deepcopy(getattr(theirs, part)), config).to(torch.float64)
+        config = getattr(peft, kind)(r=4, target_modules=targets, **settings)
+        model = peft.get_peft_model(copy.deepcopy(getattr(theirs, part)), config).to(torch.float64)
         for name, parameter in model.named_parameters():
-            if "lora_" in name:
+            if any(start in name for start in ("lora_", "hada_", "lokr_")):
                 parameter.data = torch.randn(parameter.shape, generator=g, dtype=torch.float64) / 4
         model.save_pretrained(folder / part)
         setattr(wrapped, part, model.base_model.model)
@@ -146,7 +149,10 @@ ASKED = {
     "DoRA": ({"use_dora": True}, "to_q is DoRA, but it has no lora_magnitude_vector"),
     "biases": ({"bias": "lora_only"}, "adapter_config.json asks for unet.bias = 'lora_only'"),
     "whole layers": ({"modules_to_save": ["conv_in"]}, r"asks for unet.modules_to_save = \['conv_in'\]"),
-    "another adapter": ({"peft_type": "IA3"}, "peft_type = 'IA3': of PEFT's adapters minidiff reads only LORA"),
+    "another adapter": (
+        {"peft_type": "IA3"},
+        "peft_type = 'IA3': of PEFT's adapters minidiff reads only LORA",
+    ),
     "another rank": ({"r": 3}, "has rank 2, but the file's header says r = 3"),
     "another network": (
         {"auto_mapping": {"base_model_class": "CLIPTextModel"}},

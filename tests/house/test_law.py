@@ -34,7 +34,7 @@ TOP = len(RANKS)
 
 # Lines of code of a room, signatures and all, docstrings not. Raise one only in a commit that says why.
 BUDGET = {
-    "adapters": 1430,
+    "adapters": 1435,
     "checkpoints": 2050,
     "cli": 230,
     "compat": 780,
