@@ -215,8 +215,9 @@ def test_outputs_take_the_place_of_states(pipes: Pipes, tmp_path: Path, inside: 
         ours.load_textual_inversion(given, token="<cat>")
     ours.unload_textual_inversion("<other>")
     assert all(map(torch.equal, encoded(ours, clip_skip=skip), expected))
-    with pytest.raises(ValueError, match=r"'<cat>', '<cat>_1' stand for outputs.*unload_textual_inversion\(\)"):
-        ours.tokenizer.save_pretrained(tmp_path / "saved")
+    for whole in (ours, ours.tokenizer):
+        with pytest.raises(ValueError, match=r"'<cat>', '<cat>_1' stand for outputs.*unload_textual_inversion\(\)"):
+            whole.save_pretrained(tmp_path / "saved")
     ours.unload_lora_weights()
     assert ("<cat>" in ours.tokenizer.get_vocab()) != inside
     ours.unload_textual_inversion()
