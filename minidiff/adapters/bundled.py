@@ -64,11 +64,11 @@ def teach_words(words: Words, parts: Mapping[str, Any], adapter: str) -> None:
         tokenizer.owners = tokenizer.owners | {word.token: adapter for word in new}
 
 
-def forget_words(parts: Mapping[str, Any], there: set[str], kept: set[str]) -> None:
-    """Forget the words of adapters that are not ``there`` any more; those of ``kept`` ones stay, and are free now."""
+def forget_words(parts: Mapping[str, Any], gone: set[str], kept: set[str]) -> None:
+    """Forget the words of the adapters that are ``gone``; those of the ``kept`` ones stay, and are nobody's now."""
     for tokenizer, encoder in pairs_of(parts).values():
         added = added_words(tokenizer)
-        gone = {word for word, adapter in tokenizer.owners.items() if adapter not in there | kept}
-        if gone:
-            forget({token for word in gone for token in tokens_of(word, added)}, tokenizer, encoder)
-        tokenizer.owners = {word: adapter for word, adapter in tokenizer.owners.items() if adapter in there}
+        words = [word for word, adapter in tokenizer.owners.items() if adapter in gone - kept]
+        if words:
+            forget({token for word in words for token in tokens_of(word, added)}, tokenizer, encoder)
+        tokenizer.owners = {word: adapter for word, adapter in tokenizer.owners.items() if adapter not in gone}

@@ -80,15 +80,16 @@ class LoraLoader(AdapterControl):
     def unload_lora_weights(self) -> None:
         """Remove all adapters and the words that came with them. The weights are bit for bit the originals; but those
         that are fused stay so, and their words."""
-        fused = self.fused_loras
+        gone, fused = self._names(), self.fused_loras
         self._remove_all()
-        forget_words(self.components, set(), fused)
+        forget_words(self.components, gone, fused)
 
     def delete_adapters(self, adapter_names: str | Sequence[str]) -> None:
         """Remove some adapters and the words that came with them; one that is not there costs a warning. Where no
         active one is left, the oldest becomes active, as in the reference."""
+        before = self._names()
         super().delete_adapters(adapter_names)
-        forget_words(self.components, self._names(), set())
+        forget_words(self.components, before - self._names(), set())
 
     # --- which of them count, and how much ---------------------------------------------------------------------------
 

@@ -150,6 +150,12 @@ class TextualInversionLoader:
             if gone:
                 forget(gone, tokenizer, encoder)
 
+    def _index(self) -> dict[str, Any]:
+        """Raise ``ValueError`` before anything is written if words have outputs, see ``CLIPTokenizer``."""
+        for tokenizer, _ in pairs_of(self.components).values():
+            tokenizer.check_saveable()
+        return super()._index()
+
     def maybe_convert_prompt(self, prompt: str | list[str], tokenizer: CLIPTokenizer) -> str | list[str]:
         """Write out the tokens of words with several vectors, as the reference's method of this name does."""
         return expand(prompt, tokenizer) if isinstance(prompt, str) else [expand(one, tokenizer) for one in prompt]

@@ -129,16 +129,20 @@ class CLIPTokenizer(TokenTable):
         """Make a tokenizer of what its files hold; errors as ``from_pretrained``."""
         return cls(vocab, merges, **read_fields(config, special_map, []))
 
-    def save_pretrained(self, save_directory: str | Path) -> None:
-        """Write ``vocab.json``, ``merges.txt``, ``tokenizer_config.json`` and ``special_tokens_map.json``.
-
-        Raise ``ValueError`` if words have output vectors, for which these files have no place.
-        """
+    def check_saveable(self) -> None:
+        """Raise ``ValueError`` if words have output vectors, for which no folder has a place."""
         if self.outputs:
             raise ValueError(
                 f"{', '.join(map(repr, self.outputs))} stand for outputs of the text encoder (clip_l_out), which no "
                 "folder can hold: forget them first with unload_textual_inversion()"
             )
+
+    def save_pretrained(self, save_directory: str | Path) -> None:
+        """Write ``vocab.json``, ``merges.txt``, ``tokenizer_config.json`` and ``special_tokens_map.json``.
+
+        Errors as of ``check_saveable``.
+        """
+        self.check_saveable()
         backend = self._backend
         write_tokenizer(
             Path(save_directory),

@@ -29,6 +29,7 @@ PUBLISHED = {
     "SDXL": "stabilityai--stable-diffusion-xl-base-1.0",
 }
 TEXT = {"text_encoder": "text_encoders.clip_l.transformer", "text_encoder_2": "text_encoders.clip_g.transformer"}
+KINDS = (nn.Linear, nn.Conv2d, nn.GroupNorm, nn.LayerNorm)
 OMI = {"unet": "unet", "text_encoder": "clip_l", "text_encoder_2": "clip_g"}
 KOHYA = {"text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_"}
 
@@ -101,7 +102,7 @@ def adaptable(part: str, network: Any) -> Iterator[tuple[str, str, str]]:
     for row in network.rows():
         for k, (ours, hub_name) in enumerate(zip(row.ours, row.hub, strict=True)):
             layer = ours.removesuffix(".weight")
-            if layer != ours and isinstance(network.get_submodule(layer), nn.Linear | nn.Conv2d):
+            if layer != ours and isinstance(network.get_submodule(layer), KINDS):
                 original = row.ldm[k] if part == "unet" else ours
                 yield part, hub_name.removesuffix(".weight"), original.removesuffix(".weight")
 
@@ -112,7 +113,8 @@ def test_every_layer_of_published_models(model: str) -> None:
     networks = networks_of(model)
     names = LoraNames(networks)
     layers = [layer for part, network in networks.items() for layer in adaptable(part, network)]
-    assert len(layers) == {"SD 1.5": 354, "SD 2.1": 420, "SDXL": 1059}[model]
+    known = {layer for part in names.dotted.values() for layer in part.values()}
+    assert len(layers) == len(known) == {"SD 1.5": 488, "SD 2.1": 576, "SDXL": 1405}[model]
     for spelling in SPELLINGS.values():
         for ending, role in ((spelling.down, "down"), (spelling.up, "up")):
             spelled = {spelling.name(*layer) + ending: layer for layer in layers}
