@@ -11,7 +11,7 @@ from torch import Tensor
 
 from minidiff.checkpoints.arguments import refuse_unless_harmless
 from minidiff.checkpoints.hub import PICKLES, WHY_NO_PICKLES, MissingFileError, NotCachedError, Repo
-from minidiff.checkpoints.load import STORED_DTYPES, read_header
+from minidiff.checkpoints.load import DTYPES, read_header
 from minidiff.checkpoints.model import refuse_pickles
 from minidiff.errors import CheckpointError, CheckpointNotFoundError, shortened
 
@@ -78,7 +78,7 @@ def check_tensors(label: str, tensors: Mapping[str, object]) -> None:
     An alpha is one number, whatever its type, and checked where it is used.
     """
     values = {key: value for key, value in tensors.items() if not (_kind(value) and key.endswith(".alpha"))}
-    dtypes = list(STORED_DTYPES.values())
+    dtypes = list(DTYPES.values())
     if wrong := [
         f"{key} is {_kind(value) or type(value).__name__}"
         for key, value in values.items()

@@ -28,7 +28,9 @@ from minidiff.compat.published import own_modules
 from minidiff.errors import CheckpointError, shortened
 from minidiff.sniff import what_is
 
-STORED_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # to compute in
+FLOAT8 = {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}  # only to store: there is no arithmetic in them
+STORED_DTYPES = {**DTYPES, **FLOAT8}
 CHUNK = 2**20  # bytes converted at a time: a piece and its result stay in the processor's cache
 
 
@@ -90,8 +92,13 @@ def as_dtype(torch_dtype: torch.dtype | str | None, dtype: torch.dtype | str | N
 
 
 def _one_dtype(value: torch.dtype | str) -> torch.dtype:
-    allowed = {str(dtype).removeprefix("torch."): dtype for dtype in STORED_DTYPES.values()}
+    allowed = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES.values()}
     name = str(value).removeprefix("torch.")
+    if name.startswith("float8"):
+        raise ValueError(
+            f"torch_dtype={value!r} is for storage only, nothing can be computed in it: load in float32, bfloat16 or "
+            "float16, whatever the file holds; .enable_layerwise_casting() then keeps a network's weights in float8"
+        )
     if name not in allowed:
         raise ValueError(f"torch_dtype={value!r} is not one of {', '.join(allowed)} (a torch.dtype or its name)")
     return allowed[name]
