@@ -35,8 +35,8 @@ TOP = len(RANKS)
 # Lines of code of a room, signatures and all, docstrings not. Raise one only in a commit that says why.
 BUDGET = {
     "adapters": 1045,
-    "checkpoints": 2050,
-    "cli": 225,
+    "checkpoints": 2140,
+    "cli": 228,
     "compat": 780,
     "fast": 560,
     "images": 405,
