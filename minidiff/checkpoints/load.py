@@ -23,6 +23,7 @@ from torch.overrides import TorchFunctionMode
 
 from minidiff.checkpoints.hub import Weights
 from minidiff.checkpoints.names import unwrapped
+from minidiff.checkpoints.original.strangers import outside
 from minidiff.checkpoints.remap import Row, Spelling, translate
 from minidiff.compat.published import own_modules
 from minidiff.errors import CheckpointError, shortened
@@ -141,9 +142,12 @@ def load_weights(model: nn.Module, weights: Weights, dtype: torch.dtype) -> None
     problems = listed(wrong) + _index_problems(weights, stored)
     if problems:
         where = stored[0].path.parent if stored else next(iter(weights.files.values())).parent
+        files = f"{', '.join(weights.files)} in {where}"
+        if what := outside(unwrapped(tensor.name) for tensor in stored):
+            raise CheckpointError(f"{files} is {what}")
         raise CheckpointError(
-            f"{', '.join(weights.files)} in {where} do not fit {type(model).__name__} as its config.json describes "
-            "it; is it the configuration of another model?\n" + "\n".join(problems)
+            f"{files} do not fit {type(model).__name__} as its config.json describes it; is it the configuration of "
+            "another model?\n" + "\n".join(problems)
         )
     fill(model, rows, found, dtype)
 

@@ -15,7 +15,10 @@ def add_inspect(parser: argparse.ArgumentParser) -> None:
 
 def _inspect(args: argparse.Namespace) -> None:
     from minidiff.checkpoints.tools.checkpoint import open_checkpoint
-    from minidiff.checkpoints.tools.inspect import keys, report
+    from minidiff.checkpoints.tools.inspect import keys, report, report_stranger
 
+    if page := report_stranger(args.checkpoint):
+        print(page)
+        return
     checkpoint = open_checkpoint(args.checkpoint, config=args.config, variant=args.variant, ask=False)
     print(keys(checkpoint) if args.keys else report(checkpoint))
