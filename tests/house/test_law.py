@@ -34,13 +34,13 @@ TOP = len(RANKS)
 
 # Lines of code of a room, signatures and all, docstrings not. Raise one only in a commit that says why.
 BUDGET = {
-    "adapters": 1045,
-    "checkpoints": 2140,
+    "adapters": 1050,
+    "checkpoints": 2245,
     "cli": 228,
     "compat": 780,
     "fast": 560,
     "images": 405,
-    "networks": 1540,
+    "networks": 1545,
     "pipelines": 3040,
     "schedulers": 2310,
     "text": 625,
