@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from minidiff.checkpoints.casting import compute_dtype
 from minidiff.errors import check_number
 
 # What all adapters are multiplied with in the call that is under way. Each thread has its own.
@@ -80,7 +81,7 @@ class LoraLayer:
         weight = self.module.weight
         for letter, matrix in (("A", update.down), ("B", update.up)):
             shape = matrix.shape if weight.ndim == 4 else matrix.shape[:2]  # a 1x1 convolution is a linear layer
-            buffer = matrix.detach().reshape(shape).to(weight)
+            buffer = matrix.detach().reshape(shape).to(weight.device, compute_dtype(self.module))
             self.module.register_buffer(f"lora_{adapter}_{letter}", buffer, persistent=False)
         self.scales[adapter] = update.scale
 
@@ -101,6 +102,8 @@ class LoraLayer:
         Products of half precision are computed in float32, as in the reference.
         """
         weight = self.module.weight.detach()
+        if weight.dtype != compute_dtype(self.module):
+            raise ValueError(f"{self.hub} is stored in {weight.dtype}: fuse before enable_layerwise_casting()")
         for adapter, scale in self.active:
             down, up = self.matrices(adapter)
             if down.dtype in (torch.float16, torch.bfloat16):

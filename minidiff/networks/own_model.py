@@ -15,12 +15,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from minidiff.checkpoints.casting import LayerwiseCasting
 from minidiff.checkpoints.hub import Weights
 from minidiff.checkpoints.model import Pretrained
 from minidiff.configured import ConfigMixin
 
 
-class ModelMixin(ConfigMixin, Pretrained):
+class ModelMixin(ConfigMixin, LayerwiseCasting, Pretrained):
     """Base of networks of one's own: an ``nn.Module`` with ``from_pretrained`` and ``save_pretrained``."""
 
     def __getattr__(self, name: str) -> Any:
