@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from minidiff.checkpoints.gguf_blocks import BLOCKS
 from minidiff.checkpoints.hub import Weights
 from minidiff.checkpoints.names import unwrapped
 from minidiff.checkpoints.original.strangers import outside
@@ -31,12 +32,13 @@ from minidiff.sniff import what_is
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # to compute in
 FLOAT8 = {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}  # only to store: there is no arithmetic in them
-STORED_DTYPES = {**DTYPES, **FLOAT8}
+# What a stored tensor may be, and the dtype of its values when they are read.
+STORED_DTYPES = {**dict.fromkeys(BLOCKS, torch.float32), **DTYPES, **FLOAT8}
 CHUNK = 2**20  # bytes converted at a time: a piece and its result stay in the processor's cache
 
 
 class StoredTensor(NamedTuple):
-    """One tensor in a safetensors file, as its header describes it."""
+    """One tensor in a file, as its header describes it."""
 
     name: str
     file: str  # file name, as in the repository
@@ -45,6 +47,7 @@ class StoredTensor(NamedTuple):
     shape: tuple[int, ...]
     start: int  # position of the first byte in the file
     size: int  # in bytes
+    mappable: bool = True  # whether safetensors maps it
 
 
 _FACTORIES = frozenset((torch.empty, torch.zeros, torch.ones, torch.full, torch.rand, torch.randn, torch.arange))
@@ -211,7 +214,7 @@ def match(
             both = f"{found[name].name} in {found[name].file} and {tensor.name} in {tensor.file}"
             wrong["stored twice"].append(both)
         elif tensor.dtype not in STORED_DTYPES:
-            accepted = ", ".join(STORED_DTYPES)
+            accepted = ", ".join([*DTYPES, *FLOAT8])
             wrong["of a wrong dtype"].append(f"{tensor.name} in {tensor.file} is {tensor.dtype}, not {accepted}")
         elif tensor.shape != expected[name] and not (name in flat and _flat(tensor.shape) == _flat(expected[name])):
             shapes = f"{tensor.shape} in {tensor.file}, expected {expected[name]}"
@@ -256,7 +259,7 @@ def _index_problems(weights: Weights, stored: Iterable[StoredTensor]) -> list[st
 def _read(stored: Mapping[str, StoredTensor], dtype: torch.dtype) -> dict[str, Tensor]:
     """Return the tensors in ``dtype``: views of the files where they are stored so, else converted, several at once."""
     tensors: dict[str, Tensor] = {}
-    same = {name: tensor for name, tensor in stored.items() if STORED_DTYPES[tensor.dtype] == dtype}
+    same = {name: one for name, one in stored.items() if one.mappable and STORED_DTYPES[one.dtype] == dtype}
     with ExitStack() as stack:
         paths = {tensor.path for tensor in same.values()}
         files = {path: stack.enter_context(safe_open(path, framework="pt")) for path in paths}
@@ -280,14 +283,16 @@ def read_tensor(stored: StoredTensor, dtype: torch.dtype) -> Tensor:
 
 def read_pieces(stored: StoredTensor) -> Iterator[Tensor]:
     """Yield the values of a stored tensor in order, ``CHUNK`` bytes at a time; the next piece overwrites the last."""
-    buffer = bytearray(min(CHUNK, stored.size))
+    block = BLOCKS.get(stored.dtype)
+    buffer = bytearray(min(CHUNK if block is None else CHUNK // block.size * block.size, stored.size))
     if not buffer:
         return
-    values = torch.frombuffer(buffer, dtype=STORED_DTYPES[stored.dtype])
+    values = torch.frombuffer(buffer, dtype=STORED_DTYPES[stored.dtype] if block is None else torch.uint8)
     with stored.path.open("rb", buffering=0) as file:
         file.seek(stored.start)
         for start in range(0, stored.size, len(buffer)):
             size = min(len(buffer), stored.size - start)
             if file.readinto(memoryview(buffer)[:size]) != size:
                 raise CheckpointError(f"{stored.path} became shorter while {stored.name} was read from it")
-            yield values[: size // values.itemsize]
+            piece = values[: size // values.itemsize]
+            yield piece if block is None else block.unpack(piece.view(-1, block.size)).flatten()

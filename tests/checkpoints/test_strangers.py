@@ -65,6 +65,7 @@ NAMES = {
     "lora_unet_blocks_0_cross_attn_k.lora_down.weight": "a LoRA for Wan",
     "transformer.transformer_blocks.0.attn.to_q.lora_A.weight": "a LoRA for a diffusion transformer",
     "t5": "a textual inversion for Flux",
+    "blk.0.attn_q.weight": "a language model, or T5",
     UNET + "joint_blocks.0.context_block.adaLN_modulation.1.bias": "Stable Diffusion 3",
     UNET + "distilled_guidance_layer.in_proj.bias": "Chroma",
     "double_stream_modulation_img.lin.weight": "Flux 2",

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from safetensors import safe_open
 
+from minidiff.checkpoints.gguf import is_gguf, read_gguf
 from minidiff.checkpoints.hub import PICKLES, WHY_NO_PICKLES
 from minidiff.checkpoints.load import StoredTensor, expected_shapes, match, read_header
 from minidiff.checkpoints.model import Model
@@ -79,13 +80,15 @@ class SingleFile:
 
     @classmethod
     def of(cls, path: Path) -> "SingleFile":
-        """Read the header of a file. Raises ``CheckpointError`` for a pickle or a damaged file."""
+        """Read the header of a safetensors or GGUF file. Raises ``CheckpointError`` for a pickle or a damaged file."""
         if path.suffix in PICKLES:
             raise CheckpointError(f"{path} is a pickle: {WHY_NO_PICKLES}")
         if path.is_dir():
             raise CheckpointError(f"{path} is a folder; from_single_file needs one file, from_pretrained a folder")
         if not path.is_file():
             raise CheckpointNotFoundError(f"there is no file {str(path)!r} (looked from {Path.cwd()})")
+        if is_gguf(path):
+            return cls(path, *read_gguf(path))
         stored = read_header(path.name, path)
         with safe_open(path, framework="pt") as file:
             return cls(path, stored, file.metadata() or {})
@@ -185,7 +188,11 @@ class SingleFile:
                 reasons[name] = why
             return None if why is not None or (owner not in networks and ignore(owner)) else table
 
-        found, wrong = match(expected, self.stored, canonical, set(_flat_names(rows.values())))
+        in_gguf = not all(tensor.mappable for tensor in self.stored)  # which may lack or have axes of length 1
+        flat = set(expected if in_gguf else _flat_names(rows.values()))
+        found, wrong = match(expected, self.stored, canonical, flat)
+        if in_gguf and not wrong:
+            found = {name: tensor._replace(shape=expected[name]) for name, tensor in found.items()}
         mine = {component: {n: found[n] for n in shapes[component] if n in found} for component in networks}
         parts = [StoredNetwork(name, model, rows[name], "ldm", mine[name]) for name, model in networks.items()]
         dropped = [(one, reasons[name]) for one in self.stored if (name := unwrapped(one.name)) in reasons]

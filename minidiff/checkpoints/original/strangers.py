@@ -7,6 +7,7 @@ is known from. The first row with such a name decides, so what is peculiar stand
 ``comfy``      ComfyUI: comfy/model_detection.py, comfy/controlnet.py, comfy/lora.py, comfy/sd.py, comfy/ops.py
 ``spandrel``   chaiNNer-org/spandrel: architectures/ESRGAN/__init__.py
 ``animatediff``  Kosinkadink/ComfyUI-AnimateDiff-Evolved: animatediff/motion_lora.py, motion_module_ad.py
+``city96``     city96/ComfyUI-GGUF: loader.py
 ``kohya``      kohya-ss/sd-scripts: networks/lora_flux.py, lora_sd3.py, control_net_lllite.py
 """
 
@@ -49,6 +50,7 @@ lora_prior_unet_.*  a LoRA for Stable Cascade  comfy
 {_L}blocks[._]\d+[._](self_attn|cross_attn){_LORA}  a LoRA for Wan  diffusers
 {_L}transformer_blocks{_LORA}  a LoRA for a diffusion transformer (Stable Diffusion 3, LTX-Video...)  diffusers
 t5(xxl)?  a textual inversion for Flux or Stable Diffusion 3  diffusers (examples/advanced_diffusion_training)
+(blk|enc\.blk|token_embd|mm)\..*  a language model, or T5, in the names of llama.cpp  city96
 
 {_P}joint_blocks\..*  Stable Diffusion 3  diffusers, comfy
 {_P}distilled_guidance_layer\..*  Chroma  diffusers, comfy

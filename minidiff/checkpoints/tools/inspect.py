@@ -5,14 +5,14 @@ from collections.abc import Iterable, Iterator, Sequence
 from math import prod
 from pathlib import Path
 
-from minidiff.checkpoints.load import STORED_DTYPES, StoredTensor, expected_shapes
+from minidiff.checkpoints.load import DTYPES, FLOAT8, StoredTensor, expected_shapes
 from minidiff.checkpoints.original.families import stranger
 from minidiff.checkpoints.original.read import SingleFile, StoredNetwork
 from minidiff.checkpoints.remap import SAME, Row
 from minidiff.checkpoints.tools.checkpoint import Checkpoint
 
 SPELLINGS = {"single-file": "single file in the original spelling", "hub": "folder in Hub layout"}
-_NAMES = {name: str(dtype).removeprefix("torch.") for name, dtype in STORED_DTYPES.items()}
+_NAMES = {name: str(dtype).removeprefix("torch.") for name, dtype in {**DTYPES, **FLOAT8}.items()}
 
 
 def report(checkpoint: Checkpoint) -> str:
