@@ -35,7 +35,7 @@ TOP = len(RANKS)
 # Lines of code of a room, signatures and all, docstrings not. Raise one only in a commit that says why.
 BUDGET = {
     "adapters": 1050,
-    "checkpoints": 2435,
+    "checkpoints": 2445,
     "cli": 228,
     "compat": 780,
     "fast": 560,
