@@ -28,8 +28,18 @@ Classes = tuple[type[nn.Module], ...]
 class CastForward:
     """Stands in the place of a layer's ``forward``, and computes with copies of its weights."""
 
-    def __init__(self, layer: nn.Module, compute_dtype: torch.dtype, non_blocking: bool) -> None:
-        self.layer, self.compute_dtype, self.non_blocking = layer, compute_dtype, non_blocking
+    def __init__(
+        self, layer: nn.Module, storage_dtype: torch.dtype, compute_dtype: torch.dtype, non_blocking: bool
+    ) -> None:
+        self.layer, self.non_blocking = layer, non_blocking
+        self.storage_dtype, self.compute_dtype = storage_dtype, compute_dtype
+
+    def store(self) -> None:
+        """Bring the weights into the dtype in which they are stored, and free what they were."""
+        for name, weight in self.layer._parameters.items():
+            if weight is not None and weight.dtype != self.storage_dtype:
+                stored = weight.detach().to(self.storage_dtype, non_blocking=self.non_blocking)
+                self.layer._parameters[name] = nn.Parameter(stored, requires_grad=weight.requires_grad)
 
     def __call__(self, input: Tensor) -> Tensor:
         """Compute what the layer computes."""
@@ -89,11 +99,8 @@ def apply_layerwise_casting(
     for name, layer in layers.items():
         _check(name, layer, storage_dtype)
     for layer in layers.values():
-        for name, weight in layer._parameters.items():
-            if weight is not None:
-                stored = weight.detach().to(storage_dtype, non_blocking=non_blocking)
-                layer._parameters[name] = nn.Parameter(stored, requires_grad=weight.requires_grad)
-        layer.forward = CastForward(layer, compute_dtype, non_blocking)
+        layer.forward = CastForward(layer, storage_dtype, compute_dtype, non_blocking)
+        layer.forward.store()
 
 
 def _layers(
@@ -163,3 +170,12 @@ class LayerwiseCasting:
         dtype = self.dtype if compute_dtype is None else compute_dtype
         apply_layerwise_casting(self, storage_dtype, dtype, patterns, skip_modules_classes, non_blocking)
         self._compute_dtype = dtype
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        """Move and convert, but what is cast keeps its dtype: ``to(dtype)`` is about what is not."""
+        super()._apply(*args, **kwargs)
+        for module in self.modules():
+            forward = vars(module).get("forward")
+            if isinstance(forward, CastForward):
+                forward.store()
+        return self

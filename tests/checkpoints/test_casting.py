@@ -182,6 +182,17 @@ def test_saved_and_loaded(tmp_path: Path) -> None:
     assert torch.equal(run(again, "SD 1.x", torch.float32), run(ours, "SD 1.x", torch.float32))
 
 
+def test_conversions_leave_what_is_cast(pipe: minidiff.StableDiffusionPipeline) -> None:
+    """The reference's weights come back to float8 in the next call; here they never leave it."""
+    before = dtypes(cast(pipe).unet)
+    expected = draw(pipe)
+    pipe.to("cpu", torch.float32)
+    assert dtypes(pipe.unet.float()) == before and np.array_equal(draw(pipe), expected)
+    pipe.unet.to(torch.float64)
+    assert {kind for name, kind in dtypes(pipe.unet).items() if before[name] != E4M3} == {torch.float64}
+    assert pipe.unet.conv_in.weight.dtype == E4M3
+
+
 @pytest.fixture
 def pipe(folder: Path) -> minidiff.StableDiffusionPipeline:
     return quiet(minidiff.StableDiffusionPipeline.from_pretrained(folder))
