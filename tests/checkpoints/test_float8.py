@@ -17,10 +17,12 @@ from minidiff.checkpoints.tools.inspect import report
 from minidiff.cli.main import main
 from minidiff.embedded import embedded_checkpoint
 from minidiff.errors import CheckpointError
-from tests.single_files import TWINS, Twin, draw, states_equal
-from tests.theirs import relative_error
+from tests.single_files import TWINS, Twin, draw, sparse_file, states_equal
+from tests.theirs import diffusers, relative_error
 from tests.tiny import save_tiny
+from tests.vocabulary import load_script
 
+headers = load_script("headers")
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 
 
@@ -91,6 +93,8 @@ def test_each_tensor_may_be_stored_in_another_dtype(tmp_path: Path) -> None:
     unet = minidiff.UNet2DConditionModel.from_pretrained(folder, subfolder="unet", torch_dtype=torch.bfloat16)
     assert {name: tensor.dtype for name, tensor in unet.state_dict().items()} == dict.fromkeys(mixed, torch.bfloat16)
     assert all(torch.equal(tensor, mixed[name].bfloat16()) for name, tensor in unet.state_dict().items())
+    options = {"subfolder": "unet", "torch_dtype": torch.bfloat16}
+    assert states_equal(unet, diffusers.UNet2DConditionModel.from_pretrained(folder, **options))
 
 
 @pytest.mark.parametrize("asked", [E4M3, E5M2, "float8_e4m3fn"], ids=str)
@@ -157,6 +161,17 @@ def test_a_single_file_of_two_float8(tmp_path: Path, folder: Path) -> None:
     finally:
         path.write_bytes(before)
     assert all(torch.equal(t, state[name].float()) for name, t in again.text_encoder.state_dict().items())
+
+
+def test_sdxl_at_full_size(tmp_path: Path) -> None:
+    """As scripts publish it: matrices of the UNet in float8, the rest in float16. The header alone is read."""
+    listed = headers.read_list(headers.HERE / "sd_xl_base_1.0.json")
+    for name, (_, shape) in listed.items():
+        if name.startswith("model.diffusion_model.") and len(shape) > 1:
+            listed[name] = ["F8_E4M3", shape]
+    checkpoint = open_checkpoint(sparse_file(tmp_path / "sdxl_fp8.safetensors", listed), ask=False)
+    assert checkpoint.wrong == {} and checkpoint.title == "Stable Diffusion XL"
+    assert re.search(r"unet .* 2,567,463,684 +2\.57 GB  float16 \(\d+\), float8_e4m3fn \(\d+\)", report(checkpoint))
 
 
 @torch.no_grad()

@@ -24,7 +24,9 @@ from minidiff.cli.main import main
 from minidiff.errors import CheckpointError
 from tests.theirs import randomize
 from tests.tiny import UNET as TINY
+from tests.vocabulary import load_script
 
+headers = load_script("headers")
 KINDS = gguf.GGMLQuantizationType
 WIDE = TINY | {"block_out_channels": [32, 64], "cross_attention_dim": 64, "attention_head_dim": 8}
 
@@ -162,6 +164,30 @@ def string(text: str) -> bytes:
 
 def tensor(*axes: int, kind: int = 0, place: int = 0) -> bytes:
     return string("w") + struct.pack(f"<I{len(axes)}QIQ", len(axes), *axes, kind, place)
+
+
+@pytest.mark.parametrize(
+    ("file", "prefix", "family"),
+    [("v1-5-pruned-emaonly", UNET, "Stable Diffusion 1.x"), ("sd_xl_base_1.0", "", "Stable Diffusion XL")],
+)
+def test_published_unets_at_full_size(file: str, prefix: str, family: str, tmp_path: Path) -> None:
+    """Names and shapes of the published files, rows of whole blocks as Q4_K; the data is a hole."""
+    described, place = [], 0
+    for name, (_, shape) in headers.read_list(headers.HERE / f"{file}.json").items():
+        if name.startswith(UNET):
+            kind = 12 if len(shape) == 2 and shape[-1] % 256 == 0 else 1
+            axes = struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape[::-1], kind, place)
+            described.append(string(prefix + name.removeprefix(UNET)) + axes)
+            size = int(np.prod(shape)) * 144 // 256 if kind == 12 else 2 * int(np.prod(shape))
+            place += -(-size // 32) * 32
+    content = header(*described, tensors=len(described))
+    path = tmp_path / "unet.gguf"
+    with path.open("wb") as out:
+        out.write(content)
+        out.truncate(-(-len(content) // 32) * 32 + place)
+    checkpoint = open_checkpoint(path, ask=False)
+    assert checkpoint.wrong == {} and checkpoint.title == family
+    assert re.search(r"float16 \(\d+\), Q4_K \(\d+\)", report(checkpoint))
 
 
 HUGE = 2**62
