@@ -18,7 +18,7 @@ def what_is(path: Path) -> str | None:
     if head.lower().startswith((b"<!doctype", b"<html", b"<?xml")):
         return f"it is a web page; {_AGAIN}"
     if head.startswith(b"GGUF"):
-        return "it is a GGUF file, whose quantised weights minidiff does not read; look for safetensors"
+        return "it is a GGUF file: UNet2DConditionModel.from_single_file reads those of UNets"
     if head.startswith(b"\x80\x02") or (head.startswith(b"PK\x03\x04") and b"data.pkl" in head):
         return "it is a pickle with another name, which minidiff does not open because it can run code"
     if head.startswith(b"PK\x03\x04"):

@@ -13,7 +13,7 @@ from tests.theirs import diffusers, randomize, transformers
 from tests.tiny import SCHEDULER, TEXT, UNET, VAE, save_tiny
 from tests.tiny_xl import save_base, save_refiner, vocabulary
 
-SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8}
+SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "F8_E4M3": 1}
 
 
 def sparse_file(path: Path, tensors: Mapping[str, list[Any]], metadata: Mapping[str, str] | None = None) -> Path:

@@ -82,7 +82,7 @@ def main() -> int:
 
 def tensors_of(source: str) -> Tensors:
     """Read names, dtypes and shapes of a file, a folder (names with the component before them) or a file on the Hub."""
-    from minidiff.checkpoints.load import OpenFile, read_header
+    from minidiff.checkpoints.load import SafetensorsFile, read_header
 
     path = Path(source)
     if path.is_dir():
@@ -90,10 +90,10 @@ def tensors_of(source: str) -> Tensors:
         return {
             (folder / tensor.name).as_posix(): [tensor.dtype, list(tensor.shape)]
             for file, folder in files
-            for tensor in read_header(file.name, OpenFile(file))
+            for tensor in read_header(SafetensorsFile(file))
         }
     if path.is_file():
-        return {tensor.name: [tensor.dtype, list(tensor.shape)] for tensor in read_header(path.name, OpenFile(path))}
+        return {tensor.name: [tensor.dtype, list(tensor.shape)] for tensor in read_header(SafetensorsFile(path))}
     from huggingface_hub import HfApi
 
     owner, name, file = source.split("/", 2)

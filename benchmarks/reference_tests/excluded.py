@@ -54,7 +54,6 @@ EXCLUDED: list[tuple[str, str, str]] = [  # (pattern of the file, pattern of Cla
     ("pipelines/", "test_freeu", "looks for FreeU's factors in the inner blocks; the pictures are compared in tests"),
     ("pipelines/", "incorrect_variants_raises", "the wording of an error, which asks for a pickle"),
     ("pipelines/", "test_save_load_local", "the wording of the log while components load; pictures agree in tests"),
-    ("pipelines/", "layerwise_casting", "layerwise casting to float8 is not implemented"),
     (
         "pipelines/stable_diffusion",
         "long_prompt",

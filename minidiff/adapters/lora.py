@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minidiff.adapters.forms import Update, changed
+from minidiff.checkpoints.casting import compute_dtype
 from minidiff.errors import check_number
 
 # What all adapters are multiplied with in the call that is under way. Each thread has its own.
@@ -86,7 +87,7 @@ class LoraLayer:
             shape = tensor.shape if weight.ndim == 4 else tensor.shape[:2]  # a 1x1 convolution is a linear layer
             if weight.ndim == 4 and part in ("down", "up"):
                 shape = (*shape, 1, 1)[:4]
-            buffer = tensor.detach().reshape(shape).to(weight)
+            buffer = tensor.detach().reshape(shape).to(weight.device, compute_dtype(self.module))
             self.module.register_buffer(f"lora_{adapter}_{part}", buffer, persistent=False)
         self.forms[adapter] = update._replace(parts=dict.fromkeys(update.parts))
 
@@ -102,7 +103,8 @@ class LoraLayer:
 
     def own(self) -> tuple[Tensor, Tensor | None]:
         """Return W and b, as the layer computes with them."""
-        return self.module.weight, self.module.bias
+        dtype = compute_dtype(self.module)
+        return tuple(None if one is None else one.to(dtype) for one in (self.module.weight, self.module.bias))
 
     def changed(self, factor: float) -> tuple[Tensor, Tensor | None]:
         """Return W' and b', changed by ``factor`` times all adapters that are active, in their order."""
@@ -201,8 +203,12 @@ class Adapters:
 
     def fuse(self, factor: float, safe: bool) -> None:
         """Make the active adapters part of the weights. ``safe``: raise and change nothing if one is not finite."""
+        active = {name: layer for name, layer in self.layers.items() if layer.active}
+        for layer in active.values():
+            if (stored := layer.module.weight.dtype) != compute_dtype(layer.module):
+                raise ValueError(f"{layer.hub} is stored in {stored}: fuse before enable_layerwise_casting()")
         with torch.no_grad():
-            new = {name: layer.changed(factor) for name, layer in self.layers.items() if layer.active}
+            new = {name: layer.changed(factor) for name, layer in active.items()}
         if safe and (wrong := [name for name, both in new.items() if not all(map(_is_finite, both))]):
             raise ValueError(f"fusing makes weights that are not finite, in {', '.join(wrong)}; nothing was changed")
         for name, (weight, bias) in new.items():

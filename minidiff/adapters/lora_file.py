@@ -11,6 +11,7 @@ from minidiff.adapters.lora_names import LayerName, LoraNames, sort_tensors
 from minidiff.adapters.source import AdapterFile
 from minidiff.checkpoints.model import Model
 from minidiff.checkpoints.original.families import FAMILIES, no_adapter
+from minidiff.checkpoints.original.strangers import outside
 from minidiff.errors import CheckpointError, shortened
 
 FILE_NAME = "pytorch_lora_weights.safetensors"
@@ -33,6 +34,8 @@ def read_updates(file: AdapterFile, networks: Mapping[str, Model]) -> dict[str, 
         except (TypeError, ValueError) as error:
             problems.append(str(error))
     if problems:
+        if what := outside(file.tensors):
+            raise CheckpointError(f"{file.label} is {what}; nothing was changed")
         why = f" ({what})" if (what := _whose(file, networks)) else ""
         lines = "\n".join(f"  {line}" for line in shortened(problems))
         raise CheckpointError(f"{file.label} is no LoRA for this pipeline{why}; nothing was changed:\n{lines}")

@@ -9,7 +9,8 @@ from minidiff.adapters.forms import described, rank_of, read_form
 from minidiff.adapters.lora_config import COMPONENTS, CONFIG_NAME, WEIGHTS_NAME, component_of
 from minidiff.adapters.lora_file import FILE_NAME
 from minidiff.adapters.lora_names import stems
-from minidiff.checkpoints.load import StoredTensor, read_header
+from minidiff.checkpoints.gguf import is_gguf
+from minidiff.checkpoints.load import SafetensorsFile, StoredTensor, read_header
 from minidiff.checkpoints.tools.inspect import aligned
 from minidiff.config import read_json
 from minidiff.errors import shortened
@@ -39,7 +40,7 @@ def spelling(keys: Iterable[str]) -> str:
 
 def _stored(path: Path) -> dict[str, StoredTensor]:
     """Return the tensors of a file by name; the names of PEFT's get their component in front, as for loading."""
-    found = {tensor.name: tensor for tensor in read_header(path.name, path)}
+    found = {tensor.name: tensor for tensor in read_header(SafetensorsFile(path))}
     if path.name != WEIGHTS_NAME:
         return found
     told = component_of(read_json(path.with_name(CONFIG_NAME)))
@@ -51,6 +52,8 @@ def report_adapter(path: Path) -> str | None:
     """Return a page about a file of LoRA or another form: whose spelling, networks, layers, forms, ranks, words; None
     if it is none. A folder may be of PEFT."""
     inside = (path / FILE_NAME, path / WEIGHTS_NAME, *(path / part / WEIGHTS_NAME for part in COMPONENTS))
+    if path.is_file() and is_gguf(path):
+        return None
     files = [path] if path.is_file() else [file for file in inside if file.is_file()]
     stored = {name: tensor for file in files for name, tensor in _stored(file).items()}
     layers = stems(stored)

@@ -16,7 +16,7 @@ from torch import Tensor
 from minidiff.adapters.lora_config import COMPONENTS, CONFIG_NAME, WEIGHTS_NAME, component_of
 from minidiff.checkpoints.arguments import refuse_unless_harmless
 from minidiff.checkpoints.hub import PICKLES, WHY_NO_PICKLES, MissingFileError, NotCachedError, Repo
-from minidiff.checkpoints.load import STORED_DTYPES, OpenFile, read_header
+from minidiff.checkpoints.load import DTYPES, SafetensorsFile, read_header
 from minidiff.checkpoints.model import refuse_pickles
 from minidiff.config import read_json
 from minidiff.errors import CheckpointError, CheckpointNotFoundError, shortened
@@ -87,7 +87,7 @@ def check_tensors(label: str, tensors: Mapping[str, object]) -> None:
     An alpha is one number, whatever its type, and checked where it is used.
     """
     values = {key: value for key, value in tensors.items() if not (_kind(value) and key.endswith(".alpha"))}
-    dtypes = list(STORED_DTYPES.values())
+    dtypes = list(DTYPES.values())
     if wrong := [
         f"{key} is {_kind(value) or type(value).__name__}"
         for key, value in values.items()
@@ -148,8 +148,8 @@ def _read(repo: Repo, path: Path, component: str | None = None) -> AdapterFile:
     """Read a file of ``repo``; one of PEFT is for the component, by default the one that its configuration tells."""
     if path.name.endswith(PICKLES):
         raise CheckpointError(f"{path} is a pickle: {WHY_NO_PICKLES}")
-    source = OpenFile(path)  # says what is wrong with a file that is not safetensors
-    tensors = {one.name: source.mapped.get_tensor(one.name) for one in read_header(path.name, source)}
+    source = SafetensorsFile(path)  # says what is wrong with a file that is not safetensors
+    tensors = {one.name: one.mapped for one in read_header(source)}
     metadata = source.mapped.metadata() or {}
     if path.name != WEIGHTS_NAME:
         return AdapterFile(str(path), tensors, metadata)

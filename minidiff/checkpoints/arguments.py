@@ -34,7 +34,10 @@ HARMLESS: dict[str, tuple[tuple[Any, ...], str]] = {
         (False, None),
         "save to a folder, then call huggingface_hub.upload_folder(repo_id=, folder_path=)",
     ),
-    "quantization_config": ((None,), "minidiff has no quantised weights; torch_dtype=torch.bfloat16 halves them"),
+    "quantization_config": (
+        (None,),
+        "GGUF files are unpacked in torch_dtype, and enable_layerwise_casting() halves bfloat16",
+    ),
     "from_flax": ((False, None), "Flax weights are not read; look for a revision with safetensors"),
     "disable_mmap": ((False, None), "files are always memory-mapped where nothing is converted; leave it out"),
     "use_flashpack": ((False, None), "only safetensors are read and written"),

@@ -25,33 +25,30 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from minidiff.atomic import unchanged
+from minidiff.checkpoints.gguf_blocks import BLOCKS
 from minidiff.checkpoints.hub import Weights
 from minidiff.checkpoints.names import unwrapped
+from minidiff.checkpoints.original.strangers import outside
 from minidiff.checkpoints.remap import Row, Spelling, translate
 from minidiff.compat.published import own_modules
 from minidiff.errors import CheckpointError, shortened
 from minidiff.sniff import what_is
 
-STORED_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # to compute in
+FLOAT8 = {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}  # only to store: there is no arithmetic in them
+# What a stored tensor may be, and the dtype of its values when they are read.
+STORED_DTYPES = {**dict.fromkeys(BLOCKS, torch.float32), **DTYPES, **FLOAT8}
 CHUNK = 2**20  # bytes converted at a time: a piece and its result stay in the processor's cache
 
 
 class OpenFile:
-    """A safetensors file that is held open: whatever takes its name meanwhile, what is read is of one save.
+    """A file that is held open: whatever takes its name meanwhile, what is read is of one save."""
 
-    Raises:
-        CheckpointError: if the file is empty, cut short, or anything else; ``sniff`` says what.
-    """
+    mapped: Any = None  # the same file, as safetensors maps it
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        with unchanged(path):  # both are the same file then
-            try:
-                self.mapped = safe_open(path, framework="pt")  # validates the header, and that the file is long enough
-            except SafetensorError as error:
-                what = what_is(path) or f"{error}; if it was cut short, download or save it again (force_download=True)"
-                raise CheckpointError(f"{path} is not a complete safetensors file: {what}") from error
-            self._handle = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+        self._handle = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
         weakref.finalize(self, os.close, self._handle)
         self._lock = threading.Lock()
 
@@ -65,6 +62,23 @@ class OpenFile:
         buffer[: len(content)] = content
         return len(content)
 
+
+class SafetensorsFile(OpenFile):
+    """A safetensors file that is held open.
+
+    Raises:
+        CheckpointError: if the file is empty, cut short, or anything else; ``sniff`` says what.
+    """
+
+    def __init__(self, path: Path) -> None:
+        with unchanged(path):  # both are the same file then
+            try:
+                self.mapped = safe_open(path, framework="pt")  # validates the header, and that the file is long enough
+            except SafetensorError as error:
+                what = what_is(path) or f"{error}; if it was cut short, download or save it again (force_download=True)"
+                raise CheckpointError(f"{path} is not a complete safetensors file: {what}") from error
+            super().__init__(path)
+
     def header(self) -> tuple[dict[str, Any], int]:
         """Return the header as it is stored, and the position of the first byte behind it."""
         size = bytearray(8)
@@ -75,10 +89,9 @@ class OpenFile:
 
 
 class StoredTensor(NamedTuple):
-    """One tensor in a safetensors file, as its header describes it."""
+    """One tensor in a file, as its header describes it."""
 
     name: str
-    file: str  # file name, as in the repository
     source: OpenFile
     dtype: str
     shape: tuple[int, ...]
@@ -90,6 +103,16 @@ class StoredTensor(NamedTuple):
     def path(self) -> Path:
         """The file on this machine."""
         return self.source.path
+
+    @property
+    def file(self) -> str:
+        """The name of the file."""
+        return self.source.path.name
+
+    @property
+    def mapped(self) -> Tensor:
+        """A view of the file; its pages are private: training such a weight does not change the file."""
+        return self.source.mapped.get_tensor(self.name.removeprefix(self.added))
 
 
 _FACTORIES = frozenset((torch.empty, torch.zeros, torch.ones, torch.full, torch.rand, torch.randn, torch.arange))
@@ -138,19 +161,24 @@ def as_dtype(torch_dtype: torch.dtype | str | None, dtype: torch.dtype | str | N
 
 
 def _one_dtype(value: torch.dtype | str) -> torch.dtype:
-    allowed = {str(dtype).removeprefix("torch."): dtype for dtype in STORED_DTYPES.values()}
+    allowed = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES.values()}
     name = str(value).removeprefix("torch.")
+    if name.startswith("float8"):
+        raise ValueError(
+            f"torch_dtype={value!r} is for storage only, nothing can be computed in it: load in float32, bfloat16 or "
+            "float16, whatever the file holds; .enable_layerwise_casting() then keeps a network's weights in float8"
+        )
     if name not in allowed:
         raise ValueError(f"torch_dtype={value!r} is not one of {', '.join(allowed)} (a torch.dtype or its name)")
     return allowed[name]
 
 
-def read_header(name: str, source: OpenFile) -> list[StoredTensor]:
-    """List the tensors of a file that is called ``name`` in its repository, without reading them."""
+def read_header(source: SafetensorsFile) -> list[StoredTensor]:
+    """List the tensors of a file without reading them."""
     header, data = source.header()  # positions are counted from the end of the header
     header.pop("__metadata__", None)
     return [
-        StoredTensor(key, name, source, entry["dtype"], tuple(entry["shape"]), data + start, end - start)
+        StoredTensor(key, source, entry["dtype"], tuple(entry["shape"]), data + start, end - start)
         for key, entry in header.items()
         for start, end in [entry["data_offsets"]]
     ]
@@ -161,7 +189,7 @@ Opened = tuple[Weights, list[StoredTensor]]  # the files of a network, and their
 
 def read_headers(weights: Weights) -> list[StoredTensor]:
     """List the tensors of all files, which are held open from now on."""
-    return [tensor for name, path in weights.files.items() for tensor in read_header(name, OpenFile(path))]
+    return [tensor for path in weights.files.values() for tensor in read_header(SafetensorsFile(path))]
 
 
 def load_weights(model: nn.Module, weights: Weights, stored: list[StoredTensor], dtype: torch.dtype) -> None:
@@ -176,9 +204,12 @@ def load_weights(model: nn.Module, weights: Weights, stored: list[StoredTensor],
     problems = listed(wrong) + _index_problems(weights, stored)
     if problems:
         where = stored[0].path.parent if stored else next(iter(weights.files.values())).parent
+        files = f"{', '.join(weights.files)} in {where}"
+        if what := outside(unwrapped(tensor.name) for tensor in stored):
+            raise CheckpointError(f"{files} is {what}")
         raise CheckpointError(
-            f"{', '.join(weights.files)} in {where} do not fit {type(model).__name__} as its config.json describes "
-            "it; is it the configuration of another model?\n" + "\n".join(problems)
+            f"{files} do not fit {type(model).__name__} as its config.json describes it; is it the configuration of "
+            "another model?\n" + "\n".join(problems)
         )
     fill(model, rows, found, dtype)
 
@@ -242,7 +273,7 @@ def match(
             both = f"{found[name].name} in {found[name].file} and {tensor.name} in {tensor.file}"
             wrong["stored twice"].append(both)
         elif tensor.dtype not in STORED_DTYPES:
-            accepted = ", ".join(STORED_DTYPES)
+            accepted = ", ".join([*DTYPES, *FLOAT8])
             wrong["of a wrong dtype"].append(f"{tensor.name} in {tensor.file} is {tensor.dtype}, not {accepted}")
         elif tensor.shape != expected[name] and not (name in flat and _flat(tensor.shape) == _flat(expected[name])):
             shapes = f"{tensor.shape} in {tensor.file}, expected {expected[name]}"
@@ -286,10 +317,8 @@ def _index_problems(weights: Weights, stored: Iterable[StoredTensor]) -> list[st
 
 def _read(stored: Mapping[str, StoredTensor], dtype: torch.dtype) -> dict[str, Tensor]:
     """Return the tensors in ``dtype``: views of the files where they are stored so, else converted, several at once."""
-    tensors: dict[str, Tensor] = {}
-    same = {name: tensor for name, tensor in stored.items() if STORED_DTYPES[tensor.dtype] == dtype}
-    for name, tensor in same.items():  # the pages are private: training such a weight does not change the file
-        tensors[name] = tensor.source.mapped.get_tensor(tensor.name.removeprefix(tensor.added))
+    same = {name: one for name, one in stored.items() if one.source.mapped and STORED_DTYPES[one.dtype] == dtype}
+    tensors: dict[str, Tensor] = {name: tensor.mapped for name, tensor in same.items()}
     others = stored.keys() - same.keys()
     with ThreadPoolExecutor(max(1, min(4, torch.get_num_threads(), len(others)))) as pool:
         tensors.update(zip(others, pool.map(lambda name: read_tensor(stored[name], dtype), others), strict=True))
@@ -308,12 +337,14 @@ def read_tensor(stored: StoredTensor, dtype: torch.dtype) -> Tensor:
 
 def read_pieces(stored: StoredTensor) -> Iterator[Tensor]:
     """Yield the values of a stored tensor in order, ``CHUNK`` bytes at a time; the next piece overwrites the last."""
-    buffer = bytearray(min(CHUNK, stored.size))
+    block = BLOCKS.get(stored.dtype)
+    buffer = bytearray(min(CHUNK if block is None else CHUNK // block.size * block.size, stored.size))
     if not buffer:
         return
-    values = torch.frombuffer(buffer, dtype=STORED_DTYPES[stored.dtype])
+    values = torch.frombuffer(buffer, dtype=STORED_DTYPES[stored.dtype] if block is None else torch.uint8)
     for start in range(0, stored.size, len(buffer)):
         size = min(len(buffer), stored.size - start)
         if stored.source.read_into(memoryview(buffer)[:size], stored.start + start) != size:
             raise CheckpointError(f"{stored.path} became shorter while {stored.name} was read from it")
-        yield values[: size // values.itemsize]
+        piece = values[: size // values.itemsize]
+        yield piece if block is None else block.unpack(piece.view(-1, block.size)).flatten()

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from minidiff.atomic import unchanged, whole_folder
 from minidiff.checkpoints.arguments import device_of, refuse_unless_harmless
+from minidiff.checkpoints.casting import compute_dtype
 from minidiff.checkpoints.config_file import ConfigFile
 from minidiff.checkpoints.hub import WHY_NO_PICKLES, Repo
 from minidiff.checkpoints.load import OnMeta, Opened, as_dtype, load_weights, paused_collector, read_headers
@@ -144,16 +145,16 @@ class Pretrained(ConfigFile, nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the weights."""
-        return self._first_parameter().dtype
+        """The dtype of the weights; where they are cast layer by layer, the one that the network computes in."""
+        return getattr(self, "_compute_dtype", None) or compute_dtype(self._first_layer())
 
     @property
     def device(self) -> torch.device:
         """The device of the weights."""
-        return self._first_parameter().device
+        return next(self._first_layer().parameters(recurse=False)).device
 
-    def _first_parameter(self) -> nn.Parameter:
-        return next(weight for module in self.modules() for weight in module._parameters.values() if weight is not None)
+    def _first_layer(self) -> nn.Module:
+        return next(module for module in self.modules() if any(w is not None for w in module._parameters.values()))
 
     def compile_repeated_blocks(self, *args: Any, **options: Any) -> None:
         """Compile the blocks that occur many times, each by ``torch.compile(block, ...)``, instead of the network.

@@ -5,6 +5,8 @@ from pathlib import Path
 
 from minidiff.errors import CheckpointNotFoundError
 
+DTYPES = "float32 bfloat16 float16 float8_e4m3fn float8_e5m2"
+
 
 def add_convert(parser: argparse.ArgumentParser) -> None:
     """Describe the arguments of ``minidiff convert``."""
@@ -12,7 +14,7 @@ def add_convert(parser: argparse.ArgumentParser) -> None:
     add("source", metavar="IN", type=Path, help="a .safetensors file in the original spelling, or a folder")
     add("target", metavar="OUT", type=Path, help="a file that ends in .safetensors, or a folder")
     add("--to", choices=["hub", "single-file"], help="layout of OUT (default: what its name says)")
-    add("--dtype", choices=["float32", "bfloat16", "float16"], help="(default: what is stored)")
+    add("--dtype", choices=DTYPES.split(), help="(default: what is stored)")
     add("--config", metavar="FOLDER|ID", help="what describes IN, if not the published model")
     add("--prediction-type", choices=["epsilon", "v_prediction"], help="of a Stable Diffusion 2.x file")
     add("--variant", metavar="NAME", help="which weights of a folder, such as fp16")

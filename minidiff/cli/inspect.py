@@ -16,9 +16,9 @@ def add_inspect(parser: argparse.ArgumentParser) -> None:
 def _inspect(args: argparse.Namespace) -> None:
     from minidiff.adapters.report import report_adapter
     from minidiff.checkpoints.tools.checkpoint import open_checkpoint
-    from minidiff.checkpoints.tools.inspect import keys, report
+    from minidiff.checkpoints.tools.inspect import keys, report, report_stranger
 
-    if page := report_adapter(args.checkpoint):
+    if page := report_adapter(args.checkpoint) or report_stranger(args.checkpoint):
         print(page)
         return
     checkpoint = open_checkpoint(args.checkpoint, config=args.config, variant=args.variant, ask=False)

@@ -30,6 +30,7 @@ def _scheduling(name: str) -> str:
 PATHS: dict[str, Sequence[str]] = {
     "callbacks": ["callbacks"],
     "configuration_utils": ["configured", "compat.utils"],
+    "hooks": ["checkpoints.casting"],
     "image_processor": ["images.processor", "compat.utils"],
     "loaders": ["adapters", "compat.utils"],
     "loaders.peft": ["adapters.network"],

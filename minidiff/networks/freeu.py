@@ -27,7 +27,10 @@ class FreeU(NamedTuple):
             return x, skip
         s, b = ((self.s1, self.b1), (self.s2, self.b2))[i]
         half = x.shape[1] // 2
-        return torch.cat([x[:, :half] * b, x[:, half:]], dim=1), scale_low_frequencies(skip, s)
+        louder = torch.cat([x[:, :half] * b, x[:, half:]], dim=1)
+        if skip is x:  # without a middle the first skip is what comes from below, which the reference changes in place
+            skip = louder
+        return louder, scale_low_frequencies(skip, s)
 
 
 def scale_low_frequencies(x: Tensor, s: float) -> Tensor:

@@ -15,12 +15,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from minidiff.checkpoints.casting import LayerwiseCasting
 from minidiff.checkpoints.load import Opened
 from minidiff.checkpoints.model import Pretrained
 from minidiff.configured import ConfigMixin
 
 
-class ModelMixin(ConfigMixin, Pretrained):
+class ModelMixin(ConfigMixin, LayerwiseCasting, Pretrained):
     """Base of networks of one's own: an ``nn.Module`` with ``from_pretrained`` and ``save_pretrained``."""
 
     def __getattr__(self, name: str) -> Any:
@@ -33,5 +34,5 @@ class ModelMixin(ConfigMixin, Pretrained):
     def _loaded(cls, fields: Mapping[str, Any], overrides: dict[str, Any], weights: Opened, dtype: torch.dtype) -> Any:
         """Build it as its constructor says, since that may compute more than weights, then take the file's over."""
         model = cls.from_config(fields, **overrides)
-        model.load_state_dict({tensor.name: tensor.source.mapped.get_tensor(tensor.name) for tensor in weights[1]})
+        model.load_state_dict({tensor.name: tensor.mapped for tensor in weights[1]})
         return model.to(dtype)

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minidiff.adapters.network import AdaptedNetwork
+from minidiff.checkpoints.casting import LayerwiseCasting
 from minidiff.checkpoints.model import Model
 from minidiff.checkpoints.names import unet_rows
 from minidiff.checkpoints.original.single_file import SingleFileModel
@@ -79,7 +80,7 @@ class Block(nn.Module):
         return self.resample(x, size)
 
 
-class UNet(Classes, SlicedAttention, GradientCheckpointing, Attending, Model):
+class UNet(Classes, SlicedAttention, GradientCheckpointing, Attending, LayerwiseCasting, Model):
     """The body of every UNet. The public faces below and in ``unet_unconditional`` say what goes in and comes out.
 
     Layers are made in the order in which the reference makes them, which is the order in which their initial weights
@@ -87,7 +88,7 @@ class UNet(Classes, SlicedAttention, GradientCheckpointing, Attending, Model):
     what belongs to the parameters; hence ``self.up`` before ``self.mid``, and attention before residual blocks.
     """
 
-    _repeated_blocks = ("TransformerBlock",)
+    _repeated_blocks, _skip_layerwise_casting_patterns = ("TransformerBlock",), ("norm",)
     freeu: FreeU | None = None  # what changes the skips on the way up
 
     def __init__(self, config: Config, spec: UNetSpec) -> None:

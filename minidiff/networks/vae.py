@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from minidiff.checkpoints.casting import LayerwiseCasting
 from minidiff.checkpoints.model import Model
 from minidiff.checkpoints.names import canonical_vae_name, vae_rows
 from minidiff.checkpoints.original.single_file import SingleFileModel
@@ -163,7 +164,7 @@ class DecoderOutput(Output):
     sample: Tensor
 
 
-class AutoencoderKL(SingleFileModel, GradientCheckpointing, SavesMemory, Attending, Model):
+class AutoencoderKL(SingleFileModel, GradientCheckpointing, SavesMemory, Attending, LayerwiseCasting, Model):
     """Encode pictures to latent Gaussians and decode latents to pictures.
 
     Keyword arguments are the fields of the Hub's ``vae/config.json``, with the reference's defaults. Layers are made

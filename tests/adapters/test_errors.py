@@ -201,9 +201,12 @@ FILES = {
     "of SD 2": ({f"unet.{Q.replace('attn1.to_q', 'attn2.to_v')}.lora_A.weight": draw(2, 1024)}, "Stable Diffusion 2.x"),
     "of Flux": (
         {"transformer.single_transformer_blocks.0.attn.to_q.lora_A.weight": draw(2, 8)},
-        r"\(it is of a transformer \(Stable Diffusion 3, Flux\), which minidiff does not implement",
+        "is a LoRA for Flux, which minidiff does not implement",
     ),
-    "of Flux, kohya": ({"lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight": draw(2, 8)}, "it is of a transf"),
+    "of Flux, kohya": (
+        {"lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight": draw(2, 8)},
+        "is a LoRA for Flux or Hunyuan Video",
+    ),
     "a checkpoint": (
         {"model.diffusion_model.out.2.weight": draw(4, 16, 3, 3)},
         r"\(it is a checkpoint: load it with from_single_file\)",

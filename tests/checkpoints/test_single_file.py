@@ -690,7 +690,6 @@ print(len(headers.tensors_of("a/files/sd1.safetensors")))
 REFUSED = [
     ("model.ckpt", {}, CheckpointError, r"model\.ckpt is a pickle: minidiff reads only safetensors.*convert"),
     ("https://huggingface.co/a/b/blob/main/x.ckpt", {}, CheckpointError, r"x\.ckpt is a pickle"),
-    ("https://huggingface.co/a/b/blob/main/x-Q4_0.gguf", {}, CheckpointError, r"x-Q4_0\.gguf is a GGUF file"),
     ("https://example.com/x.safetensors", {}, CheckpointNotFoundError, "not on the Hugging Face Hub; download it"),
     ("https://huggingface.co/a", {}, CheckpointNotFoundError, "names no file; expected https"),
     ("./x.safetensors", {}, CheckpointNotFoundError, r"there is no file 'x\.safetensors' \(looked from"),

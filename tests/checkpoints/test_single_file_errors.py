@@ -126,8 +126,11 @@ FOREIGN = {
     "emb_params": ([2, 768], "is a textual inversion: .*load_textual_inversion"),
     "control_model.input_blocks.0.0.weight": ([320, 4, 3, 3], "is a ControlNet"),
     "edm_mean": ([1, 4, 1, 1], "is Playground 2.5"),
-    "model.diffusion_model.joint_blocks.0.x_block.attn.qkv.weight": ([4, 4], r"is a transformer \(Stable Diffusion 3"),
-    "single_transformer_blocks.0.attn.to_q.weight": ([4, 4], r"is a transformer \(Stable Diffusion 3"),
+    "model.diffusion_model.joint_blocks.0.x_block.attn.qkv.weight": (
+        [4, 4],
+        "is Stable Diffusion 3, which minidiff does not",
+    ),
+    "single_transformer_blocks.0.attn.to_q.weight": ([4, 4], "is Flux, which minidiff does not"),
     "down_blocks.0.resnets.0.conv1.weight": ([4, 4, 3, 3], "is in the Hub's spelling .*from_pretrained.*config="),
     "a.weight": ([4, 4], "holds no network in the original spelling: 1 tensors such as a.weight"),
 }

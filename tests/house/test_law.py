@@ -34,14 +34,14 @@ TOP = len(RANKS)
 
 # Lines of code of a room, signatures and all, docstrings not. Raise one only in a commit that says why.
 BUDGET = {
-    "adapters": 1435,
-    "checkpoints": 2170,
-    "cli": 245,
+    "adapters": 1450,
+    "checkpoints": 2600,
+    "cli": 250,
     "compat": 790,
     "fast": 560,
     "images": 405,
-    "networks": 1820,
-    "pipelines": 3050,
+    "networks": 1830,
+    "pipelines": 3055,
     "schedulers": 2310,
     "text": 650,
     "top": 1050,

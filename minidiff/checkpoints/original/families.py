@@ -27,6 +27,7 @@ from typing import Any, NamedTuple
 from minidiff.checkpoints.names import unwrapped
 from minidiff.checkpoints.original.configs import PackagedConfigs
 from minidiff.checkpoints.original.prefixes import EMA, UNET, VAE, ema_name
+from minidiff.checkpoints.original.strangers import outside
 from minidiff.errors import CheckpointError
 
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
@@ -78,23 +79,14 @@ _CROSS_KEYS = re.compile(r".*attn2\.?to_k\.?weight")  # a moving average has no 
 _RES_KEYS, _KEYS = re.compile(r".*(emb_layers\.?1|time_emb_proj)\.?weight"), re.compile(r".*attn[12]\.?to_k\.?weight")
 _HUB_SPELLING = re.compile(r"(down_blocks|mid_block|up_blocks|(en|de)coder\.(down|up)_blocks)\..*")
 _TINY = re.compile(r"\b(taesd_)?(en|de)coder\.(layers\.)?\d+\.(conv|weight)")
-_STRANGERS = {  # names that only other kinds of files have -> what they are and what reads them
-    r"(transformer|lora_transformer|(model\.)?diffusion_model|lora_unet)[._]"
-    r"(single_transformer|transformer|single|double|joint)_blocks[._].*lora.*": (
-        "of a transformer (Stable Diffusion 3, Flux), which minidiff does not implement"
-    ),
+_STRANGERS = {  # names that only other kinds of files have -> what they are and what reads them; see also strangers.py
     r"lora_(unet|te\d?)_.*|lycoris_.*|.*\.lora_(A|B|up|down)\..*|.*\.lora\.(up|down)\..*": (
         "a LoRA: load the model that it belongs to, then call pipe.load_lora_weights(file)"
     ),
     r"em[bp]_params(_out)?|string_to_param\..*|clip_[lg](_out)?|text_encoders_[01]": (
         "a textual inversion: load the model that it belongs to, then call pipe.load_textual_inversion(file)"
     ),
-    r"control_model\..*|controlnet_.*": "a ControlNet, which minidiff does not implement",
     r"edm_(mean|std)": "Playground 2.5, whose noise process (EDM) minidiff does not implement",
-    r".*\.time_mix(er|_blocks?)\..*|.*motion_modules\..*": "a video model, which minidiff does not implement",
-    r"(model\.diffusion_model\.)?(joint_blocks|double_blocks|(single_)?transformer_blocks)\..*": (
-        "a transformer (Stable Diffusion 3, Flux), which minidiff does not implement"
-    ),
 }
 
 
@@ -115,6 +107,11 @@ def recognise(shapes: Mapping[str, tuple[int, ...]], unet: str | None, where: st
             "from_pretrained with the folder, or pass config=FOLDER"
         )
     if unet is None:
+        if (channels := _latent_channels(shapes)) not in (None, 4):
+            raise CheckpointError(
+                f"{where} is an autoencoder of {channels} channels (those of Stable Diffusion 3 and Flux have 16), "
+                "which is of no family that minidiff implements; config= may name a folder that describes it"
+            )
         return TINY_AUTOENCODER if any(map(_TINY.search, shapes)) else AUTOENCODER
     convs = ("input_blocks.0.0.weight", "conv_in.weight")
     names = [name for conv in convs for name in (unet + conv, ema_name(conv))]
@@ -143,12 +140,20 @@ def family_of(ctx: int | None, channels: int | None, shapes: Mapping[str, tuple[
     return fits.get(left) or fits.get(None)
 
 
+def _latent_channels(shapes: Mapping[str, tuple[int, ...]]) -> int | None:
+    """Return the number of channels of an autoencoder's latents; None if there is no decoder."""
+    ends = "decoder.conv_in.weight"
+    return next((shape[1] for name, shape in shapes.items() if name.endswith(ends) and len(shape) == 4), None)
+
+
 def stranger(names: Iterable[str], but: str = "") -> str | None:
-    """Say what a file is that is no checkpoint, by the first name that gives it away; None if it may be one.
+    """Say what a file is that is no checkpoint of a family here, by a name that gives it away; None if it may be one.
 
     ``but`` is how the description of the kind begins that is looked for and no stranger, such as "a LoRA".
     """
     names = list(names)
+    if what := outside(names):
+        return what
     for pattern, what in _STRANGERS.items():
         if but and what.startswith(but):
             continue

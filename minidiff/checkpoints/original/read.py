@@ -11,8 +11,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
+from minidiff.checkpoints.gguf import is_gguf, read_gguf
 from minidiff.checkpoints.hub import PICKLES, WHY_NO_PICKLES
-from minidiff.checkpoints.load import OpenFile, StoredTensor, expected_shapes, match, read_header
+from minidiff.checkpoints.load import SafetensorsFile, StoredTensor, expected_shapes, match, read_header
 from minidiff.checkpoints.model import Model
 from minidiff.checkpoints.names import canonical_tiny_vae_name, canonical_vae_name, unwrapped
 from minidiff.checkpoints.original.dropped import why_dropped
@@ -81,15 +82,17 @@ class SingleFile:
 
     @classmethod
     def of(cls, path: Path) -> "SingleFile":
-        """Read the header of a file. Raises ``CheckpointError`` for a pickle or a damaged file."""
+        """Read the header of a safetensors or GGUF file. Raises ``CheckpointError`` for a pickle or a damaged file."""
         if path.suffix in PICKLES:
             raise CheckpointError(f"{path} is a pickle: {WHY_NO_PICKLES}")
         if path.is_dir():
             raise CheckpointError(f"{path} is a folder; from_single_file needs one file, from_pretrained a folder")
         if not path.is_file():
             raise CheckpointNotFoundError(f"there is no file {str(path)!r} (looked from {Path.cwd()})")
-        source = OpenFile(path)
-        stored = _with_other_half(path, read_header(path.name, source))
+        if is_gguf(path):
+            return cls(path, *read_gguf(path))
+        source = SafetensorsFile(path)
+        stored = _with_other_half(path, read_header(source))
         return cls(path, stored, source.mapped.metadata() or {})
 
     @cached_property
@@ -187,7 +190,11 @@ class SingleFile:
                 reasons[name] = why
             return None if why is not None or (owner not in networks and ignore(owner)) else table
 
-        found, wrong = match(expected, self.stored, canonical, set(_flat_names(rows.values())))
+        in_gguf = any(tensor.source.mapped is None for tensor in self.stored)  # which may lack or have axes of length 1
+        flat = set(expected if in_gguf else _flat_names(rows.values()))
+        found, wrong = match(expected, self.stored, canonical, flat)
+        if in_gguf and not wrong:
+            found = {name: tensor._replace(shape=expected[name]) for name, tensor in found.items()}
         mine = {component: {n: found[n] for n in shapes[component] if n in found} for component in networks}
         parts = [StoredNetwork(name, model, rows[name], "ldm", mine[name]) for name, model in networks.items()]
         dropped = [(one, reasons[name]) for one in self.stored if (name := unwrapped(one.name)) in reasons]
@@ -209,7 +216,7 @@ def _with_other_half(path: Path, stored: list[StoredTensor]) -> list[StoredTenso
             f"{path} is the {mine} of a tiny autoencoder; expected the {other} beside it, in a file of the "
             f"same name with {other!r} for {mine!r}"
         )
-    halves = {f"taesd_{mine}.": stored, f"taesd_{other}.": read_header(beside.name, OpenFile(beside))}
+    halves = {f"taesd_{mine}.": stored, f"taesd_{other}.": read_header(SafetensorsFile(beside))}
     return [one._replace(name=half + one.name, added=half) for half, tensors in halves.items() for one in tensors]
 
 

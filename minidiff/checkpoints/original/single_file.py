@@ -54,8 +54,6 @@ def find(source: str | Path, where: Mapping[str, Any]) -> Path:
     path, text = Path(source), str(source).split("?")[0]
     if PurePosixPath(text).suffix in PICKLES:
         raise CheckpointError(f"{source} is a pickle: {WHY_NO_PICKLES}")
-    if PurePosixPath(text).suffix == ".gguf":  # before gigabytes of it are downloaded
-        raise CheckpointError(f"{source} is a GGUF file, whose quantised weights minidiff does not read")
     site = next((site for site in SITES if text.startswith(site)), "")
     if "://" in text and not site:
         raise CheckpointNotFoundError(f"{source} is not on the Hugging Face Hub; download it and pass its path")

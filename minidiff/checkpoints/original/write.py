@@ -1,12 +1,12 @@
 """Lay networks out as an original single file: which name table each has there, and what is written beside it."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial, reduce
 
 import torch
 from torch import Tensor, nn
 
-from minidiff.checkpoints.load import STORED_DTYPES, StoredTensor, expected_shapes, read_pieces, read_tensor
+from minidiff.checkpoints.load import FLOAT8, STORED_DTYPES, StoredTensor, expected_shapes, read_pieces, read_tensor
 from minidiff.checkpoints.model import Model
 from minidiff.checkpoints.original.families import V_MARK, ZERO_SNR_MARK
 from minidiff.checkpoints.original.header import KEY
@@ -71,7 +71,7 @@ def groups_of_model(model: Model, rows: list[Row]) -> Iterator[Group]:
     shapes = expected_shapes(model, rows, "ldm")
     for row in rows:
         ours = tuple(state[name] for name in row.ours)
-        kind = reduce(torch.promote_types, (tensor.dtype for tensor in ours))
+        kind = _common_dtype(tensor.dtype for tensor in ours)
         specs = [(name, kind, shapes[name]) for name in row.ldm]
         yield Group(specs, partial(row.ldm_op.from_ours, ours))
 
@@ -85,26 +85,45 @@ def groups_of_part(
         part: the network, on the meta device, and its stored tensors.
         rows: its table, whose names in ``target`` are written (its own may have another prefix).
         target: the spelling to write.
-        dtype: what to convert to, None for what is stored.
+        dtype: what to convert to, None for what is stored. Gains and biases are not converted to float8: they take
+            hardly any room and matter more.
     """
     shapes = expected_shapes(part.model, rows, target)
     for source, row in zip(part.rows, rows, strict=True):
         stored = part.stored(source)
-        kinds = [STORED_DTYPES[tensor.dtype] for tensor in stored]
-        wanted = dtype or reduce(torch.promote_types, kinds)
+        small = dtype in FLOAT8.values() and all(len(tensor.shape) < 2 for tensor in stored)
+        wanted = None if small else dtype
+        wanted = wanted or _common_dtype(STORED_DTYPES[tensor.dtype] for tensor in stored)
         change = source.op(part.spelling), row.op(target)
         make = _in_pieces if all(op.in_order for op in change) else partial(_whole, *change)
         specs = [(name, wanted, shapes[name]) for name in row.names(target)]
         yield Group(specs, partial(make, stored=stored, dtype=wanted))
 
 
+def _common_dtype(dtypes: Iterable[torch.dtype]) -> torch.dtype:
+    """Return the smallest dtype that holds the values of all. torch does not say it of float8: float16 holds both."""
+    kinds = set(dtypes)
+    if len(kinds) > 1:
+        kinds = {torch.float16 if kind in FLOAT8.values() else kind for kind in kinds}
+    return reduce(torch.promote_types, kinds)
+
+
+def _narrowed(values: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+    """Convert values. Raises ``CheckpointError`` for those that are beyond the largest of ``dtype``."""
+    limit = torch.finfo(dtype).max
+    if limit < torch.finfo(values.dtype).max and (largest := values.float().abs().max()) > limit:
+        raise CheckpointError(f"{name} has values up to {largest:g}; {dtype} ends at {limit:g}: choose a wider dtype")
+    return values.to(dtype)
+
+
 def _in_pieces(stored: list[StoredTensor], dtype: torch.dtype) -> Iterator[Tensor]:
     """Read tensors whose values stay in order, even where three are stacked to one or one is cut in three."""
     for tensor in stored:
         for piece in read_pieces(tensor):
-            yield piece.to(dtype)
+            yield _narrowed(piece, dtype, tensor.name)
 
 
 def _whole(to_ours: Op, from_ours: Op, stored: list[StoredTensor], dtype: torch.dtype) -> tuple[Tensor, ...]:
     """Read tensors that have to be laid out anew."""
-    return from_ours.from_ours(to_ours.to_ours(tuple(read_tensor(tensor, dtype) for tensor in stored)))
+    read = (_narrowed(read_tensor(one, STORED_DTYPES[one.dtype]), dtype, one.name) for one in stored)
+    return from_ours.from_ours(to_ours.to_ours(tuple(read)))

@@ -126,6 +126,8 @@ def _open_folder(path: Path, variant: str | None) -> Checkpoint:
     """Read the headers and configurations of a folder in Hub layout."""
     configs = FolderConfigs(Repo(path))
     index = _index(configs)
+    if index and public(index.get("_class_name")) is None and not _is_ours((index.get("unet") or [None] * 2)[1]):
+        raise ConfigError(f"{path} is for {index.get('_class_name')}, a pipeline that minidiff does not implement")
     if index:
         kinds = {name: entry[1] for name, entry in index.items() if isinstance(entry, list) and _is_ours(entry[1])}
         where = {name: configs.repo.at(name) if (path / name).is_dir() else configs.repo for name in kinds}

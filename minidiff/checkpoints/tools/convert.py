@@ -16,6 +16,7 @@ import torch
 
 from minidiff.atomic import kind_of, put_in_place, unchanged, workplace
 from minidiff.checkpoints.hub import variant_of
+from minidiff.checkpoints.load import FLOAT8
 from minidiff.checkpoints.original.families import scheduler_changes
 from minidiff.checkpoints.original.header import said_by
 from minidiff.checkpoints.original.prefixes import NETWORKS
@@ -52,7 +53,7 @@ def convert(
         source: a single file in the original spelling, or a folder in Hub layout (a pipeline or one network).
         target: a file that ends in .safetensors, or a folder.
         to: "hub" or "single-file"; by default what the name of ``target`` says.
-        dtype: of the weights, by default what is stored.
+        dtype: of the weights, by default what is stored; in float8 gains and biases stay as they are stored.
         config, prediction_type, variant, use_ema: as in ``open_checkpoint``.
         force: whether to replace ``target`` if it exists; a folder only if it is a checkpoint.
         progress: called with the bytes written after each tensor, and the bytes that there will be.
@@ -184,4 +185,6 @@ def _write_small_files(checkpoint: Checkpoint, folder: Path) -> None:
 
 
 def _usual_dtype(groups: list[Group]) -> torch.dtype:
-    return Counter(dtype for group in groups for _, dtype, _ in group.specs).most_common(1)[0][0]
+    """Return the dtype to compute in: that of most tensors, but not float8."""
+    kinds = Counter(dtype for group in groups for _, dtype, _ in group.specs if dtype not in FLOAT8.values())
+    return kinds.most_common(1)[0][0] if kinds else torch.float32

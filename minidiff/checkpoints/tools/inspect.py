@@ -3,14 +3,16 @@
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from math import prod
+from pathlib import Path
 
-from minidiff.checkpoints.load import STORED_DTYPES, StoredTensor, expected_shapes
-from minidiff.checkpoints.original.read import StoredNetwork
+from minidiff.checkpoints.load import DTYPES, FLOAT8, StoredTensor, expected_shapes
+from minidiff.checkpoints.original.families import stranger
+from minidiff.checkpoints.original.read import SingleFile, StoredNetwork
 from minidiff.checkpoints.remap import SAME, Row
 from minidiff.checkpoints.tools.checkpoint import Checkpoint
 
 SPELLINGS = {"single-file": "single file in the original spelling", "hub": "folder in Hub layout"}
-_NAMES = {name: str(dtype).removeprefix("torch.") for name, dtype in STORED_DTYPES.items()}
+_NAMES = {name: str(dtype).removeprefix("torch.") for name, dtype in {**DTYPES, **FLOAT8}.items()}
 
 
 def report(checkpoint: Checkpoint) -> str:
@@ -37,6 +39,18 @@ def report(checkpoint: Checkpoint) -> str:
             lines.append(f"  {kind:<11} {len(found) or 'nothing'}")
             lines += [f"    {line}" for line in found]
     return "\n".join(lines)
+
+
+def report_stranger(path: Path) -> str | None:
+    """Return a page about a single file that is no checkpoint, or of another family; None if it may be one of ours."""
+    if not path.is_file():
+        return None
+    contents = SingleFile.of(path)
+    if (what := stranger(contents.shapes)) is None:
+        return None
+    _, _, count, numbers, size, dtype = _line("", "", contents.stored)
+    table = [("kind", what), ("layout", f"{size}, {count} tensors, {numbers} parameters"), ("dtype", dtype)]
+    return "\n".join([str(path), *(f"  {name:<11} {value}" for name, value in table)])
 
 
 def keys(checkpoint: Checkpoint) -> str:

@@ -1,0 +1,47 @@
+"""Draw docs/float8.png: ``python -m docs.figures.float8_sheet``.
+
+Pictures of the embedded checkpoint, and the same with the weights of the UNet in float8.
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageDraw
+
+from minidiff import StableDiffusionPipeline
+from minidiff.embedded import GUIDANCE, embedded_checkpoint
+
+PROMPTS = ["red apple", "dog face", "pizza", "rocket", "hot beverage", "rainbow", "penguin", "bicycle"]
+STORED = {"float16": None, "e4m3fn": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
+TILE, GAP, LEFT, STEPS = 64, 6, 52, 20
+
+
+def draw(storage: torch.dtype | None) -> list[Image.Image]:
+    """Draw a picture of each prompt with the UNet's weights in a dtype, None for as they are stored."""
+    pipe = StableDiffusionPipeline.from_pretrained(embedded_checkpoint("emoji64"))
+    pipe.set_progress_bar_config(disable=True)
+    if storage is not None:
+        pipe.unet.enable_layerwise_casting(storage_dtype=storage)
+    seeds = list(range(len(PROMPTS)))
+    return pipe(PROMPTS, num_inference_steps=STEPS, guidance_scale=GUIDANCE, seeds=seeds).images
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Draw the sheet from the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("output", type=Path, nargs="?", default=Path("docs/float8.png"))
+    output = parser.parse_args(arguments).output
+    size = LEFT + len(PROMPTS) * (TILE + GAP), GAP + len(STORED) * (TILE + GAP)
+    sheet = Image.new("RGB", size, "white")
+    pen = ImageDraw.Draw(sheet)
+    for row, (name, storage) in enumerate(STORED.items()):
+        y = GAP + row * (TILE + GAP)
+        pen.text((LEFT - GAP, y + TILE / 2), name, fill="black", anchor="rm")
+        for column, image in enumerate(draw(storage)):
+            sheet.paste(image, (LEFT + column * (TILE + GAP), y))
+    sheet.save(output, optimize=True)
+
+
+if __name__ == "__main__":
+    main()
