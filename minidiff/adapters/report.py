@@ -11,6 +11,7 @@ from minidiff.adapters.lora_file import FILE_NAME
 from minidiff.adapters.lora_names import stems
 from minidiff.checkpoints.gguf import is_gguf
 from minidiff.checkpoints.load import SafetensorsFile, StoredTensor, read_header
+from minidiff.checkpoints.original.families import stranger
 from minidiff.checkpoints.tools.inspect import aligned
 from minidiff.config import read_json
 from minidiff.errors import shortened
@@ -50,14 +51,14 @@ def _stored(path: Path) -> dict[str, StoredTensor]:
 
 def report_adapter(path: Path) -> str | None:
     """Return a page about a file of LoRA or another form: whose spelling, networks, layers, forms, ranks, words; None
-    if it is none. A folder may be of PEFT."""
+    if it is none, or for a model of another family. A folder may be of PEFT."""
     inside = (path / FILE_NAME, path / WEIGHTS_NAME, *(path / part / WEIGHTS_NAME for part in COMPONENTS))
     if path.is_file() and is_gguf(path):
         return None
     files = [path] if path.is_file() else [file for file in inside if file.is_file()]
     stored = {name: tensor for file in files for name, tensor in _stored(file).items()}
     layers = stems(stored)
-    if not any(roles.keys() - {"alpha"} for roles in layers.values()):
+    if stranger(stored, "a LoRA") or not any(roles.keys() - {"alpha"} for roles in layers.values()):
         return None
     kinds: dict[str, list[tuple[str, int]]] = {}
     wrong = []

@@ -353,6 +353,14 @@ def test_inspect_reads_a_folder_of_peft(tmp_path: Path, capsys: pytest.CaptureFi
     assert re.search(r"  spelling +unknown\n", capsys.readouterr().out)
 
 
+def test_inspect_leaves_other_families_to_others(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    name = "transformer.single_transformer_blocks.0.attn.to_q"
+    save_file({f"{name}.lora_{letter}.weight": torch.ones(2, 2) for letter in "AB"}, tmp_path / "flux.safetensors")
+    main(["inspect", str(tmp_path / "flux.safetensors")])
+    said = capsys.readouterr()
+    assert "Flux" in said.out + said.err and "load_lora_weights" not in said.out
+
+
 @pytest.mark.parametrize("keys", [["emp_params", "emp_params_out"], ["clip_l", "clip_l_out"], ["text_encoders_0"]])
 def test_embeddings_are_told_from_lora(kinds: dict[str, Kind], keys: list[str]) -> None:
     with pytest.raises(CheckpointError, match=r"\(it is a textual inversion: .*load_textual_inversion\(file\)"):
