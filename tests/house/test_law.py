@@ -42,7 +42,7 @@ BUDGET = {
     "images": 405,
     "networks": 1540,
     "pipelines": 3040,
-    "schedulers": 2310,
+    "schedulers": 2525,
     "text": 625,
     "top": 790,
 }
