@@ -13,11 +13,13 @@ D                       C      family
 as above                9      inpainting: latent, mask (1), masked picture (4)
 as above                8      instructions (InstructPix2Pix): latent, picture to edit (4)
 ======================  =====  ===================================================================
+
+Those that were trained as EDM has it look the same: numbers among the weights tell them (``MARKED``).
 """
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from minidiff.checkpoints.names import unwrapped
@@ -54,6 +56,17 @@ FAMILIES = (
     Family("Stable Diffusion XL InstructPix2Pix", 2048, 8, {"epsilon": "sdxl-instructpix2pix-768"}),
     Family("Stable Diffusion XL refiner", 1280, 4, {"epsilon": "stable-diffusion-xl-refiner-1.0"}),
 )
+MARKED = (  # a tensor that tells a family from that of the same widths; see minidiff.checkpoints.original.edm
+    (
+        "edm_mean",
+        Family("Playground 2.5 (Stable Diffusion XL, EDM)", 2048, 4, {"epsilon": "playground-v2.5-1024px-aesthetic"}),
+    ),
+    ("edm_vpred.sigma_max", Family("CosXL (Stable Diffusion XL, EDM)", 2048, 4, {"v_prediction": "cosxl"})),
+    (
+        "edm_vpred.sigma_max",
+        Family("CosXL Edit (Stable Diffusion XL InstructPix2Pix, EDM)", 2048, 8, {"v_prediction": "cosxl-edit"}),
+    ),
+)
 AUTOENCODER = Family("autoencoder of Stable Diffusion", 0, 0, {"epsilon": "stable-diffusion-v1-5"})
 
 _CROSS_KEYS = re.compile(r".*attn2\.?to_k\.?weight")  # a moving average has no dots in its names
@@ -70,7 +83,6 @@ _STRANGERS = {  # names that only other kinds of files have -> what they are and
         "a textual inversion: load the model that it belongs to, then call pipe.load_textual_inversion(file)"
     ),
     r"control_model\..*|controlnet_.*": "a ControlNet, which minidiff does not implement",
-    r"edm_(mean|std)": "Playground 2.5, whose noise process (EDM) minidiff does not implement",
     r".*\.time_mix(er|_blocks?)\..*|.*motion_modules\..*": "a video model, which minidiff does not implement",
     r"(model\.diffusion_model\.)?(joint_blocks|double_blocks|(single_)?transformer_blocks)\..*": (
         "a transformer (Stable Diffusion 3, Flux), which minidiff does not implement"
@@ -94,23 +106,29 @@ def recognise(shapes: Mapping[str, tuple[int, ...]], unet: str | None, where: st
             f"{where} is in the Hub's spelling (it has {found}): put it beside its config.json and call "
             "from_pretrained with the folder, or pass config=FOLDER"
         )
-    if unet is None:
+    families = candidates(shapes)
+    if unet is None and families is FAMILIES:
         return AUTOENCODER
     convs = ("input_blocks.0.0.weight", "conv_in.weight")
-    names = [name for conv in convs for name in (unet + conv, ema_name(conv))]
+    names = [name for conv in convs for name in ((unet or "") + conv, ema_name(conv))]
     first = next((name for name in names if name in shapes), names[0])
     widths = Counter(shape[1] for name, shape in shapes.items() if _CROSS_KEYS.fullmatch(name) and len(shape) == 2)
     ctx = widths.most_common(1)[0][0] if widths else None
     channels = shapes[first][1] if len(shapes.get(first, ())) == 4 else 4  # its absence is reported with the others
-    for family in FAMILIES:
+    for family in families:
         if (family.ctx, family.channels) == (ctx, channels):
             return family
-    known = ", ".join(f"{family.title} ({family.ctx}, {family.channels})" for family in FAMILIES)
+    known = ", ".join(f"{family.title} ({family.ctx}, {family.channels})" for family in families)
     raise CheckpointError(
         f"{where} is no checkpoint that minidiff knows: its UNet reads a text of width {ctx} (attn2.to_k.weight) and "
         f"{channels} channels ({first}). Known are {known}. If it is a variant of one of them, pass config= with a "
         "folder or Hub id in diffusers layout that describes it"
     )
+
+
+def candidates(names: Container[str]) -> Sequence[Family]:
+    """Return the families that a file with tensors of these names may be of: marked ones, or those without a mark."""
+    return [family for mark, family in MARKED if mark in names] or FAMILIES
 
 
 def stranger(names: Iterable[str], but: str = "") -> str | None:
@@ -162,7 +180,7 @@ def scheduler_changes(fields: Mapping[str, Any], prediction: str | None, zero_sn
     changes: dict[str, Any] = {}
     if prediction is not None and fields.get("prediction_type", "epsilon") != prediction:
         changes["prediction_type"] = prediction
-    if zero_snr and not fields.get("rescale_betas_zero_snr"):
+    if zero_snr and not fields.get("rescale_betas_zero_snr") and "sigma_data" not in fields:  # EDM has no betas
         changes["rescale_betas_zero_snr"] = True
     return changes
 

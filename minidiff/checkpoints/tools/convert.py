@@ -16,6 +16,7 @@ from uuid import uuid4
 
 import torch
 
+from minidiff.checkpoints.original.edm import edm_marks
 from minidiff.checkpoints.original.families import scheduler_changes
 from minidiff.checkpoints.original.header import said_by
 from minidiff.checkpoints.original.prefixes import NETWORKS
@@ -23,7 +24,7 @@ from minidiff.checkpoints.original.read import StoredNetwork
 from minidiff.checkpoints.original.write import groups_of_part, marks, original_metadata, original_tables
 from minidiff.checkpoints.save import save_json
 from minidiff.checkpoints.stream import Group, write_stream
-from minidiff.checkpoints.tools.checkpoint import Checkpoint, open_checkpoint, scheduler_fields
+from minidiff.checkpoints.tools.checkpoint import Checkpoint, edm_fields, open_checkpoint, scheduler_fields
 from minidiff.config import REFERENCE_VERSION
 from minidiff.errors import CheckpointNotFoundError
 from minidiff.registry import public
@@ -104,6 +105,7 @@ def _write_single_file(checkpoint: Checkpoint, target: Path, dtype: torch.dtype 
     tables = original_tables({name: part.model for name, part in parts.items()})
     groups = [group for name, rows in tables.items() for group in groups_of_part(parts[name], rows, "ldm", dtype)]
     groups += marks(checkpoint.prediction, checkpoint.zero_snr)
+    groups += edm_marks(*edm_fields(checkpoint.parts, checkpoint.index, checkpoint.configs))
     total = sum(group.size for group in groups)
     with TemporaryDirectory() as folder:
         for name, rows in tables.items():
