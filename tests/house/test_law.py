@@ -35,7 +35,7 @@ TOP = len(RANKS)
 # Lines of code of a room, signatures and all, docstrings not. Raise one only in a commit that says why.
 BUDGET = {
     "adapters": 1045,
-    "checkpoints": 2050,
+    "checkpoints": 2095,
     "cli": 225,
     "compat": 780,
     "fast": 560,
