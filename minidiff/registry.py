@@ -29,6 +29,8 @@ HOME = {  # public name -> module that defines it
     "DPMSolverMultistepScheduler": "minidiff.schedulers.dpm_solver_multistep",
     "DPMSolverSinglestepScheduler": "minidiff.schedulers.dpm_solver_singlestep",
     "DiffusionPipeline": "minidiff.pipelines.base",
+    "EDMDPMSolverMultistepScheduler": "minidiff.schedulers.edm_dpm_solver_multistep",
+    "EDMEulerScheduler": "minidiff.schedulers.edm_euler",
     "EulerAncestralDiscreteScheduler": "minidiff.schedulers.euler_ancestral",
     "EulerDiscreteScheduler": "minidiff.schedulers.euler",
     "HeunDiscreteScheduler": "minidiff.schedulers.heun",

@@ -75,7 +75,7 @@ def draw(both: Both, steps: int) -> Iterator[Picture]:
     what = tasks(both, steps)
     first = next(iter(what))
     own = both.ours.scheduler, both.theirs.scheduler
-    kinds = [name for name in minidiff.__all__ if name.endswith("Scheduler")]
+    kinds = [name for name in minidiff.__all__ if name.endswith("Scheduler") and not name.startswith("EDM")]
     if first == "a picture from noise":
         kinds = (
             ["DDPMScheduler", "DDIMScheduler"] if isinstance(both.ours, minidiff.DDPMPipeline) else ["DDIMScheduler"]

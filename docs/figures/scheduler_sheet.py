@@ -37,7 +37,7 @@ def draw(pipe: minidiff.StableDiffusionPipeline, kind: str, steps: int, prompt: 
 def sheet(prompt: str, seed: int) -> Image.Image:
     """Return the table of pictures."""
     pipe = minidiff.StableDiffusionPipeline.from_pretrained(embedded_checkpoint())
-    kinds = [name for name in minidiff.__all__ if name.endswith("Scheduler")]
+    kinds = [name for name in minidiff.__all__ if name.endswith("Scheduler") and not name.startswith("EDM")]
     table = Image.new("RGB", (LEFT + len(STEPS) * (TILE + 4), TOP + len(kinds) * (TILE + 4)), "white")
     pen = ImageDraw.Draw(table)
     for column, steps in enumerate(STEPS):

@@ -22,7 +22,7 @@ _TASKS = ("", "_img2img", "_inpaint", "_instruct_pix2pix")
 
 def _scheduling(name: str) -> str:
     """Return the path of a scheduler: ``EulerDiscreteScheduler`` is in ``schedulers.scheduling_euler_discrete``."""
-    words = name.removesuffix("Scheduler").replace("KDPM2", "K_DPM_2")
+    words = name.removesuffix("Scheduler").replace("KDPM2", "K_DPM_2").replace("EDM", "EDM_")
     return "schedulers.scheduling_" + re.sub("(Multistep|Singlestep|Ancestral|Discrete)", r"_\1", words).lower()
 
 

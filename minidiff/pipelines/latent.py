@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
+import torch
 from torch import Tensor
 
 from minidiff.adapters.lora_loader import LoraLoader
@@ -43,6 +44,14 @@ class LatentPipeline(ByHand, LatentGeneration, LoraLoader, TextualInversionLoade
     def _encoder(self) -> AutoencoderKL | AutoencoderTiny:
         """Return the autoencoder in the dtype that it is to encode in."""
         return self.vae
+
+    def _unscaled(self, latents: Tensor, vae: AutoencoderKL) -> Tensor:
+        """Return what the autoencoder decodes of latents of the diffusion process."""
+        return latents / vae.config.scaling_factor
+
+    def _scaled(self, latents: Tensor, vae: AutoencoderKL) -> Tensor:
+        """Return what the diffusion process takes of latents that the autoencoder has encoded."""
+        return vae.config.scaling_factor * latents
 
     @computed
     def image_processor(self) -> "VaeImageProcessor":
@@ -107,7 +116,7 @@ class LatentPipeline(ByHand, LatentGeneration, LoraLoader, TextualInversionLoade
             posterior = DiagonalGaussian(repeat_to_batch(posterior.parameters, count))
         elif isinstance(generator, (list, tuple)):
             generator = generator[: len(x)]
-        return repeat_to_batch(vae.config.scaling_factor * posterior.sample(generator).to(like), count)
+        return repeat_to_batch(self._scaled(posterior.sample(generator).to(like), vae), count)
 
     def _check_clip_skip(self, clip_skip: int | None) -> None:
         encoders = [getattr(self, name, None) for name in ("text_encoder", "text_encoder_2")]
@@ -199,6 +208,15 @@ def check_channels(
         f"{' or '.join(map(str, expected))} and out_channels {Z}, found in_channels {found} and out_channels "
         f"{unet.config.out_channels}; {advice}"
     )
+
+
+def latent_moments(vae: AutoencoderKL, like: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Return the mean and the deviation (1, Z, 1, 1) of an autoencoder's latents, None if its config lacks either."""
+    moments = [getattr(vae.config, name, None) for name in ("latents_mean", "latents_std")]
+    if None in moments:
+        return None
+    mean, std = torch.tensor(moments)[:, None, :, None, None].to(like)  # by way of float32, as in the reference
+    return mean, std
 
 
 def family(D: int) -> str:

@@ -211,7 +211,7 @@ class LatentGeneration(Callbacks):
         if self.vae is None:
             raise ValueError("this pipeline has no vae: take the latents with output_type='latent'")
         vae = self._decoder()
-        return first(vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor), "sample")
+        return first(vae.decode(self._unscaled(latents.to(vae.dtype), vae)), "sample")
 
     # --- the two ways to ask -----------------------------------------------------------------------------------------
 

@@ -108,6 +108,7 @@ class SingleFilePipeline:
         Raises:
             CheckpointError: if the pipeline has a network that the original spelling has no names for.
         """
+        from minidiff.checkpoints.original.edm import edm_marks
         from minidiff.checkpoints.original.write import groups_of_model, marks, original_metadata, original_tables
         from minidiff.checkpoints.stream import write_stream
 
@@ -119,6 +120,7 @@ class SingleFilePipeline:
         said = self.scheduler.config
         prediction = said.get("prediction_type", "epsilon")
         groups += marks(prediction, bool(said.get("rescale_betas_zero_snr")))
+        groups += edm_marks(type(self.scheduler).__name__, said, getattr(networks.get("vae"), "config", {}))
         write_stream(Path(path), groups, original_metadata(prediction, self._configuration()))
 
     def _configuration(self) -> str:

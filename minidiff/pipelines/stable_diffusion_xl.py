@@ -30,7 +30,7 @@ from minidiff.networks.vae_tiny import AutoencoderTiny
 from minidiff.noise import Generators
 from minidiff.outputs import Output
 from minidiff.pipelines.callbacks import Callback
-from minidiff.pipelines.latent import LatentPipeline, check_channels
+from minidiff.pipelines.latent import LatentPipeline, check_channels, latent_moments
 from minidiff.pipelines.request import Prompt
 from minidiff.pipelines.request_xl import Size, XLRequest
 from minidiff.pipelines.run import TextToImage
@@ -115,6 +115,13 @@ class StableDiffusionXL(LatentPipeline):
         """
         upcast = self.vae.dtype in dtypes and self.vae.config.force_upcast
         return copy.deepcopy(self.vae).float() if upcast else self.vae
+
+    def _unscaled(self, latents: Tensor, vae: AutoencoderKL) -> Tensor:
+        moments = latent_moments(vae, latents)
+        if moments is None:
+            return super()._unscaled(latents, vae)
+        mean, std = moments
+        return latents * std / vae.config.scaling_factor + mean
 
     # --- texts -------------------------------------------------------------------------------------------------------
 

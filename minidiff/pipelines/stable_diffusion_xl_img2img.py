@@ -24,6 +24,7 @@ from minidiff.networks.vae_tiny import AutoencoderTiny
 from minidiff.noise import Generators
 from minidiff.pipelines.callbacks import Callback
 from minidiff.pipelines.image_to_image import ImageToImage
+from minidiff.pipelines.latent import latent_moments
 from minidiff.pipelines.request import Prompt
 from minidiff.pipelines.request_xl import Size, XLImageRequest
 from minidiff.pipelines.stable_diffusion_xl import StableDiffusionXL, StableDiffusionXLPipelineOutput
@@ -155,3 +156,10 @@ class StableDiffusionXLImg2ImgPipeline(ImageToImage, XLFromImage):
             TypeError, ValueError: naming the argument, what was found and what was expected.
         """
         return self._respond(locals())
+
+    def _scaled(self, latents: Tensor, vae: AutoencoderKL) -> Tensor:
+        moments = latent_moments(vae, latents)  # inpainting, in the reference, does not look at them here
+        if moments is None:
+            return super()._scaled(latents, vae)
+        mean, std = moments
+        return (latents - mean) * vae.config.scaling_factor / std

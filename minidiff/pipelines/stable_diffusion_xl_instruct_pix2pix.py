@@ -46,8 +46,7 @@ class StableDiffusionXLInstructPix2PixPipeline(Editing, StableDiffusionXL):
     """Edit pictures by instruction, with an SDXL UNet of 8 channels such as diffusers/sdxl-instructpix2pix-768.
 
     Args: as of ``StableDiffusionXLPipeline``, and
-        is_cosxl_edit: whether the UNet reads the latents of the image scaled, as that of CosXL Edit does. (CosXL's own
-            scheduler, EDMEulerScheduler, is not implemented.)
+        is_cosxl_edit: whether the UNet reads the latents of the image scaled, as that of CosXL Edit does.
 
     Raises:
         ConfigError: if two components do not fit together, naming both.

@@ -129,8 +129,9 @@ class Core(SchedulerMixin, ConfigMixin):
         count = len(lists[0]) if lists else _index(steps)
         if count is None or count < 1:
             raise ValueError(f"num_inference_steps should be a positive integer, found {steps!r}")
-        if len(self.betas) < len(self):
-            raise ValueError(f"trained_betas has {len(self.betas)} entries, num_train_timesteps is {len(self)}")
+        betas = self.config.get("trained_betas")
+        if betas is not None and len(betas) < len(self):
+            raise ValueError(f"trained_betas has {len(betas)} entries, num_train_timesteps is {len(self)}")
         grid = self._grid(count, **custom)
         return self._plan_of(grid, len(grid.timesteps) if "sigmas" in custom else count, device, start, given)
 

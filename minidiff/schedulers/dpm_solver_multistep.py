@@ -42,7 +42,35 @@ def backward_differences(ms: Sequence[Tensor], ratios: Sequence[Scalar]) -> tupl
     return ms[0], d10 + share * change, per_both * change
 
 
-class DPMSolverMultistepScheduler(DpmSolver):
+class MultistepOrders:
+    """Which order each step of a run has, and its coefficients."""
+
+    def _orders(self, plan: Plan, h: Sequence[float]) -> Sequence[int]:
+        config, orders = self.config, []
+        for k, length in enumerate(h):  # low while there is little to remember; the higher ones divide by h
+            orders.append(min(config.solver_order, remembered(h, plan.start, k) + 1) if length else 1)
+        short = config.lower_order_final and len(h) < 15
+        if short:
+            orders[-2:-1] = [min(order, 2) for order in orders[-2:-1]]
+        if short or config.euler_at_final or config.final_sigmas_type == "zero":
+            orders[-1] = 1
+        return orders
+
+    def _terms(self, transitions: Transitions, k: int, order: int) -> tuple[Any, ...]:
+        w = transitions.weights(k, k + 1)
+        if order == 1:
+            return w.to_x, (w.d0,), (), w.std
+        r0 = transitions.ratio(k, k - 1, k, k + 1)
+        per_r0 = 1.0 / r0
+        if order == 2:
+            d1 = w.half if self.config.solver_type == "midpoint" else w.d1
+            return w.to_x, (w.d0, d1), (per_r0,), w.std
+        r1 = transitions.ratio(k - 1, k - 2, k, k + 1)
+        ratios = (per_r0, 1.0 / r1, r0 / (r0 + r1), 1.0 / (r0 + r1))
+        return w.to_x, (w.d0, w.d1, w.d2), ratios, w.std
+
+
+class DPMSolverMultistepScheduler(MultistepOrders, DpmSolver):
     """Sample with DPM-Solver(++) of order 1 to 3, as an ODE or with noise at every step (``sde-``)."""
 
     algorithms = ("dpmsolver++", "dpmsolver", "sde-dpmsolver++", "sde-dpmsolver")
@@ -86,30 +114,6 @@ class DPMSolverMultistepScheduler(DpmSolver):
     def _rounds(self) -> bool:
         even = self.config.use_karras_sigmas or self.config.use_lu_lambdas
         return bool(even) and self.config.beta_schedule != "squaredcos_cap_v2"
-
-    def _orders(self, plan: Plan, h: Sequence[float]) -> Sequence[int]:
-        config, orders = self.config, []
-        for k, length in enumerate(h):  # low while there is little to remember; the higher ones divide by h
-            orders.append(min(config.solver_order, remembered(h, plan.start, k) + 1) if length else 1)
-        short = config.lower_order_final and len(h) < 15
-        if short:
-            orders[-2:-1] = [min(order, 2) for order in orders[-2:-1]]
-        if short or config.euler_at_final or config.final_sigmas_type == "zero":
-            orders[-1] = 1
-        return orders
-
-    def _terms(self, transitions: Transitions, k: int, order: int) -> tuple[Any, ...]:
-        w = transitions.weights(k, k + 1)
-        if order == 1:
-            return w.to_x, (w.d0,), (), w.std
-        r0 = transitions.ratio(k, k - 1, k, k + 1)
-        per_r0 = 1.0 / r0
-        if order == 2:
-            d1 = w.half if self.config.solver_type == "midpoint" else w.d1
-            return w.to_x, (w.d0, d1), (per_r0,), w.std
-        r1 = transitions.ratio(k - 1, k - 2, k, k + 1)
-        ratios = (per_r0, 1.0 / r1, r0 / (r0 + r1), 1.0 / (r0 + r1))
-        return w.to_x, (w.d0, w.d1, w.d2), ratios, w.std
 
     def draw_noise(self, plan: Plan, i: int, x: Tensor, generator: Generators = None) -> Tensor | None:
         """Draw in float32 whatever the type of x, as the reference does."""

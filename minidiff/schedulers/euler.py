@@ -26,18 +26,49 @@ from minidiff.schedulers.sigma_space import NoiseLevel, SigmaSpaceScheduler, noi
 class EulerStep(NamedTuple):
     """The numbers of one Euler step."""
 
-    level: NoiseLevel
-    sigma_hat: Scalar  # after churn
+    level: Any  # of what the network is shown: NoiseLevel, or EDM's Preconditioning
+    hat: Any  # the same after churn, where its output is read
+    sigma_hat: Scalar
     churn: Scalar  # sqrt(sigma_hat² - sigma²)
     move: Scalar  # sigma' - sigma_hat
     churns: bool
 
 
-class EulerDiscreteScheduler(SigmaSpaceScheduler):
+class EulerSteps:
+    """The steps of Euler's method; a scheduler says in ``_around`` what belongs to their noise levels."""
+
+    run_options: ClassVar[Mapping[str, Any]] = {"s_churn": 0.0, "s_tmin": 0.0, "s_tmax": math.inf, "s_noise": 1.0}
+
+    def _around(self, sigma: Tensor, hat: Tensor) -> tuple[Sequence[Any], Sequence[Any]]:
+        """Return ``EulerStep.level`` and ``EulerStep.hat`` of levels (N,) and the churned ones (N,)."""
+        raise NotImplementedError
+
+    def _coefficients(self, plan: Plan) -> tuple[EulerStep, ...]:
+        options, count = plan.options, len(plan.times)
+        sigma, following = plan.sigmas[:count], plan.sigmas[1 : count + 1]
+        churned = (options["s_tmin"] <= sigma) & (sigma <= options["s_tmax"])
+        gamma = torch.where(churned, min(options["s_churn"] / (len(plan.sigmas) - 1), 2**0.5 - 1), 0.0)
+        hat = sigma * (gamma + 1)
+        columns = (hat, (hat**2 - sigma**2) ** 0.5, following - hat)
+        return tuple(map(EulerStep, *self._around(sigma, hat), *columns, (hat > sigma).tolist()))
+
+    def wants_noise(self, plan: Plan, i: int) -> bool:
+        return plan.coefficients[i].churns
+
+    def _update(self, plan: Plan, i: int, x: Tensor, out: Tensor, past: Past, noise: Tensor | None) -> Update:
+        step, y = plan.coefficients[i], upcast(x)
+        if self.wants_noise(plan, i):
+            y = y + noise * plan.options["s_noise"] * step.churn
+        x0 = past[0] if past else self._x0(step.hat, y, out)  # EDM's step may be given it
+        slope = (y - x0).div_(step.sigma_hat)
+        moved = slope.mul_(step.move).add_(y)  # in place, a twentieth faster: the slope is nobody else's
+        return Update(moved.to(out.dtype), (), x0)
+
+
+class EulerDiscreteScheduler(EulerSteps, SigmaSpaceScheduler):
     """Sample with Euler's method on unscaled samples."""
 
     refuses_indices = True
-    run_options: ClassVar[Mapping[str, Any]] = {"s_churn": 0.0, "s_tmin": 0.0, "s_tmax": math.inf, "s_noise": 1.0}
 
     @register_to_config
     def __init__(
@@ -100,27 +131,10 @@ class EulerDiscreteScheduler(SigmaSpaceScheduler):
     def _tells_log_sigma(self) -> bool:
         return self.config.timestep_type == "continuous" and self.config.prediction_type == "v_prediction"
 
-    def _coefficients(self, plan: Plan) -> tuple[EulerStep, ...]:
-        options, count = plan.options, len(plan.times)
-        sigma, following = plan.sigmas[:count], plan.sigmas[1 : count + 1]
-        churned = (options["s_tmin"] <= sigma) & (sigma <= options["s_tmax"])
-        gamma = torch.where(churned, min(options["s_churn"] / (len(plan.sigmas) - 1), 2**0.5 - 1), 0.0)
-        hat = sigma * (gamma + 1)
-        columns = (hat, (hat**2 - sigma**2) ** 0.5, following - hat)
-        return tuple(map(EulerStep, noise_levels(sigma), *columns, (hat > sigma).tolist()))
-
-    def wants_noise(self, plan: Plan, i: int) -> bool:
-        return plan.coefficients[i].churns
-
-    def _update(self, plan: Plan, i: int, x: Tensor, out: Tensor, past: Past, noise: Tensor | None) -> Update:
-        step, y = plan.coefficients[i], upcast(x)
-        if self.wants_noise(plan, i):
-            y = y + noise * plan.options["s_noise"] * step.churn
+    def _around(self, sigma: Tensor, hat: Tensor) -> tuple[list[NoiseLevel], list[NoiseLevel]]:
+        levels = noise_levels(sigma)
         # eps belongs to the churned level, v (which the reference does not move) to the one before.
-        x0 = self._x0(step.level._replace(sigma=step.sigma_hat), y, out)
-        slope = (y - x0).div_(step.sigma_hat)
-        moved = slope.mul_(step.move).add_(y)  # in place, a twentieth faster: the slope is nobody else's
-        return Update(moved.to(out.dtype), (), x0)
+        return levels, [level._replace(sigma=churned) for level, churned in zip(levels, hat, strict=True)]
 
     def step(
         self,

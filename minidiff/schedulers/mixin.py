@@ -14,7 +14,7 @@ from minidiff.registry import public
 CONFIG_NAME = "scheduler_config.json"
 T = TypeVar("T", bound="SchedulerMixin")
 
-# The classes that may replace each other in a pipeline, by the reference's list. The last two minidiff does not have.
+# The classes that may replace each other in a pipeline, by the reference's list. minidiff has no DPMSolverSDE.
 KarrasDiffusionSchedulers = Enum(
     "KarrasDiffusionSchedulers",
     "DDIMScheduler DDPMScheduler PNDMScheduler LMSDiscreteScheduler EulerDiscreteScheduler HeunDiscreteScheduler "

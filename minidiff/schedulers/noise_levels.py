@@ -65,10 +65,14 @@ class NoiseLevelScheduler(Scheduler):
 
     def _levels_at(self, timesteps: Tensor, like: Tensor) -> Tensor:
         """Return noise levels at timesteps (B,) of the run (before it: of training), shaped like ``like`` (B, ...)."""
-        if self._plan is None:
-            index = len(self) - 1 - timesteps.reshape(-1).long()  # the training grid begins with its last timestep
-        elif self._begin_index is None:
-            index = [self._index_of(t) for t in timesteps.reshape(-1).tolist()]
+        if self._begin_index is None:
+            index = self._where(timesteps)
         else:  # image-to-image noises to the level it begins at, inpainting to the one it has reached
             index = [self._begin_index if self._step_index is None else self._step_index] * timesteps.numel()
         return self.sigmas.to(like.device, like.dtype)[index].reshape(-1, *[1] * (like.ndim - 1))
+
+    def _where(self, timesteps: Tensor) -> Tensor | list[int]:
+        """Return where timesteps (B,) are in the run; before it, in training."""
+        if self._plan is None:
+            return len(self) - 1 - timesteps.reshape(-1).long()  # the training grid begins with its last timestep
+        return [self._index_of(t) for t in timesteps.reshape(-1).tolist()]

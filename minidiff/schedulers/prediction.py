@@ -7,6 +7,8 @@ With x = alpha x0 + sigma eps, a network may have been trained to return any of
     v_prediction     out = alpha eps - sigma x0              (Salimans & Ho 2022, https://arxiv.org/abs/2202.00512)
     flow_prediction  out = eps - x0, where alpha = 1 - sigma (Liu et al. 2022, https://arxiv.org/abs/2209.03003)
 
+What EDM makes of a network's output (``minidiff.schedulers.edm``) is another function of the noise level.
+
 alpha and sigma lie on the CPU, so that nothing here waits for a GPU. v_prediction assumes alpha² + sigma² = 1.
 """
 

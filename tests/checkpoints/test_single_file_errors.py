@@ -125,7 +125,7 @@ FOREIGN = {
     "unet.down_blocks.0.attentions.0.to_q.lora_A.weight": ([4, 4], "is a LoRA"),
     "emb_params": ([2, 768], "is a textual inversion: .*load_textual_inversion"),
     "control_model.input_blocks.0.0.weight": ([320, 4, 3, 3], "is a ControlNet"),
-    "edm_mean": ([1, 4, 1, 1], "is Playground 2.5"),
+    "edm_mean": ([1, 4, 1, 1], r"no checkpoint that minidiff knows: .*Known are Playground 2.5 .*config="),
     "model.diffusion_model.joint_blocks.0.x_block.attn.qkv.weight": (
         [4, 4],
         "is Stable Diffusion 3, which minidiff does not",

@@ -35,14 +35,14 @@ TOP = len(RANKS)
 # Lines of code of a room, signatures and all, docstrings not. Raise one only in a commit that says why.
 BUDGET = {
     "adapters": 1450,
-    "checkpoints": 2600,
+    "checkpoints": 2660,
     "cli": 250,
     "compat": 790,
     "fast": 560,
     "images": 405,
-    "networks": 1830,
-    "pipelines": 3055,
-    "schedulers": 2310,
+    "networks": 1840,
+    "pipelines": 3080,
+    "schedulers": 2525,
     "text": 650,
     "top": 1050,
 }

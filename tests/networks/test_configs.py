@@ -215,7 +215,7 @@ NOT_IMPLEMENTED: dict[type[Model], dict[str, Any]] = {
         "addition_embed_type_num_heads": 32,
         "upcast_attention": "sometimes",
     },
-    AutoencoderKL: {"act_fn": "gelu", "shift_factor": 0.1, "latents_mean": [0.0] * 4, "latents_std": [1.0] * 4},
+    AutoencoderKL: {"act_fn": "gelu", "shift_factor": 0.1},
     CLIPTextModel: {"attention_dropout": 0.1, "dropout": 0.1},
 }
 
@@ -255,7 +255,7 @@ HONOURED = {
     AutoencoderKL: """
         in_channels out_channels down_block_types up_block_types block_out_channels layers_per_block latent_channels
         norm_num_groups sample_size scaling_factor force_upcast use_quant_conv use_post_quant_conv
-        mid_block_add_attention
+        mid_block_add_attention latents_mean latents_std
     """.split(),
 }
 

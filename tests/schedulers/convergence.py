@@ -32,7 +32,7 @@ class Case(NamedTuple):
     @property
     def name(self) -> str:
         """The class and the options that make the difference."""
-        hidden = {*EVEN, *PLAIN, "clip_sample", "final_sigmas_type", "original_inference_steps"}
+        hidden = {*EVEN, *PLAIN, *LOG_SIGMA, "clip_sample", "final_sigmas_type", "original_inference_steps"}
         words = [self.kind.removesuffix("Scheduler")]
         for option, value in {**self.options, **self.run}.items():
             if option == "disable_corrector":
@@ -44,6 +44,7 @@ class Case(NamedTuple):
 
 UNCORRECTED = {"disable_corrector": tuple(range(200))}
 MULTI, SINGLE, UNIPC = "DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler", "UniPCMultistepScheduler"
+EDM_MULTI, LOG_SIGMA = "EDMDPMSolverMultistepScheduler", {"sigma_schedule": "exponential"}
 DPM1 = {"algorithm_type": "dpmsolver", "final_sigmas_type": "sigma_min"}
 EPS = {"predict_x0": False, "final_sigmas_type": "sigma_min"}
 BLOCKS = (37, 73, 145)  # one step before the end a singlestep solver has just completed a block of 1, 2 or 3
@@ -88,6 +89,11 @@ CASES = [
     Case(SINGLE, EVEN | DPM1 | {"solver_type": "heun"}, 2, 2.04, counts=(41, 81, 161)),
     Case(SINGLE, EVEN | DPM1 | {"solver_order": 3}, 3, 3.09, counts=BLOCKS),
     Case(SINGLE, EVEN | DPM1 | {"solver_order": 3, "solver_type": "heun"}, 3, 2.94, counts=BLOCKS),
+    Case("EDMEulerScheduler", LOG_SIGMA, 1, 0.99),
+    Case(EDM_MULTI, LOG_SIGMA | {"solver_order": 1}, 1, 0.99),
+    Case(EDM_MULTI, LOG_SIGMA, 2, 2.00),
+    Case(EDM_MULTI, LOG_SIGMA | {"solver_type": "heun", "prediction_type": "v_prediction"}, 2, 2.02),
+    Case(EDM_MULTI, LOG_SIGMA | {"solver_order": 3}, 2, 2.04),  # see above
     Case("HeunDiscreteScheduler", EVEN, 2, 2.04),
     Case("KDPM2DiscreteScheduler", EVEN, 2, 2.03),
     # Of order 4 but for its first three steps, which are of order 1, 2 and 3.
@@ -114,6 +120,8 @@ def existing() -> list[Case]:
 
 def make(case: Case) -> Any:
     """Build the scheduler on the training schedule of this file."""
+    if case.kind.startswith("EDM"):
+        return getattr(minidiff, case.kind)(sigma_min=LOW, sigma_max=HIGH, **case.options)
     sigma = torch.linspace(math.log(LOW), math.log(HIGH), TRAINING_STEPS, dtype=torch.float64).exp()
     alpha_bar = 1 / (1 + sigma**2)
     betas = 1 - alpha_bar / torch.cat([torch.ones(1), alpha_bar[:-1]])
@@ -138,13 +146,22 @@ def solve(scheduler: Any, count: int, **options: Any) -> Run:
     unscaled = hasattr(plan.coefficients[0], "level")  # solvers on y = x sqrt(sigma² + 1)
     x, past = first * (math.sqrt(1 + start**2) if unscaled else 1), ()
     for i in range(calls):
-        out = TWO_PEAKS.eps(scheduler.scale_input(plan, i, x), level_seen(scheduler, plan, i))
+        out = answer(scheduler, plan, i, x)
         x, past = scheduler.advance(plan, i, x, out, past)
         assert x.dtype == torch.float64
     x = x / (math.sqrt(1 + end**2) if unscaled else 1)
     error = (x - TWO_PEAKS.flow(first, start, end)).abs().max().item()
     transitions = len(set(plan.sigmas[: calls + 1].tolist())) - 1
     return Run(error, math.log(start / end) / transitions, calls)
+
+
+def answer(scheduler: Any, plan: Any, i: int, x: torch.Tensor) -> torch.Tensor:
+    """Return what a perfectly trained network says at step i: eps, or what EDM's surroundings make x0 of."""
+    around = getattr(plan.coefficients[i], "level", None)
+    if not hasattr(around, "c_out"):
+        return TWO_PEAKS.eps(scheduler.scale_input(plan, i, x), level_seen(scheduler, plan, i))
+    sigma = plan.sigmas[i].item()
+    return (TWO_PEAKS.x0(x / math.sqrt(1 + sigma**2), sigma) - around.c_skip * x) / around.c_out
 
 
 def level_seen(scheduler: Any, plan: Any, i: int) -> float:

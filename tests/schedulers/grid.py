@@ -74,6 +74,11 @@ DPM = {
     "lower_order_final": (True, False),
 }
 EULER = {"interpolation_type": ("linear", "log_linear"), "timestep_type": ("discrete", "continuous")}
+EDM = {
+    "sigma_schedule": ("karras", "exponential"),
+    "sigma_data": (0.5, 1.0),
+    "algorithm_type": ("dpmsolver++", "sde-dpmsolver++"),
+}
 LONG = {"original_inference_steps": T}  # so that LCM and TCD can be asked for any number of steps
 UNCLIPPED = {"clip_sample": False}
 
@@ -83,6 +88,8 @@ CLASSES = {
     "DEISMultistepScheduler": Row(last="sigma_min", also={"solver_order": (1, 2, 3)}),
     "DPMSolverMultistepScheduler": Row(also={**DPM, "euler_at_final": (False, True)}),
     "DPMSolverSinglestepScheduler": Row(also=DPM),
+    "EDMDPMSolverMultistepScheduler": Row(also=DPM | EDM | {"euler_at_final": (False, True)}),
+    "EDMEulerScheduler": Row(also={name: EDM[name] for name in ("sigma_schedule", "sigma_data")}),
     "EulerAncestralDiscreteScheduler": Row(),
     "EulerDiscreteScheduler": Row(_euler, also=EULER),
     "HeunDiscreteScheduler": Row(_twice),
@@ -111,6 +118,8 @@ def refusals(kind: str, options: Options, n: int) -> list[str]:
         said.append("prediction_type='flow_prediction'")
     if "algorithm_type" in options and not predicts_x0 and options["final_sigmas_type"] == "zero":
         said.append("cannot reach final_sigmas_type='zero'")
+    if kind.startswith("EDM") and options.get("solver_order") == 3 and options["algorithm_type"].startswith("sde"):
+        said.append("solver_order=3")
     if not options.get("skip_prk_steps", True) and n < 4:
         said.append("needs at least 4 inference steps")
     own_spacing = options.get("timestep_spacing") if options["spaced_by"] is None else None
@@ -156,14 +165,16 @@ def build(kind: str, options: Options) -> Any:
 
 
 def turns(kind: str, options: Options, n: int) -> bool:
-    """Say whether the noise levels go up at one place, which is the reference's doing in two cases.
+    """Say whether the noise levels go up at one place, which is the reference's doing in three cases.
 
     Zero-SNR rescaling replaces the last training level, infinite, by 4096; the one before it is 15,406, and a run of
-    nearly all timesteps visits both. And a flow may end below the ``sigma_min`` of the training schedule.
+    nearly all timesteps visits both. A flow may end below the ``sigma_min`` of the training schedule. And EDM's levels
+    come down to sigma_min by float32 powers, which may miss the sigma_min that is the level after the last step.
     """
     both = n >= 999 and options.get("rescale_betas_zero_snr") and options["spaced_by"] is None
     flow = options["spaced_by"] == "use_flow_sigmas" and options.get("final_sigmas_type", "sigma_min") == "sigma_min"
-    return both or (flow and n >= 60)
+    powers = kind == "EDMDPMSolverMultistepScheduler" and options["final_sigmas_type"] == "sigma_min"
+    return both or powers or (flow and n >= 60)
 
 
 def stops_early(options: Options) -> bool:
@@ -194,7 +205,8 @@ def check_plan(kind: str, options: Options, n: int) -> Any:
     assert len(plan.sigmas) == calls + CLASSES[kind].beyond + unvisited
     assert plan.timesteps.isfinite().all() and all(map(math.isfinite, _numbers(plan.coefficients)))
     sigmas = plan.sigmas.double()
-    first_is_pure_noise = scheduler.alphas_cumprod[-1] == 0 and plan.times[0] == T - 1
+    trained = getattr(scheduler, "alphas_cumprod", torch.ones(1))  # EDM has no table of betas
+    first_is_pure_noise = trained[-1] == 0 and plan.times[0] == T - 1
     assert sigmas[first_is_pure_noise:].isfinite().all()
     levels = sigmas.unique_consecutive()
     assert (levels.diff() < 0).all() or turns(kind, options, n)
@@ -210,7 +222,7 @@ def _check_last(kind: str, options: Options, scheduler: Any, sigmas: Tensor) -> 
     if last == "zero":
         assert sigmas[-1] == 0
     else:  # the smallest training level; or the last that was visited is repeated
-        smallest = float(scheduler._training_sigmas()[0])
+        smallest = scheduler.config.sigma_min if kind.startswith("EDM") else float(scheduler._training_sigmas()[0])
         assert sigmas[-1] in (pytest.approx(smallest, rel=1e-4), sigmas[-2])
 
 

@@ -17,6 +17,11 @@ from tests.schedulers.runs import by_hand, error, network, noise, pairwise, thro
 
 SCHEDULERS = {
     "deis": minidiff.DEISMultistepScheduler(solver_order=3),
+    "edm-euler": minidiff.EDMEulerScheduler(),
+    "edm-dpm++": minidiff.EDMDPMSolverMultistepScheduler(
+        solver_order=3, prediction_type="v_prediction", sigma_data=1.0
+    ),
+    "edm-dpm++-sde": minidiff.EDMDPMSolverMultistepScheduler(algorithm_type="sde-dpmsolver++", solver_type="heun"),
     "lcm": minidiff.LCMScheduler(),
     "tcd": minidiff.TCDScheduler(),
     "dpm2": minidiff.KDPM2DiscreteScheduler(),
@@ -39,6 +44,8 @@ SCHEDULERS = {
 }
 DRAWS = {
     "DDPMScheduler",
+    "EDMDPMSolverMultistepScheduler",
+    "EDMEulerScheduler",
     "KDPM2AncestralDiscreteScheduler",
     "LCMScheduler",
     "TCDScheduler",
@@ -307,6 +314,10 @@ def test_previews_are_what_the_output_means(scheduler):
         x0 = (shown - (1 - alpha_bar).sqrt() * out) / alpha_bar.sqrt()
         if type(scheduler).__name__ in ("DDPMScheduler", "DDIMScheduler"):
             x0 = x0.clamp(-1, 1)
+        if type(scheduler).__name__.startswith("EDM"):  # Karras et al. 2022, table 1
+            square, data = sigma.double() ** 2, scheduler.config.sigma_data
+            sign = 1 if scheduler.config.prediction_type == "epsilon" else -1
+            x0 = (data**2 * x + sign * sigma.double() * data * (square + data**2).sqrt() * out) / (square + data**2)
         assert error(scheduler.denoised(plan, i, x, out), x0) < 1e-5  # measured 4e-7
         x, past = scheduler.advance(plan, i, x, out, past, noise())
 

@@ -11,6 +11,7 @@ LDM_DROPPED = {
     r"|scale_factor|denoiser\..*": ("the noise schedule, which the scheduler computes from its configuration"),
     r"v_pred|ztsnr": "marks of what the UNet predicts and how it was trained: they are read, but are no weights",
     r"vae_scale": "the factor of ComfyUI's latents; the tiny autoencoder reads those of the process itself",
+    r"edm_(mean|std)|edm_vpred\.sigma_(max|min)": "numbers of the noise process (EDM): read, but no weights",
     r"global_step": "the number of training steps",
     r"(first_stage_model\.)?loss\..*": "the discriminator and perceptual loss the autoencoder was trained with",
     r".*\.embeddings\.position_ids": "a constant 0..76, saved as a buffer",

@@ -17,11 +17,12 @@ as above                8      instructions (InstructPix2Pix): latent, picture t
 
 Networks that were pruned are told by how much they have left, residual blocks and attentions to the text. All other
 numbers are those of a whole network, of which some may be missing.
+Those that were trained as EDM has it look the same: numbers among the weights tell them (``MARKED``).
 """
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from minidiff.checkpoints.names import unwrapped
@@ -72,6 +73,17 @@ FAMILIES = (
     Family("SDXS-512 DreamShaper, a pruned Stable Diffusion 1.x", 768, 4, {"epsilon": "sdxs-512-dreamshaper"}, (9, 6)),
     Family("SDXS-512-0.9, a pruned Stable Diffusion 2.x", 1024, 4, {"epsilon": "sdxs-512-0.9"}, (9, 12)),
 )
+MARKED = (  # a tensor that tells a family from that of the same widths; see minidiff.checkpoints.original.edm
+    (
+        "edm_mean",
+        Family("Playground 2.5 (Stable Diffusion XL, EDM)", 2048, 4, {"epsilon": "playground-v2.5-1024px-aesthetic"}),
+    ),
+    ("edm_vpred.sigma_max", Family("CosXL (Stable Diffusion XL, EDM)", 2048, 4, {"v_prediction": "cosxl"})),
+    (
+        "edm_vpred.sigma_max",
+        Family("CosXL Edit (Stable Diffusion XL InstructPix2Pix, EDM)", 2048, 8, {"v_prediction": "cosxl-edit"}),
+    ),
+)
 AUTOENCODER = Family("autoencoder of Stable Diffusion", 0, 0, {"epsilon": "stable-diffusion-v1-5"})
 TINY_AUTOENCODER = Family("tiny autoencoder of Stable Diffusion (TAESD)", 0, 0, {"epsilon": "taesd"})
 
@@ -86,7 +98,6 @@ _STRANGERS = {  # names that only other kinds of files have -> what they are and
     r"em[bp]_params(_out)?|string_to_param\..*|clip_[lg](_out)?|text_encoders_[01]": (
         "a textual inversion: load the model that it belongs to, then call pipe.load_textual_inversion(file)"
     ),
-    r"edm_(mean|std)": "Playground 2.5, whose noise process (EDM) minidiff does not implement",
 }
 
 
@@ -106,7 +117,8 @@ def recognise(shapes: Mapping[str, tuple[int, ...]], unet: str | None, where: st
             f"{where} is in the Hub's spelling (it has {found}): put it beside its config.json and call "
             "from_pretrained with the folder, or pass config=FOLDER"
         )
-    if unet is None:
+    families = candidates(shapes)
+    if unet is None and families is FAMILIES:
         if (channels := _latent_channels(shapes)) not in (None, 4):
             raise CheckpointError(
                 f"{where} is an autoencoder of {channels} channels (those of Stable Diffusion 3 and Flux have 16), "
@@ -114,14 +126,14 @@ def recognise(shapes: Mapping[str, tuple[int, ...]], unet: str | None, where: st
             )
         return TINY_AUTOENCODER if any(map(_TINY.search, shapes)) else AUTOENCODER
     convs = ("input_blocks.0.0.weight", "conv_in.weight")
-    names = [name for conv in convs for name in (unet + conv, ema_name(conv))]
+    names = [name for conv in convs for name in ((unet or "") + conv, ema_name(conv))]
     first = next((name for name in names if name in shapes), names[0])
     widths = Counter(shape[1] for name, shape in shapes.items() if _CROSS_KEYS.fullmatch(name) and len(shape) == 2)
     ctx = widths.most_common(1)[0][0] if widths else None
     channels = shapes[first][1] if len(shapes.get(first, ())) == 4 else 4  # its absence is reported with the others
     if family := family_of(ctx, channels, shapes):
         return family
-    whole = [family for family in FAMILIES if family.left is None]
+    whole = [family for family in families if family.left is None]
     known = ", ".join(f"{family.title} ({family.ctx}, {family.channels})" for family in whole)
     raise CheckpointError(
         f"{where} is no checkpoint that minidiff knows: its UNet reads a text of width {ctx} (attn2.to_k.weight) and "
@@ -136,7 +148,7 @@ def family_of(ctx: int | None, channels: int | None, shapes: Mapping[str, tuple[
     names = names if any(map(_RES_KEYS.fullmatch, names)) else list(shapes)  # a moving average alone
     text = [name for name in names if _KEYS.fullmatch(name) and shapes[name][1:] == (ctx,)]
     left = sum(_RES_KEYS.fullmatch(name) is not None for name in names), len(text)
-    fits = {family.left: family for family in FAMILIES if (family.ctx, family.channels) == (ctx, channels)}
+    fits = {family.left: family for family in candidates(shapes) if (family.ctx, family.channels) == (ctx, channels)}
     return fits.get(left) or fits.get(None)
 
 
@@ -144,6 +156,11 @@ def _latent_channels(shapes: Mapping[str, tuple[int, ...]]) -> int | None:
     """Return the number of channels of an autoencoder's latents; None if there is no decoder."""
     ends = "decoder.conv_in.weight"
     return next((shape[1] for name, shape in shapes.items() if name.endswith(ends) and len(shape) == 4), None)
+
+
+def candidates(names: Container[str]) -> Sequence[Family]:
+    """Return the families that a file with tensors of these names may be of: marked ones, or those without a mark."""
+    return [family for mark, family in MARKED if mark in names] or FAMILIES
 
 
 def stranger(names: Iterable[str], but: str = "") -> str | None:
@@ -197,7 +214,7 @@ def scheduler_changes(fields: Mapping[str, Any], prediction: str | None, zero_sn
     changes: dict[str, Any] = {}
     if prediction is not None and fields.get("prediction_type", "epsilon") != prediction:
         changes["prediction_type"] = prediction
-    if zero_snr and not fields.get("rescale_betas_zero_snr"):
+    if zero_snr and not fields.get("rescale_betas_zero_snr") and "sigma_data" not in fields:  # EDM has no betas
         changes["rescale_betas_zero_snr"] = True
     return changes
 

@@ -17,6 +17,7 @@ from minidiff.checkpoints.hub import PICKLES, WHY_NO_PICKLES, Repo
 from minidiff.checkpoints.load import OnMeta, as_dtype, fill, listed, paused_collector
 from minidiff.checkpoints.model import Model
 from minidiff.checkpoints.original.configs import Configs, FolderConfigs
+from minidiff.checkpoints.original.edm import with_own_numbers
 from minidiff.checkpoints.original.families import (
     AUTOENCODER,
     Family,
@@ -93,7 +94,7 @@ def describe(
             f"{contents.path} holds no network in the original spelling: {len(contents.shapes)} tensors such as {some}"
         )
     prediction = choose_prediction(family, asked, told, str(contents.path), ask)
-    return family, config_of(family, prediction), prediction
+    return family, with_own_numbers(config_of(family, prediction), contents), prediction
 
 
 def raise_if_wrong(contents: SingleFile, wrong: Mapping[str, list[str]], described_by: object) -> None:

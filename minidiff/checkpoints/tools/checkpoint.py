@@ -1,6 +1,6 @@
 """A checkpoint of either layout as the sum of its networks, from headers and configurations: no weight is read."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from minidiff.checkpoints.load import (
 )
 from minidiff.checkpoints.model import Model
 from minidiff.checkpoints.original.configs import Configs, FolderConfigs
+from minidiff.checkpoints.original.edm import marks_of
 from minidiff.checkpoints.original.families import AUTOENCODER, TINY_AUTOENCODER, ZERO_SNR_MARK, family_of
 from minidiff.checkpoints.original.prefixes import NETWORKS
 from minidiff.checkpoints.original.read import SingleFile, StoredNetwork
@@ -99,7 +100,7 @@ def open_checkpoint(
     return Checkpoint(
         path=path,
         layout="single-file",
-        title=family.title if family else _title(networks.values()),
+        title=family.title if family else _title(networks.values(), contents.shapes),
         prediction=prediction if has_unet else None,
         parts=parts,
         configs=configs,
@@ -150,7 +151,7 @@ def _open_folder(path: Path, variant: str | None) -> Checkpoint:
             wrong.setdefault(problem, []).extend(f"{name}: {line}" if name else line for line in lines)
     scheduled = "unet" in kinds and "scheduler" in index
     prediction = _scheduler_prediction(configs) if scheduled else None
-    title = _title(part.model for part in parts)
+    title = _title([part.model for part in parts], marks_of(*edm_fields(parts, index, configs)))
     zero_snr = scheduled and _zero_snr(configs)
     return Checkpoint(path, "hub", title, prediction, parts, configs, index, wrong, dropped, zero_snr)
 
@@ -184,6 +185,15 @@ def scheduler_fields(configs: Configs, name: str = "scheduler") -> dict[str, Any
         return configs.read("scheduler_config.json")
 
 
+def edm_fields(
+    parts: Iterable[StoredNetwork], index: Mapping[str, Any], configs: Configs
+) -> tuple[str, Mapping[str, Any], Mapping[str, Any]]:
+    """Return the class and the configuration of a checkpoint's scheduler, and the configuration of its autoencoder."""
+    kind = str((index.get("scheduler") or [None, None])[1])
+    vae = next((part.model.config for part in parts if part.name == "vae"), {})
+    return kind, scheduler_fields(configs) if kind.startswith("EDM") else {}, vae
+
+
 def _scheduler_prediction(configs: Configs) -> str:
     return scheduler_fields(configs).get("prediction_type", "epsilon")
 
@@ -204,13 +214,13 @@ def model_class(name: object, where: object) -> type[Model]:
     return public(name)
 
 
-def _title(models: Any) -> str:
-    """Name the family of a checkpoint that is described by configurations, by its UNet."""
-    models = list(models)
+def _title(models: Collection[Model], marks: Container[str]) -> str:
+    """Name the family of a checkpoint that is described by configurations, by its UNet and by marks (``MARKED``)."""
     for model in models:
         D, C = model.config.get("cross_attention_dim"), model.config.get("in_channels")
         is_unet = type(model).__name__ == "UNet2DConditionModel"
-        if is_unet and (family := family_of(D, C, expected_shapes(model, model.rows()))):
+        shapes = expected_shapes(model, model.rows()) if is_unet else {}
+        if is_unet and (family := family_of(D, C, shapes | dict.fromkeys(marks, ()))):
             told = model.config.time_cond_proj_dim is not None
             return family.title + ", told the guidance scale (LCM)" * told
     kinds = {type(model).__name__ for model in models}

@@ -17,6 +17,7 @@ import torch
 from minidiff.atomic import kind_of, put_in_place, unchanged, workplace
 from minidiff.checkpoints.hub import variant_of
 from minidiff.checkpoints.load import FLOAT8
+from minidiff.checkpoints.original.edm import edm_marks
 from minidiff.checkpoints.original.families import scheduler_changes
 from minidiff.checkpoints.original.header import said_by
 from minidiff.checkpoints.original.prefixes import NETWORKS
@@ -24,7 +25,7 @@ from minidiff.checkpoints.original.read import StoredNetwork
 from minidiff.checkpoints.original.write import groups_of_part, marks, original_metadata, original_tables
 from minidiff.checkpoints.save import save_json
 from minidiff.checkpoints.stream import Group, write_stream
-from minidiff.checkpoints.tools.checkpoint import Checkpoint, open_checkpoint, scheduler_fields
+from minidiff.checkpoints.tools.checkpoint import Checkpoint, edm_fields, open_checkpoint, scheduler_fields
 from minidiff.config import REFERENCE_VERSION, read_json
 from minidiff.errors import CheckpointError, CheckpointNotFoundError, ConfigError, shortened
 from minidiff.registry import public
@@ -134,6 +135,7 @@ def _write_single_file(checkpoint: Checkpoint, target: Path, dtype: torch.dtype 
     tables = original_tables({name: part.model for name, part in parts.items()})
     groups = [group for name, rows in tables.items() for group in groups_of_part(parts[name], rows, "ldm", dtype)]
     groups += marks(checkpoint.prediction, checkpoint.zero_snr)
+    groups += edm_marks(*edm_fields(checkpoint.parts, checkpoint.index, checkpoint.configs))
     total = sum(group.size for group in groups)
     with TemporaryDirectory() as folder:
         for name, rows in tables.items():

@@ -25,8 +25,10 @@ _DEFAULTS = {
     "use_quant_conv": True,
     "use_post_quant_conv": True,
     "mid_block_add_attention": True,
+    "latents_mean": None,  # of the diffusion process' latents, one number per channel
+    "latents_std": None,
 }
-_ONLY = {"act_fn": ("silu",), "shift_factor": (None,), "latents_mean": (None,), "latents_std": (None,)}
+_ONLY = {"act_fn": ("silu",), "shift_factor": (None,)}
 
 
 def vae_config(fields: Mapping[str, Any]) -> Config:
@@ -41,7 +43,18 @@ def vae_config(fields: Mapping[str, Any]) -> Config:
                 f"{config.block_out_channels}; found {config[name]}"
             )
     check_groups(NAME, config)
+    for name in ("latents_mean", "latents_std"):
+        _check_moments(name, config)
     return config
+
+
+def _check_moments(name: str, config: Config) -> None:
+    """Raise if a field is neither null nor a number for each channel of the latents, positive ones if they divide."""
+    values, Z = config[name], config.latent_channels
+    numbers = isinstance(values, list) and all(type(value) in (int, float) for value in values)
+    if values is not None and not (numbers and len(values) == Z and (name == "latents_mean" or min(values) > 0)):
+        kind = "numbers" if name == "latents_mean" else "positive numbers"
+        raise ConfigError(f"{NAME}: {name} should be null or {Z} {kind}, as latent_channels; found {values!r}")
 
 
 def vae_spec(config: Config) -> VAESpec:
