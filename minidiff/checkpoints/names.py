@@ -21,7 +21,7 @@ from collections.abc import Iterator, Sequence
 
 from minidiff.checkpoints.remap import CONV1X1, SAME, STACKED, TRANSPOSED, Op, Row
 from minidiff.config import Config
-from minidiff.networks.specs import CLIPSpec, UNetSpec, VAESpec
+from minidiff.networks.specs import CLIPSpec, CLIPVisionSpec, UNetSpec, VAESpec
 
 _WRAPPERS = re.compile(r"(?<![^.])(_orig_mod|module)\.")  # of torch.compile and data parallelism
 
@@ -248,7 +248,7 @@ def vae_rows(spec: VAESpec, config: Config) -> Iterator[Row]:
     yield from out("decoder")
 
 
-# --- CLIP text encoder -----------------------------------------------------------------------------------------------
+# --- CLIP ------------------------------------------------------------------------------------------------------------
 
 
 def clip_rows(spec: CLIPSpec, projection: bool = False) -> Iterator[Row]:
@@ -261,21 +261,51 @@ def clip_rows(spec: CLIPSpec, projection: bool = False) -> Iterator[Row]:
     yield _tensor("token_embed.weight", f"{hub}.token_embedding.weight", "token_embedding.weight")
     yield _tensor("position_embed.weight", f"{hub}.position_embedding.weight", "positional_embedding")
     for i in range(spec.layers):
-        ours, hub, ldm = f"layers.{i}", f"text_model.encoder.layers.{i}", f"transformer.resblocks.{i}"
-        yield from _layer(f"{ours}.norm1", f"{hub}.layer_norm1", f"{ldm}.ln_1")
-        for kind in ("weight", "bias"):
-            three = (
-                tuple(f"{ours}.attn.{s}.{kind}" for s in "qkv"),
-                tuple(f"{hub}.self_attn.{s}_proj.{kind}" for s in "qkv"),
-            )
-            yield Row(*three, (f"{ldm}.attn.in_proj_{kind}",), SAME, STACKED)
-        yield from _layer(f"{ours}.attn.out", f"{hub}.self_attn.out_proj", f"{ldm}.attn.out_proj")
-        yield from _layer(f"{ours}.norm2", f"{hub}.layer_norm2", f"{ldm}.ln_2")
-        yield from _layer(f"{ours}.fc1", f"{hub}.mlp.fc1", f"{ldm}.mlp.c_fc")
-        yield from _layer(f"{ours}.fc2", f"{hub}.mlp.fc2", f"{ldm}.mlp.c_proj")
+        yield from _clip_layer_rows(f"layers.{i}", f"text_model.encoder.layers.{i}", f"transformer.resblocks.{i}")
     yield from _layer("norm_out", "text_model.final_layer_norm", "ln_final")
     if projection:
         yield _tensor("text_projection.weight", "text_projection.weight", "text_projection", ldm_op=TRANSPOSED)
+
+
+def clip_vision_rows(spec: CLIPVisionSpec, projection: bool = False) -> Iterator[Row]:
+    """Emit the name table of a CLIP vision encoder, the column ``ldm`` in OpenCLIP's spelling."""
+    own, parts = "vision_model", ("class_embedding", "patch_embedding.weight", "position_embedding.weight")
+    for part, ldm in zip(parts, ("class_embedding", "conv1.weight", "positional_embedding"), strict=True):
+        yield _tensor(f"{own}.embeddings.{part}", f"{own}.embeddings.{part}", f"visual.{ldm}")
+    yield from _layer(f"{own}.norm_in", f"{own}.pre_layrnorm", "visual.ln_pre")
+    for i in range(spec.layers):
+        names = f"{own}.layers.{i}", f"{own}.encoder.layers.{i}", f"visual.transformer.resblocks.{i}"
+        yield from _clip_layer_rows(*names)
+    yield from _layer(f"{own}.norm_out", f"{own}.post_layernorm", "visual.ln_post")
+    if projection:
+        yield _tensor("visual_projection.weight", "visual_projection.weight", "visual.proj", ldm_op=TRANSPOSED)
+
+
+def _clip_layer_rows(ours: str, hub: str, ldm: str) -> Iterator[Row]:
+    yield from _layer(f"{ours}.norm1", f"{hub}.layer_norm1", f"{ldm}.ln_1")
+    for kind in ("weight", "bias"):
+        three = (
+            tuple(f"{ours}.attn.{s}.{kind}" for s in "qkv"),
+            tuple(f"{hub}.self_attn.{s}_proj.{kind}" for s in "qkv"),
+        )
+        yield Row(*three, (f"{ldm}.attn.in_proj_{kind}",), SAME, STACKED)
+    yield from _layer(f"{ours}.attn.out", f"{hub}.self_attn.out_proj", f"{ldm}.attn.out_proj")
+    yield from _layer(f"{ours}.norm2", f"{hub}.layer_norm2", f"{ldm}.ln_2")
+    yield from _layer(f"{ours}.fc1", f"{hub}.mlp.fc1", f"{ldm}.mlp.c_fc")
+    yield from _layer(f"{ours}.fc2", f"{hub}.mlp.fc2", f"{ldm}.mlp.c_proj")
+
+
+def checker_rows(spec: CLIPVisionSpec) -> Iterator[Row]:
+    """Emit the name table of a safety checker, whose vision encoder is a whole network in the published files.
+
+    It has no other spelling: the column ``ldm`` repeats ``hub``.
+    """
+    for row in clip_vision_rows(spec, projection=True):
+        nested = tuple(f"vision_model.{name}" if name.startswith("vision_model.") else name for name in row.hub)
+        yield row._replace(hub=nested).like_hub()
+    for kind in ("concept", "special_care"):
+        for name in (f"{kind}_embeds", f"{kind}_embeds_weights"):
+            yield _tensor(name, name, name)
 
 
 # --- Older spellings on the Hub --------------------------------------------------------------------------------------
@@ -290,6 +320,12 @@ CLIP_DROPPED = {
     r"(text_model\.)?embeddings\.position_ids": "a constant 0..76, saved as a buffer by transformers before 4.31",
     r"vision_model\..*|visual_projection\..*|logit_scale": "the picture half of a whole CLIP checkpoint",
     r"text_projection\.weight": "CLIPTextModel returns the state before the projection; the model with it keeps this",
+}
+
+VISION_DROPPED = {
+    r"(vision_model\.)?embeddings\.position_ids": "a constant 0, 1, 2..., saved by transformers before 4.31",
+    r"text_model\..*|text_projection\..*|logit_scale": "the text half of a whole CLIP checkpoint",
+    r"visual_projection\.weight": "CLIPVisionModel returns the state before the projection; the one with it keeps this",
 }
 
 
@@ -315,3 +351,23 @@ def canonical_clip_name(name: str, *, projection: bool = False) -> str | None:
     if any(re.fullmatch(pattern, name) for pattern in CLIP_DROPPED):
         return None
     return name if name.startswith("text_model.") else f"text_model.{name}"  # transformers 5 writes no prefix
+
+
+def canonical_vision_name(name: str, *, projection: bool = False) -> str | None:
+    """Return the modern Hub spelling of a vision encoder's tensor; None for what is not one of its weights.
+
+    With ``projection`` the encoder has the projection to the space shared with texts, and its tensor is kept.
+    """
+    if projection and name == "visual_projection.weight":
+        return name
+    if any(re.fullmatch(pattern, name) for pattern in VISION_DROPPED):
+        return None
+    return name if name.startswith("vision_model.") else f"vision_model.{name}"  # transformers 5 writes no prefix
+
+
+def canonical_checker_name(name: str) -> str | None:
+    """Return the modern Hub spelling of a safety checker's tensor, None for a constant."""
+    if name.startswith("vision_model."):
+        inner = canonical_vision_name(name.removeprefix("vision_model."))
+        return None if inner is None else f"vision_model.{inner}"
+    return name
