@@ -35,12 +35,12 @@ TOP = len(RANKS)
 # Lines of code of a room, signatures and all, docstrings not. Raise one only in a commit that says why.
 BUDGET = {
     "adapters": 1045,
-    "checkpoints": 2050,
+    "checkpoints": 2065,
     "cli": 225,
-    "compat": 780,
+    "compat": 785,
     "fast": 560,
     "images": 405,
-    "networks": 1540,
+    "networks": 1810,
     "pipelines": 3040,
     "schedulers": 2310,
     "text": 625,
