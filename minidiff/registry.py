@@ -15,6 +15,7 @@ HOME = {  # public name -> module that defines it
     "AutoPipelineForInpainting": "minidiff.pipelines.auto",
     "AutoPipelineForText2Image": "minidiff.pipelines.auto",
     "AutoencoderKL": "minidiff.networks.vae",
+    "CLIPImageProcessor": "minidiff.images.clip_processor",
     "CLIPTextConfig": "minidiff.networks.clip",
     "CLIPTextModel": "minidiff.networks.clip",
     "CLIPTextModelWithProjection": "minidiff.networks.clip",
