@@ -39,7 +39,7 @@ BUDGET = {
     "cli": 225,
     "compat": 785,
     "fast": 560,
-    "images": 405,
+    "images": 600,
     "networks": 1810,
     "pipelines": 3040,
     "schedulers": 2310,
