@@ -46,6 +46,7 @@ HOME = {  # public name -> module that defines it
     "StableDiffusionInpaintPipeline": "minidiff.pipelines.stable_diffusion_inpaint",
     "StableDiffusionInstructPix2PixPipeline": "minidiff.pipelines.stable_diffusion_instruct_pix2pix",
     "StableDiffusionPipeline": "minidiff.pipelines.stable_diffusion",
+    "StableDiffusionSafetyChecker": "minidiff.networks.safety_checker",
     "StableDiffusionXLImg2ImgPipeline": "minidiff.pipelines.stable_diffusion_xl_img2img",
     "StableDiffusionXLInpaintPipeline": "minidiff.pipelines.stable_diffusion_xl_inpaint",
     "StableDiffusionXLInstructPix2PixPipeline": "minidiff.pipelines.stable_diffusion_xl_instruct_pix2pix",
@@ -57,6 +58,13 @@ HOME = {  # public name -> module that defines it
     "VaeImageProcessor": "minidiff.images.processor",
     "load_image": "minidiff.images.tensors",
     "make_image_grid": "minidiff.images.tensors",
+}
+
+RENAMED = {  # what versions of transformers write in model_index.json -> ours, which reads the same files
+    "CLIPFeatureExtractor": "CLIPImageProcessor",
+    "CLIPImageProcessorFast": "CLIPImageProcessor",
+    "CLIPImageProcessorPil": "CLIPImageProcessor",
+    "CLIPTokenizerFast": "CLIPTokenizer",
 }
 
 
