@@ -35,13 +35,13 @@ TOP = len(RANKS)
 # Lines of code of a room, signatures and all, docstrings not. Raise one only in a commit that says why.
 BUDGET = {
     "adapters": 1045,
-    "checkpoints": 2065,
-    "cli": 225,
+    "checkpoints": 2085,
+    "cli": 228,
     "compat": 785,
     "fast": 560,
     "images": 600,
     "networks": 1810,
-    "pipelines": 3040,
+    "pipelines": 3080,
     "schedulers": 2310,
     "text": 625,
     "top": 790,
