@@ -135,8 +135,12 @@ class CLIPVisionModel(CLIPTransformer):
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         super().__init__()
-        self.config = config if isinstance(config, CLIPVisionConfig) else CLIPVisionConfig(**config)
-        self._build(self.config)
+        self.config = self._completed(config)
+        self._build(self.config.get("vision_config", self.config))
+
+    @staticmethod
+    def _completed(config: Mapping[str, Any]) -> Config:
+        return config if isinstance(config, CLIPVisionConfig) else CLIPVisionConfig(**config)
 
     def _build(self, config: Config) -> None:
         """Make the transformer that the fields of a vision encoder describe."""

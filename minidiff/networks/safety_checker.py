@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from minidiff.checkpoints.names import canonical_checker_name, checker_rows
 from minidiff.checkpoints.remap import Row
-from minidiff.networks.clip import CLIPTransformer
+from minidiff.config import Config
 from minidiff.networks.clip_vision import CLIPVisionModelWithProjection
 from minidiff.networks.specs.clip_vision import checker_config
 
@@ -46,13 +46,15 @@ class StableDiffusionSafetyChecker(CLIPVisionModelWithProjection):
     canonical_hub_name = staticmethod(canonical_checker_name)
 
     def __init__(self, config: Mapping[str, Any]) -> None:
-        super(CLIPTransformer, self).__init__()
-        self.config = checker_config(config)
-        self._build(self.config.vision_config)
+        super().__init__(config)
         for kind, count in (("concept", CONCEPTS), ("special_care", SPECIAL)):
             embeds, thresholds = torch.ones(count, self.config.projection_dim), torch.ones(count)
             setattr(self, f"{kind}_embeds", nn.Parameter(embeds, requires_grad=False))
             setattr(self, f"{kind}_embeds_weights", nn.Parameter(thresholds, requires_grad=False))
+
+    @staticmethod
+    def _completed(config: Mapping[str, Any]) -> Config:
+        return checker_config(config)
 
     @classmethod
     def _of_fields(cls, fields: Mapping[str, Any], **overrides: Any) -> "StableDiffusionSafetyChecker":
