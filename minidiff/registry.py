@@ -16,10 +16,14 @@ HOME = {  # public name -> module that defines it
     "AutoPipelineForText2Image": "minidiff.pipelines.auto",
     "AutoencoderKL": "minidiff.networks.vae",
     "AutoencoderTiny": "minidiff.networks.vae_tiny",
+    "CLIPImageProcessor": "minidiff.images.clip_processor",
     "CLIPTextConfig": "minidiff.networks.clip",
     "CLIPTextModel": "minidiff.networks.clip",
     "CLIPTextModelWithProjection": "minidiff.networks.clip",
     "CLIPTokenizer": "minidiff.text.tokenizer",
+    "CLIPVisionConfig": "minidiff.networks.clip_vision",
+    "CLIPVisionModel": "minidiff.networks.clip_vision",
+    "CLIPVisionModelWithProjection": "minidiff.networks.clip_vision",
     "ConfigMixin": "minidiff.configured",
     "DDIMPipeline": "minidiff.pipelines.ddpm",
     "DDIMScheduler": "minidiff.schedulers.ddim",
@@ -45,6 +49,7 @@ HOME = {  # public name -> module that defines it
     "StableDiffusionInpaintPipeline": "minidiff.pipelines.stable_diffusion_inpaint",
     "StableDiffusionInstructPix2PixPipeline": "minidiff.pipelines.stable_diffusion_instruct_pix2pix",
     "StableDiffusionPipeline": "minidiff.pipelines.stable_diffusion",
+    "StableDiffusionSafetyChecker": "minidiff.networks.safety_checker",
     "StableDiffusionXLImg2ImgPipeline": "minidiff.pipelines.stable_diffusion_xl_img2img",
     "StableDiffusionXLInpaintPipeline": "minidiff.pipelines.stable_diffusion_xl_inpaint",
     "StableDiffusionXLInstructPix2PixPipeline": "minidiff.pipelines.stable_diffusion_xl_instruct_pix2pix",
@@ -56,6 +61,13 @@ HOME = {  # public name -> module that defines it
     "VaeImageProcessor": "minidiff.images.processor",
     "load_image": "minidiff.images.tensors",
     "make_image_grid": "minidiff.images.tensors",
+}
+
+RENAMED = {  # what versions of transformers write in model_index.json -> ours, which reads the same files
+    "CLIPFeatureExtractor": "CLIPImageProcessor",
+    "CLIPImageProcessorFast": "CLIPImageProcessor",
+    "CLIPImageProcessorPil": "CLIPImageProcessor",
+    "CLIPTokenizerFast": "CLIPTokenizer",
 }
 
 

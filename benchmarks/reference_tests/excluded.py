@@ -77,11 +77,6 @@ EXCLUDED: list[tuple[str, str, str]] = [  # (pattern of the file, pattern of Cla
         "a refiner without requires_aesthetics_score: refused when it is made, there when it is called",
     ),
     (
-        "xl_img2img|xl_inpaint",
-        "with_variants",
-        "the variant of an image_encoder (IP-Adapter): kept here, not loaded",
-    ),
-    (
         "pipelines/test_pipelines_auto",
         "consistent_sdxl",
         "requires_aesthetics_score=True with a base UNet: refused when the pipeline is made, there when it is called",

@@ -46,7 +46,10 @@ HARMLESS: dict[str, tuple[tuple[Any, ...], str]] = {
     "provider": ((None,), "it belongs to ONNX models, which minidiff does not run"),
     "original_config": ((None, False), _NO_YAML),
     "original_config_file": ((None, False), _NO_YAML),
-    "load_safety_checker": ((None, False), "minidiff has no safety checker; leave the argument out"),
+    "load_safety_checker": (
+        (None, False),
+        "pass safety_checker=StableDiffusionSafetyChecker.from_pretrained(...) and feature_extractor=",
+    ),
     "scheduler_type": (
         (None, False),
         "give scheduler= an object, for instance DDIMScheduler.from_config(pipe.scheduler.config)",

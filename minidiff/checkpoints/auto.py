@@ -49,6 +49,6 @@ def _class_of(fields: Mapping[str, Any]) -> type[Model]:
     name = fields.get("_class_name") or next(iter(fields.get("architectures") or ()), None)
     found = public(name)
     if not (isinstance(found, type) and issubclass(found, Model)):
-        networks = "AutoencoderKL, CLIPTextModel, CLIPTextModelWithProjection, UNet2DConditionModel, UNet2DModel"
+        networks = "AutoencoderKL, the encoders of CLIP, UNet2DConditionModel, UNet2DModel"
         raise ConfigError(f"the configuration is that of {name or 'no class'}; minidiff has {networks}")
     return found

@@ -19,9 +19,9 @@ import itertools
 import re
 from collections.abc import Iterator, Sequence
 
-from minidiff.checkpoints.remap import CONV1X1, SAME, STACKED, TRANSPOSED, Op, Row
+from minidiff.checkpoints.remap import CONV1X1, SAME, Op, Row
 from minidiff.config import Config
-from minidiff.networks.specs import CLIPSpec, TinyVAESpec, UNetSpec, VAESpec
+from minidiff.networks.specs import TinyVAESpec, UNetSpec, VAESpec
 
 _WRAPPERS = re.compile(r"(?<![^.])(_orig_mod|module)\.")  # of torch.compile and data parallelism
 
@@ -31,16 +31,18 @@ def unwrapped(name: str) -> str:
     return _WRAPPERS.sub("", name)
 
 
-def _tensor(ours: str, hub: str, ldm: str, hub_op: Op = SAME, ldm_op: Op = SAME) -> Row:
+def tensor_row(ours: str, hub: str, ldm: str, hub_op: Op = SAME, ldm_op: Op = SAME) -> Row:
     """Make the row of a tensor that has one name in each spelling."""
     return Row((ours,), (hub,), (ldm,), hub_op, ldm_op)
 
 
-def _layer(ours: str, hub: str, ldm: str, *, bias: bool = True, hub_op: Op = SAME, ldm_op: Op = SAME) -> Iterator[Row]:
+def layer_rows(
+    ours: str, hub: str, ldm: str, *, bias: bool = True, hub_op: Op = SAME, ldm_op: Op = SAME
+) -> Iterator[Row]:
     """Emit weight and bias of one layer; the ops concern the weight, a bias is laid out alike everywhere."""
-    yield _tensor(f"{ours}.weight", f"{hub}.weight", f"{ldm}.weight", hub_op, ldm_op)
+    yield tensor_row(f"{ours}.weight", f"{hub}.weight", f"{ldm}.weight", hub_op, ldm_op)
     if bias:
-        yield _tensor(f"{ours}.bias", f"{hub}.bias", f"{ldm}.bias")
+        yield tensor_row(f"{ours}.bias", f"{hub}.bias", f"{ldm}.bias")
 
 
 # --- UNet ------------------------------------------------------------------------------------------------------------
@@ -58,14 +60,14 @@ _UNET_RES = (  # ours, hub, ldm
 def _res_rows(ours: str, hub: str, ldm: str, parts: Sequence[tuple[str, str, str]], skip: bool) -> Iterator[Row]:
     for our_part, hub_part, ldm_part in parts:
         if our_part != "skip" or skip:
-            yield from _layer(f"{ours}.{our_part}", f"{hub}.{hub_part}", f"{ldm}.{ldm_part}")
+            yield from layer_rows(f"{ours}.{our_part}", f"{hub}.{hub_part}", f"{ldm}.{ldm_part}")
 
 
 def _transformer_rows(ours: str, hub: str, ldm: str, depth: int, linear: bool) -> Iterator[Row]:
     """Emit a spatial transformer: below its prefix the Hub and the original file agree in everything."""
 
     def both(our_part: str, part: str, *, bias: bool = True, op: Op = SAME) -> Iterator[Row]:
-        return _layer(f"{ours}.{our_part}", f"{hub}.{part}", f"{ldm}.{part}", bias=bias, hub_op=op, ldm_op=op)
+        return layer_rows(f"{ours}.{our_part}", f"{hub}.{part}", f"{ldm}.{part}", bias=bias, hub_op=op, ldm_op=op)
 
     proj = SAME if linear else CONV1X1
     yield from both("norm", "norm")
@@ -85,14 +87,14 @@ def _transformer_rows(ours: str, hub: str, ldm: str, depth: int, linear: bool) -
 
 def _pixel_attention_rows(ours: str, hub: str, ldm: str, norm: bool = True) -> Iterator[Row]:
     if norm:
-        yield from _layer(f"{ours}.norm", f"{hub}.group_norm", f"{ldm}.norm")
+        yield from layer_rows(f"{ours}.norm", f"{hub}.group_norm", f"{ldm}.norm")
     for part, hub_part, ldm_part in (
         ("q", "to_q", "q"),
         ("k", "to_k", "k"),
         ("v", "to_v", "v"),
         ("out", "to_out.0", "proj_out"),
     ):
-        yield from _layer(f"{ours}.self_attn.{part}", f"{hub}.{hub_part}", f"{ldm}.{ldm_part}", ldm_op=CONV1X1)
+        yield from layer_rows(f"{ours}.self_attn.{part}", f"{hub}.{hub_part}", f"{ldm}.{ldm_part}", ldm_op=CONV1X1)
 
 
 def unconditional_unet_rows(spec: UNetSpec, config: Config) -> Iterator[Row]:
@@ -102,40 +104,40 @@ def unconditional_unet_rows(spec: UNetSpec, config: Config) -> Iterator[Row]:
     them is in use, and all published ones were converted to the Hub's spelling.
     """
     if config.time_embedding_type != "positional":
-        yield _tensor("time_proj.weight", "time_proj.weight", "time_proj.weight")
+        yield tensor_row("time_proj.weight", "time_proj.weight", "time_proj.weight")
     yield from (row.like_hub() for row in unet_rows(spec))
 
 
 def _class_rows(kind: str | None) -> Iterator[Row]:
     """Emit what embeds a class; "identity" embeds nothing."""
     if kind == "table":
-        yield _tensor("class_embed.weight", "class_embedding.weight", "label_emb.weight")
+        yield tensor_row("class_embed.weight", "class_embedding.weight", "label_emb.weight")
     elif kind == "simple_projection":
-        yield from _layer("class_embed", "class_embedding", "label_emb")
+        yield from layer_rows("class_embed", "class_embedding", "label_emb")
     elif kind in ("timestep", "projection"):
-        yield from _layer("class_embed.fc1", "class_embedding.linear_1", "label_emb.0.0")
-        yield from _layer("class_embed.fc2", "class_embedding.linear_2", "label_emb.0.2")
+        yield from layer_rows("class_embed.fc1", "class_embedding.linear_1", "label_emb.0.0")
+        yield from layer_rows("class_embed.fc2", "class_embedding.linear_2", "label_emb.0.2")
 
 
 def unet_rows(spec: UNetSpec) -> Iterator[Row]:
     """Emit the name table of a UNet."""
-    yield from _layer("time_embed.fc1", "time_embedding.linear_1", "time_embed.0")
+    yield from layer_rows("time_embed.fc1", "time_embedding.linear_1", "time_embed.0")
     if spec.time_cond is not None:
-        yield from _layer("time_embed.cond", "time_embedding.cond_proj", "time_embed.cond_proj", bias=False)
-    yield from _layer("time_embed.fc2", "time_embedding.linear_2", "time_embed.2")
+        yield from layer_rows("time_embed.cond", "time_embedding.cond_proj", "time_embed.cond_proj", bias=False)
+    yield from layer_rows("time_embed.fc2", "time_embedding.linear_2", "time_embed.2")
     # The original spelling has one name for the class and for XL's condition: a network with both keeps the Hub's.
     classes = _class_rows(spec.class_embed)
     yield from classes if spec.added is None else (row.like_hub() for row in classes)
     if spec.added is not None:
-        yield from _layer("add_embed.fc1", "add_embedding.linear_1", "label_emb.0.0")
-        yield from _layer("add_embed.fc2", "add_embedding.linear_2", "label_emb.0.2")
-    yield from _layer("conv_in", "conv_in", "input_blocks.0.0")
+        yield from layer_rows("add_embed.fc1", "add_embedding.linear_1", "label_emb.0.0")
+        yield from layer_rows("add_embed.fc2", "add_embedding.linear_2", "label_emb.0.2")
+    yield from layer_rows("conv_in", "conv_in", "input_blocks.0.0")
     yield from _down_rows(spec)
     if spec.mid_res:
         yield from _middle_rows(spec)
     yield from _up_rows(spec)
-    yield from _layer("norm_out", "conv_norm_out", "out.0")
-    yield from _layer("conv_out", "conv_out", "out.2")
+    yield from layer_rows("norm_out", "conv_norm_out", "out.0")
+    yield from layer_rows("conv_out", "conv_out", "out.2")
 
 
 def _down_rows(spec: UNetSpec) -> Iterator[Row]:
@@ -195,7 +197,7 @@ def _resample_rows(ours: str, hub: str, ldm: str, conv: str, by_res: bool) -> It
     if by_res:
         yield from _res_rows(ours, hub, ldm, _UNET_RES, False)
     else:
-        yield from _layer(f"{ours}.conv", f"{hub}.conv", f"{ldm}.{conv}")
+        yield from layer_rows(f"{ours}.conv", f"{hub}.conv", f"{ldm}.{conv}")
 
 
 # --- Autoencoder -----------------------------------------------------------------------------------------------------
@@ -220,7 +222,7 @@ def _vae_level_rows(side: str, i: int, ldm_i: int, channels: list[int], resample
     for j, (C_in, C_out) in enumerate(itertools.pairwise(channels)):
         yield from _res_rows(f"{ours}.res.{j}", f"{hub}.resnets.{j}", f"{ldm}.block.{j}", _VAE_RES, C_in != C_out)
     if resample:
-        yield from _layer(f"{ours}.resample.conv", f"{hub}.{way}samplers.0.conv", f"{ldm}.{way}sample.conv")
+        yield from layer_rows(f"{ours}.resample.conv", f"{hub}.{way}samplers.0.conv", f"{ldm}.{way}sample.conv")
 
 
 def vae_rows(spec: VAESpec, config: Config) -> Iterator[Row]:
@@ -228,10 +230,10 @@ def vae_rows(spec: VAESpec, config: Config) -> Iterator[Row]:
     last = len(spec.channels) - 1
 
     def same(name: str) -> Iterator[Row]:
-        return _layer(name, name, name)
+        return layer_rows(name, name, name)
 
     def out(half: str) -> Iterator[Row]:
-        yield from _layer(f"{half}.norm_out", f"{half}.conv_norm_out", f"{half}.norm_out")
+        yield from layer_rows(f"{half}.norm_out", f"{half}.conv_norm_out", f"{half}.norm_out")
         yield from same(f"{half}.conv_out")
 
     yield from same("encoder.conv_in")
@@ -269,42 +271,12 @@ def tiny_vae_rows(spec: TinyVAESpec) -> Iterator[Row]:
             parts = {"block": (".conv.0", ".conv.2", ".conv.4"), "act": (), "up": ()}.get(kind, ("",))
             for part in parts:
                 hub, ldm = f"{half}.layers.{i}{part}", f"taesd_{half}.{i + first}{part}"
-                yield from _layer(hub, hub, ldm, bias=kind not in ("down", "conv"))
+                yield from layer_rows(hub, hub, ldm, bias=kind not in ("down", "conv"))
 
 
 def canonical_tiny_vae_name(name: str) -> str:
     """Return ComfyUI's spelling of a tensor in a file of TAESD's own names; other names as they are."""
     return f"taesd_{name}" if _BARE_TINY.match(name) else name
-
-
-# --- CLIP text encoder -----------------------------------------------------------------------------------------------
-
-
-def clip_rows(spec: CLIPSpec, projection: bool = False) -> Iterator[Row]:
-    """Emit the name table of a CLIP text encoder; with ``projection``, to the space shared with pictures.
-
-    Its column ``ldm`` is OpenCLIP's spelling (SD 2.x, second encoder of SDXL), with q, k and v in one matrix. The files
-    of encoders of the other kind (SD 1.x, first encoder of SDXL) have transformers' names, which are the Hub's.
-    """
-    hub = "text_model.embeddings"
-    yield _tensor("token_embed.weight", f"{hub}.token_embedding.weight", "token_embedding.weight")
-    yield _tensor("position_embed.weight", f"{hub}.position_embedding.weight", "positional_embedding")
-    for i in range(spec.layers):
-        ours, hub, ldm = f"layers.{i}", f"text_model.encoder.layers.{i}", f"transformer.resblocks.{i}"
-        yield from _layer(f"{ours}.norm1", f"{hub}.layer_norm1", f"{ldm}.ln_1")
-        for kind in ("weight", "bias"):
-            three = (
-                tuple(f"{ours}.attn.{s}.{kind}" for s in "qkv"),
-                tuple(f"{hub}.self_attn.{s}_proj.{kind}" for s in "qkv"),
-            )
-            yield Row(*three, (f"{ldm}.attn.in_proj_{kind}",), SAME, STACKED)
-        yield from _layer(f"{ours}.attn.out", f"{hub}.self_attn.out_proj", f"{ldm}.attn.out_proj")
-        yield from _layer(f"{ours}.norm2", f"{hub}.layer_norm2", f"{ldm}.ln_2")
-        yield from _layer(f"{ours}.fc1", f"{hub}.mlp.fc1", f"{ldm}.mlp.c_fc")
-        yield from _layer(f"{ours}.fc2", f"{hub}.mlp.fc2", f"{ldm}.mlp.c_proj")
-    yield from _layer("norm_out", "text_model.final_layer_norm", "ln_final")
-    if projection:
-        yield _tensor("text_projection.weight", "text_projection.weight", "text_projection", ldm_op=TRANSPOSED)
 
 
 # --- Older spellings on the Hub --------------------------------------------------------------------------------------
@@ -313,13 +285,6 @@ _OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": 
 _OLD_ATTENTION_NAME = re.compile(r"(.*\battentions\.\d+\.)(query|key|value|proj_attn)(\.(?:weight|bias))")
 _LIKE_HUB = re.compile(r"(.*\.attn_1\.)(to_[qkv]|to_out\.0|query|key|value|proj_attn)(\.(?:weight|bias))")
 _ORIGINAL = {"to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
-
-# Hub tensors that are not weights of a CLIP text encoder, by the pattern of their name.
-CLIP_DROPPED = {
-    r"(text_model\.)?embeddings\.position_ids": "a constant 0..76, saved as a buffer by transformers before 4.31",
-    r"vision_model\..*|visual_projection\..*|logit_scale": "the picture half of a whole CLIP checkpoint",
-    r"text_projection\.weight": "CLIPTextModel returns the state before the projection; the model with it keeps this",
-}
 
 
 def canonical_vae_name(name: str) -> str:
@@ -332,15 +297,3 @@ def canonical_vae_name(name: str) -> str:
     if match := _LIKE_HUB.fullmatch(name):
         return f"{match[1]}{_ORIGINAL[_OLD_ATTENTION.get(match[2], match[2])]}{match[3]}"
     return name
-
-
-def canonical_clip_name(name: str, *, projection: bool = False) -> str | None:
-    """Return the modern Hub spelling of a text encoder's tensor; None for those in ``CLIP_DROPPED``.
-
-    With ``projection`` the encoder has the projection to the space shared with pictures, and its tensor is kept.
-    """
-    if projection and name == "text_projection.weight":
-        return name
-    if any(re.fullmatch(pattern, name) for pattern in CLIP_DROPPED):
-        return None
-    return name if name.startswith("text_model.") else f"text_model.{name}"  # transformers 5 writes no prefix

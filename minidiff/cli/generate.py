@@ -48,6 +48,7 @@ def add_generate(parser: argparse.ArgumentParser) -> None:
     add("--film", type=_png, metavar="FILE", help="also write what each step predicted, side by side, to this PNG file")
     add("--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="(default: %(default)s)")
     add("--device", type=str, help="cpu, cuda, cuda:1, mps (default: the fastest there is)")
+    add("--no-safety-checker", action="store_true", help="leave the safety checker out, if there is one")
     parser.set_defaults(run=_generate)
 
 
@@ -58,9 +59,11 @@ def _generate(args: argparse.Namespace) -> None:
     for file in filter(None, (output, args.film)):
         if not file.parent.is_dir():  # said now, not after minutes of work
             raise FileNotFoundError(f"the folder {file.parent} of the output file {file.name} does not exist")
-    needs_prompt = _needs_prompt(args, _pipeline_class(model).__call__)
+    kind = _pipeline_class(model)
+    needs_prompt = _needs_prompt(args, kind.__call__)
 
-    pipe = _load(model, args.dtype, args.device)
+    unchecked = args.no_safety_checker and "safety_checker" in inspect.signature(kind).parameters
+    pipe = _load(model, args.dtype, args.device, **({"safety_checker": None} if unchecked else {}))
     if args.scheduler:
         pipe.scheduler = public(args.scheduler).from_config(pipe.scheduler.config)
     steps = args.steps or (TEXT_STEPS if needs_prompt else PLAIN_STEPS)
@@ -129,13 +132,13 @@ def _text_arguments(args: argparse.Namespace, model: str | Path) -> tuple[dict, 
     return call | {"width": width, "height": height, "num_images_per_prompt": args.num}, said
 
 
-def _load(model: str | Path, dtype: str, device: str | None) -> "DiffusionPipeline":
+def _load(model: str | Path, dtype: str, device: str | None, **options: None) -> "DiffusionPipeline":
     import torch
 
     device = _device(device)  # before the weights are read
     pipeline = public("DiffusionPipeline")  # brings torch
     load = pipeline.from_single_file if Path(model).is_file() else pipeline.from_pretrained
-    return load(model, torch_dtype=getattr(torch, dtype)).to(device)
+    return load(model, torch_dtype=getattr(torch, dtype), **options).to(device)
 
 
 def _device(name: str | None) -> "torch.device":

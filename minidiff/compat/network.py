@@ -82,8 +82,9 @@ class Named(Published):
                     stacklevel=2,
                 )
                 return self.config[name]
-            if "text_model" in parts and name in parts["text_model"]._modules:
-                return parts["text_model"]._modules[name]  # transformers 5 writes no prefix
+            for half in ("text_model", "vision_model"):  # transformers 5 writes no prefix
+                if half in parts and name in parts[half]._modules:
+                    return parts[half]._modules[name]
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     def state_dict(

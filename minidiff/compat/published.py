@@ -186,7 +186,8 @@ def grow(
             parent, _, last = name.rpartition(".")
             children[parent][last] = None
     stands_for = _correspondence(layers, children, modules)
-    stands_for.update(dict.fromkeys(children[""], "") if len(children[""]) == 1 else {})  # text_model is all there is
+    if len(children[""]) == 1:  # text_model is all there is
+        stands_for = {**dict.fromkeys(children[""], ""), **stands_for}
     parts: dict[str, Part] = {}
     order: dict[str, str] = {}
 
@@ -220,7 +221,10 @@ def grow(
 
 def _layers(rows: list[Row], modules: Mapping[str, nn.Module], network: nn.Module) -> dict[str, str]:
     """Return our layers by their published names, in the order in which the reference, too, makes its modules."""
-    pairs = {o.rpartition(".")[0]: h.rpartition(".")[0] for row in rows for o, h in zip(row.ours, row.hub, strict=True)}
+    named = [
+        (o, h) for row in rows for o, h in zip(row.ours, row.hub, strict=True) if "." in o
+    ]  # not the network's own
+    pairs = {o.rpartition(".")[0]: h.rpartition(".")[0] for o, h in named}
     if lost := pairs.keys() - modules.keys():
         raise RuntimeError(_REBUILT.format(type(network).__name__, min(lost)))
     return {pairs[ours]: ours for ours in modules if ours in pairs}

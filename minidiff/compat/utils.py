@@ -113,7 +113,7 @@ def absent(name: str) -> type:
     return type(name, (), {"__init__": refuse, "__doc__": f"Not implemented: {name}."})
 
 
-ABSENT = "AsymmetricAutoencoderKL ImageProjection StableDiffusionSafetyChecker StableDiffusionXLWatermarker".split()
+ABSENT = "AsymmetricAutoencoderKL ImageProjection StableDiffusionXLWatermarker".split()
 globals().update({name: absent(name) for name in ABSENT})
 
 

@@ -27,7 +27,7 @@ from minidiff.fast.memo import FastRes, FastResTime, FastTime
 from minidiff.fast.packed import FastLinear
 from minidiff.fast.strips import FastLevel
 from minidiff.fast.unchanged import Fast
-from minidiff.networks.clip import CLIPTextModel
+from minidiff.networks.clip import CLIPTransformer
 from minidiff.networks.unet import UNet2DConditionModel
 from minidiff.networks.vae import AutoencoderKL
 
@@ -41,7 +41,7 @@ def optimize(network: Model) -> None:
 
     A network that goes to another device works there too, but is as fast as it can be after another ``optimize``.
     """
-    if isinstance(network, CLIPTextModel):
+    if isinstance(network, CLIPTransformer):
         return  # is asked once; packing its weights would take as long
     restore(network)
     on_cpu = next(network.parameters()).device.type == "cpu"

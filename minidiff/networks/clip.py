@@ -6,14 +6,14 @@ whole text.
 
 Paper: Radford et al. 2021 (CLIP, https://arxiv.org/abs/2103.00020), section 2.4. SD 1.x uses OpenAI's ViT-L/14 (12
 layers, quick_gelu), SD 2.x the first 23 layers of OpenCLIP's ViT-H/14 (gelu), SDXL both ViT-L/14 and ViT-bigG/14 (32
-layers, gelu) with its projection of the pooled embedding.
+layers, gelu) with its projection of the pooled embedding. Pictures: ``minidiff.networks.clip_vision``.
 Checked against ``transformers.CLIPTextModel`` and ``CLIPTextModelWithProjection``.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -21,13 +21,13 @@ from torch.utils.checkpoint import checkpoint
 
 from minidiff.adapters.network import AdaptedNetwork
 from minidiff.checkpoints.model import Model
-from minidiff.checkpoints.names import canonical_clip_name, clip_rows
+from minidiff.checkpoints.names_clip import canonical_clip_name, clip_rows
 from minidiff.checkpoints.remap import Row
 from minidiff.config import Config
 from minidiff.errors import ConfigError
 from minidiff.networks.layers import Attention
 from minidiff.networks.recompute import GradientCheckpointing, Recomputed
-from minidiff.networks.specs import CLIPSpec
+from minidiff.networks.specs import CLIPSpec, CLIPVisionSpec
 from minidiff.networks.specs.clip import LEGACY_EOS, clip_config, clip_spec, text_half
 from minidiff.networks.vocabulary import Vocabulary
 from minidiff.outputs import Output
@@ -42,10 +42,14 @@ _ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": nn.functional.gelu}
 
 
 class Layer(Recomputed):
-    """Causal self-attention and a feed-forward network, each pre-normed and residual."""
+    """Self-attention and a feed-forward network, each pre-normed and residual.
 
-    def __init__(self, spec: CLIPSpec) -> None:
+    ``causal``: a token sees itself and what stands before it (texts), or all see all (patches of a picture).
+    """
+
+    def __init__(self, spec: CLIPSpec | CLIPVisionSpec, *, causal: bool = True) -> None:
         super().__init__()
+        self.causal = causal
         self.norm1 = nn.LayerNorm(spec.D, eps=spec.eps)
         self.attn = Attention(spec.D, spec.D, heads=spec.heads, qkv_bias=True)
         self.norm2 = nn.LayerNorm(spec.D, eps=spec.eps)
@@ -53,9 +57,57 @@ class Layer(Recomputed):
         self.fc2 = nn.Linear(spec.mlp, spec.D)
         self.activation = _ACTIVATIONS[spec.activation]
 
-    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        x = x + self.attn(self.norm1(x), mask=mask, causal=mask is None)
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        x = x + self.attn(self.norm1(x), mask=mask, causal=self.causal and mask is None)
         return x + self.fc2(self.activation(self.fc1(self.norm2(x))))
+
+
+class CLIPTransformer(GradientCheckpointing, Model):
+    """What the text encoder and the vision encoder are alike in: how they start, how they train, and their files."""
+
+    weights_stem = "model"
+    model_type: ClassVar[str]  # in ``config.json``
+
+    @torch.no_grad()
+    def _draw(self, *modules: nn.Linear | nn.Conv2d | nn.Embedding | nn.Parameter, stds: tuple[float, ...]) -> None:
+        """Draw initial weights N(0, std²), times ``initializer_factor``; biases are 0.
+
+        The reference draws twice, first with one width for all, and the random numbers of whatever is drawn next depend
+        on it. (torch's own initial weights, N(0, 1) in tables, would drown the position in the token.)
+        """
+        weights = [getattr(module, "weight", module) for module in modules]
+        if weights[0].is_meta:
+            return
+        factor, width = self.config.get("initializer_factor", 1.0), self.config.get("initializer_range") or 0.02
+        for module in [module for module in modules if isinstance(module, nn.Module)]:
+            nn.init.normal_(module.weight, std=width)
+        for module, weight, std in zip(modules, weights, stds, strict=True):
+            nn.init.normal_(weight, std=std * factor)
+            if getattr(module, "bias", None) is not None:
+                nn.init.zeros_(module.bias)
+
+    def _draw_layers(self, layers: nn.ModuleList) -> None:
+        out_std, mlp_std = self.spec.D**-0.5, (2 * self.spec.D) ** -0.5
+        in_std = out_std * (2 * self.spec.layers) ** -0.5
+        for layer in layers:
+            attn = layer.attn
+            self._draw(attn.q, attn.k, attn.v, attn.out, stds=(in_std, in_std, in_std, out_std))
+            self._draw(layer.fc1, layer.fc2, stds=(mlp_std, in_std))
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: Mapping[str, Any] | None = None) -> None:
+        """Enable gradient checkpointing; the arguments go to ``torch.utils.checkpoint.checkpoint``."""
+        self._recompute(partial(checkpoint, **{"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}))
+
+    def gradient_checkpointing_disable(self) -> None:
+        """Disable gradient checkpointing."""
+        self._recompute(None)
+
+    def config_to_save(self) -> dict[str, Any]:
+        """Return the fields of ``config.json`` in the manner of transformers, which takes its dtype from there."""
+        stale = ("dtype", "transformers_version")
+        fields = {name: value for name, value in self.config.items() if name not in stale and not name.startswith("_")}
+        dtype = str(self.dtype).removeprefix("torch.")
+        return {**fields, "architectures": [type(self).__name__], "model_type": self.model_type, "torch_dtype": dtype}
 
 
 @dataclass
@@ -83,14 +135,14 @@ class CLIPTextConfig(Config):
         super().__init__(clip_config(fields))
 
 
-class CLIPTextModel(AdaptedNetwork, GradientCheckpointing, Vocabulary, Model):
+class CLIPTextModel(AdaptedNetwork, Vocabulary, CLIPTransformer):
     """Encode token ids to text embeddings.
 
     Args:
         config: a ``CLIPTextConfig`` or any mapping of its fields.
     """
 
-    weights_stem = "model"
+    model_type = "clip_text_model"
     lora_component = "text_encoder"
     single_file_parts = ("text_encoder", "text_encoder_2")
     canonical_hub_name = staticmethod(canonical_clip_name)
@@ -104,29 +156,7 @@ class CLIPTextModel(AdaptedNetwork, GradientCheckpointing, Vocabulary, Model):
         self.layers = nn.ModuleList(Layer(spec) for _ in range(spec.layers))
         self.norm_out = nn.LayerNorm(spec.D, eps=spec.eps)
         self._draw(self.token_embed, self.position_embed, stds=(0.02, 0.02))
-        out_std, mlp_std = spec.D**-0.5, (2 * spec.D) ** -0.5
-        in_std = out_std * (2 * spec.layers) ** -0.5
-        for layer in self.layers:
-            attn = layer.attn
-            self._draw(attn.q, attn.k, attn.v, attn.out, stds=(in_std, in_std, in_std, out_std))
-            self._draw(layer.fc1, layer.fc2, stds=(mlp_std, in_std))
-
-    @torch.no_grad()
-    def _draw(self, *modules: nn.Linear | nn.Embedding, stds: tuple[float, ...]) -> None:
-        """Draw initial weights N(0, std²), times ``initializer_factor``; biases are 0.
-
-        The reference draws twice, first with one width for all, and the random numbers of whatever is drawn next depend
-        on it. (torch's own initial weights, N(0, 1) in tables, would drown the position in the token.)
-        """
-        if modules[0].weight.is_meta:
-            return
-        factor, width = self.config.get("initializer_factor", 1.0), self.config.get("initializer_range") or 0.02
-        for module in modules:
-            nn.init.normal_(module.weight, std=width)
-        for module, std in zip(modules, stds, strict=True):
-            nn.init.normal_(module.weight, std=std * factor)
-            if getattr(module, "bias", None) is not None:
-                nn.init.zeros_(module.bias)
+        self._draw_layers(self.layers)
 
     @classmethod
     def _of_fields(cls, fields: Mapping[str, Any], **overrides: Any) -> "CLIPTextModel":
@@ -175,14 +205,6 @@ class CLIPTextModel(AdaptedNetwork, GradientCheckpointing, Vocabulary, Model):
     def _output(self, x: Tensor, pooled: Tensor, states: tuple[Tensor, ...] | None) -> Output:
         return CLIPTextOutput(x, pooled, states)
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: Mapping[str, Any] | None = None) -> None:
-        """Enable gradient checkpointing; the arguments go to ``torch.utils.checkpoint.checkpoint``."""
-        self._recompute(partial(checkpoint, **{"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}))
-
-    def gradient_checkpointing_disable(self) -> None:
-        """Disable gradient checkpointing."""
-        self._recompute(None)
-
     def _check(self, input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None) -> None:
         """Raise if ids, mask or positions do not fit the network or each other."""
         if input_ids.ndim != 2 or input_ids.shape[1] > self.spec.positions:
@@ -213,13 +235,6 @@ class CLIPTextModel(AdaptedNetwork, GradientCheckpointing, Vocabulary, Model):
     def rows(self) -> list[Row]:
         """Return the name table of this configuration: ours, Hub, original single file."""
         return list(clip_rows(self.spec))
-
-    def config_to_save(self) -> dict[str, Any]:
-        """Return the fields of ``config.json`` in the manner of transformers, which takes its dtype from there."""
-        stale = ("dtype", "transformers_version")
-        fields = {name: value for name, value in self.config.items() if name not in stale and not name.startswith("_")}
-        dtype = str(self.dtype).removeprefix("torch.")
-        return {**fields, "architectures": [type(self).__name__], "model_type": "clip_text_model", "torch_dtype": dtype}
 
 
 @dataclass

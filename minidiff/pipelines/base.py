@@ -60,6 +60,7 @@ class DiffusionPipeline(MemorySavers, SingleFilePipeline):
     hf_device_map: dict[str, torch.device] | None = None  # where ``device_map`` has put the networks
     _source: tuple[str, Path] | None = None  # what it was loaded from: the name and the folder
     model_cpu_offload_seq: ClassVar[str | None] = None  # of the reference; minidiff sees the order as networks run
+    _exclude_from_cpu_offload: ClassVar[Sequence[str]] = ()  # likewise: a safety checker, too, comes when it is called
 
     def __init__(self) -> None:
         self._component_names: tuple[str, ...] = ()
@@ -108,7 +109,7 @@ class DiffusionPipeline(MemorySavers, SingleFilePipeline):
         """Load a pipeline from a folder in Hub layout or from the Hub; only the files that it uses are downloaded.
 
         ``DiffusionPipeline.from_pretrained`` makes the class that ``model_index.json`` names, a subclass makes itself.
-        A safety checker or feature extractor in the checkpoint is left out, and a warning says so once per process.
+        ``safety_checker=None`` loads a checkpoint without its safety checker.
 
         Args:
             pretrained_model_name_or_path: a folder, or a Hub id.
@@ -140,7 +141,8 @@ class DiffusionPipeline(MemorySavers, SingleFilePipeline):
             dtypes = dtypes_of(torch_dtype, dtype, parts)
             for name, value in parts.items():
                 if name not in given and isinstance(value, type):
-                    parts[name] = load_component(value, repo, name, dtypes[name], variant)
+                    optional = name in pipeline_class._optional_components
+                    parts[name] = load_component(value, repo, name, dtypes[name], variant, optional)
         pipe = pipeline_class(**parts)
         pipe._source = (str(source), path.parent)
         if device is not None:

@@ -132,9 +132,9 @@ class ByHand:
         return self.decode(latents, "np")
 
     def run_safety_checker(self, image: Any, device: Any, dtype: Any) -> tuple[Any, list[bool] | None]:
-        """Return pictures and flags as a ``safety_checker`` that the program has set does, the flags None without one.
+        """Return pictures and flags as the ``safety_checker`` does, the flags None without one.
 
-        It is called with images=pixels (B, 3, H, W) in [-1, 1] and clip_input=what a ``feature_extractor`` makes of
+        It is called with images=pixels (B, 3, H, W) in [-1, 1] and clip_input=what the ``feature_extractor`` makes of
         them, None without one.
         """
         if self.safety_checker is None:

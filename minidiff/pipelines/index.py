@@ -16,16 +16,20 @@ from minidiff.checkpoints.hub import Repo
 from minidiff.checkpoints.load import as_dtype
 from minidiff.checkpoints.model import Pretrained
 from minidiff.configured import ConfigMixin
-from minidiff.errors import ConfigError
-from minidiff.registry import HOME, public
+from minidiff.errors import CheckpointNotFoundError, ConfigError
+from minidiff.registry import HOME, RENAMED, public
 from minidiff.schedulers.mixin import CONFIG_NAME, SchedulerMixin
 
 logger = logging.getLogger("minidiff")
 
 INDEX = "model_index.json"
-RENAMED = {"CLIPTokenizerFast": "CLIPTokenizer"}  # written by transformers 4; both read the same files
-# Our modules whose classes the reference has in transformers.
-TRANSFORMERS = ("minidiff.networks.clip", "minidiff.text.tokenizer")
+LIBRARIES = {  # where the reference has the classes of our modules, if not in diffusers itself
+    "minidiff.images.clip_processor": "transformers",
+    "minidiff.networks.clip": "transformers",
+    "minidiff.networks.clip_vision": "transformers",
+    "minidiff.networks.safety_checker": "stable_diffusion",
+    "minidiff.text.tokenizer": "transformers",
+}
 _said: set[str] = set()  # what this process has already been told
 
 
@@ -47,7 +51,7 @@ def component_class(name: str, entry: Any, optional: bool, path: Path) -> type |
     if not is_component(entry):
         raise ConfigError(f"{path}: {name} should be [library, class], found {entry!r}")
     library, class_name = entry
-    ours = library in ("diffusers", "transformers")
+    ours = library in ("diffusers", *LIBRARIES.values())
     found = public_class(class_name) if ours else getattr(sys.modules.get(library), class_name, None)
     if isinstance(found, type) and (ours or issubclass(found, (Pretrained, ConfigMixin))):
         return found
@@ -77,10 +81,18 @@ def compiled_from(component: Any) -> Any:
     return getattr(component, "_orig_mod", component)
 
 
-def load_component(kind: type, repo: Repo, name: str, dtype: torch.dtype, variant: str | None) -> Any:
-    """Load a component of a pipeline from the subfolder of its name."""
+def load_component(
+    kind: type, repo: Repo, name: str, dtype: torch.dtype, variant: str | None, optional: bool = False
+) -> Any:
+    """Load a component of a pipeline from the subfolder of its name; the error says if the pipeline can do without."""
     options = {"torch_dtype": dtype, "variant": variant} if issubclass(kind, Pretrained) else {}
-    return kind.from_pretrained(repo.source, **{**repo.where, "subfolder": _subfolder(kind, repo, name)}, **options)
+    where = {**repo.where, "subfolder": _subfolder(kind, repo, name)}
+    try:
+        return kind.from_pretrained(repo.source, **where, **options)
+    except CheckpointNotFoundError as error:
+        if not optional:
+            raise
+        raise type(error)(f"{error}; or pass {name}=None to load the pipeline without it") from error
 
 
 def _subfolder(kind: type, repo: Repo, name: str) -> str | None:
@@ -98,7 +110,7 @@ def library_and_class(name: str, component: Any, optional: bool) -> tuple[str | 
         return None, None
     for kind in type(component).__mro__:  # a class derived from ours elsewhere is saved as ours
         if HOME.get(kind.__name__) == kind.__module__ and not kind.__name__.endswith("Mixin"):
-            return "transformers" if kind.__module__ in TRANSFORMERS else "diffusers", kind.__name__
+            return LIBRARIES.get(kind.__module__, "diffusers"), kind.__name__
     if hasattr(component, "save_pretrained") and hasattr(component, "from_pretrained"):
         return type(component).__module__, type(component).__name__
     if optional:

@@ -187,7 +187,7 @@ class LatentGeneration(Callbacks):
             return first(self.unet(x, t, encoder_hidden_states=run.tensors["prompt_embeds"], **shown), "sample")
 
     def _pictures(self, run: Run, output_type: str) -> "Images":
-        """Decode, and let ``run_safety_checker`` look at pixels in [-1, 1], where a program has set one."""
+        """Decode, and let ``run_safety_checker`` look at pixels in [-1, 1]; what it flags is black already."""
         checked = getattr(self, "safety_checker", None) is not None or overridden(self, "run_safety_checker")
         if output_type == "latent" or not checked:
             return self.decode(run.latents, output_type)

@@ -90,6 +90,10 @@ class SingleFilePipeline:
         given = pipeline_class._check_overrides(overrides)
         parts = pipeline_class._from_index(index, configs, given)
         kinds = {name: kind for name, kind in parts.items() if name not in given and isinstance(kind, type)}
+        for name in [name for name in kinds if name in pipeline_class._optional_components]:
+            if issubclass(kinds[name], Model) and name not in contents.prefixes:  # such as a safety checker
+                parts[name] = None
+                del kinds[name]
         for name, kind in kinds.items():
             if not issubclass(kind, Model):
                 parts[name] = _small_component(kind, name, configs, contents, prediction)
@@ -113,6 +117,8 @@ class SingleFilePipeline:
         from minidiff.checkpoints.stream import write_stream
 
         networks = {name: part for name, part in self.components.items() if isinstance(part, nn.Module)}
+        if networks.pop("safety_checker", None) is not None:
+            logger.warning("the safety checker is left out: %s is a single file, and none has one", path)
         tables = original_tables(networks)
         if "unet" not in tables:
             raise CheckpointError(f"{type(self).__name__} has no unet, so there is no single file of it")
@@ -129,6 +135,7 @@ class SingleFilePipeline:
 
         with TemporaryDirectory() as name:
             folder, index = Path(name), self._index()
+            index |= {"safety_checker": (None, None)} if "safety_checker" in index else {}
             save_json(index, folder / "model_index.json")
             for name, part in self.components.items():
                 if index[name] != (None, None):
@@ -149,11 +156,14 @@ def _say_contradiction(contents: SingleFile, asked: str | None) -> None:
 
 
 def _small_component(kind: type, name: str, configs: Configs, contents: SingleFile, prediction: str | None) -> Any:
-    """Make a tokenizer, or a scheduler that is told what the UNet predicts."""
+    """Make a tokenizer, an image processor, or a scheduler that is told what the UNet predicts."""
+    from minidiff.images.clip_processor import CLIPImageProcessor  # brings PIL
     from minidiff.text.tokenizer import CLIPTokenizer  # a pipeline without text does not need its library
 
     if issubclass(kind, CLIPTokenizer):
         return configs.tokenizer(name)
+    if issubclass(kind, CLIPImageProcessor):
+        return kind.from_dict(configs.read(f"{name}/preprocessor_config.json"))
     if not issubclass(kind, SchedulerMixin):
         raise ConfigError(f"{name} ({kind.__name__}) has no place in a single file; pass {name}=...")
     fields = configs.read(f"{name}/scheduler_config.json")

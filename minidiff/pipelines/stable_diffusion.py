@@ -17,6 +17,7 @@ from minidiff.adapters.lora import lora_scaled
 from minidiff.compat.paths import names_at
 from minidiff.errors import ConfigError
 from minidiff.networks.clip import CLIPTextModel
+from minidiff.networks.safety_checker import StableDiffusionSafetyChecker
 from minidiff.networks.unet import UNet2DConditionModel
 from minidiff.networks.vae import AutoencoderKL
 from minidiff.networks.vae_tiny import AutoencoderTiny
@@ -37,6 +38,10 @@ if TYPE_CHECKING:
     from PIL import Image
 
 logger = logging.getLogger("minidiff")
+_UNCHECKED = (
+    "%s has no safety checker: keep to the conditions of the checkpoint's licence, and do not show the public pictures "
+    "that nobody has looked at. requires_safety_checker=False says that none is needed"
+)
 
 
 @dataclass
@@ -61,10 +66,12 @@ class StableDiffusion(LatentPipeline):
     Args:
         vae, text_encoder, tokenizer, unet, scheduler: the components; ``text_encoder`` and ``tokenizer`` may be None
             if embeddings are passed in, ``vae`` may be None if latents are taken out.
-        safety_checker: a function or network of your own, see ``run_safety_checker``; a checkpoint's is not loaded.
-        feature_extractor: kept, shared and saved; only a safety checker asks it.
+        safety_checker: what looks at the decoded pictures and flags some, the checkpoint's or a function or network of
+            your own, see ``run_safety_checker``; None leaves it out.
+        feature_extractor: prepares the pictures for the safety checker.
         image_encoder: kept, shared and saved; nothing here asks it.
-        requires_safety_checker: of the reference's signature; kept in ``config``.
+        requires_safety_checker: whether to warn if there is none: published checkpoints of SD 1.x were released under
+            the condition that there is one.
 
     Raises:
         ConfigError: if two components do not fit together, naming both.
@@ -89,6 +96,10 @@ class StableDiffusion(LatentPipeline):
     ) -> None:
         if safety_checker is not None and not callable(safety_checker):
             raise ConfigError(f"safety_checker should be None or called, found {type(safety_checker).__name__}")
+        if isinstance(safety_checker, StableDiffusionSafetyChecker) and feature_extractor is None:
+            raise ConfigError("a safety_checker needs a feature_extractor: pass a CLIPImageProcessor, or no checker")
+        if safety_checker is None and requires_safety_checker:
+            logger.warning(_UNCHECKED, type(self).__name__)
         _check_fit(text_encoder, tokenizer, unet)
         check_channels(type(self), vae, unet)
         scheduler = _corrected(scheduler, self.scheduler_corrections)

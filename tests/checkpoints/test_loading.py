@@ -200,15 +200,15 @@ def test_to_moves_and_converts_every_network(folder: Path) -> None:
         pipe.to("cpu", device="cpu")
 
 
-def test_safety_checker_is_left_out_and_said_once(
+def test_an_optional_component_of_another_make_is_left_out_and_said_once(
     folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("minidiff.pipelines.index._said", set())
     pipe = minidiff.DiffusionPipeline.from_pretrained(folder)
     pipe.save_pretrained(tmp_path)
     index = json.loads((tmp_path / "model_index.json").read_text())
-    index["safety_checker"] = ["stable_diffusion", "StableDiffusionSafetyChecker"]
-    index["feature_extractor"] = ["transformers", "CLIPImageProcessor"]
+    index["safety_checker"] = ["stable_diffusion", "FlaxStableDiffusionSafetyChecker"]
+    index["feature_extractor"] = ["transformers", "ViTImageProcessor"]
     (tmp_path / "model_index.json").write_text(json.dumps(index))
     with caplog.at_level(logging.WARNING, logger="minidiff"):
         pipe = minidiff.DiffusionPipeline.from_pretrained(tmp_path, safety_checker=None, feature_extractor=None)
@@ -216,7 +216,7 @@ def test_safety_checker_is_left_out_and_said_once(
         pipe = minidiff.DiffusionPipeline.from_pretrained(tmp_path)
         assert pipe.safety_checker is None and pipe.feature_extractor is None
         assert len(caplog.messages) == 2
-        assert "safety_checker (StableDiffusionSafetyChecker) of the checkpoint is not loaded" in "".join(
+        assert "safety_checker (FlaxStableDiffusionSafetyChecker) of the checkpoint is not loaded" in "".join(
             caplog.messages
         )
         minidiff.DiffusionPipeline.from_pretrained(tmp_path)

@@ -120,7 +120,7 @@ def test_auto_model(folder: Path, tmp_path: Path) -> None:
     assert type(minidiff.AutoModel.from_config({"_class_name": "AutoencoderKL", **VAE})) is minidiff.AutoencoderKL
     assert type(minidiff.AutoModel.from_config(folder.parent, subfolder=folder.name)) is minidiff.AutoencoderKL
     for config in ({"_class_name": "FluxTransformer2DModel"}, {}, {"_class_name": "DDIMScheduler"}):
-        with pytest.raises(ConfigError, match="minidiff has AutoencoderKL, CLIPTextModel"):
+        with pytest.raises(ConfigError, match="minidiff has AutoencoderKL, the encoders of CLIP, UNet2D"):
             minidiff.AutoModel.from_config(config)
     with pytest.raises(ValueError, match="found None"):
         minidiff.AutoModel.from_config(None)

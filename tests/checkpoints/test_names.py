@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from minidiff.checkpoints.model import Model
-from minidiff.checkpoints.names import CLIP_DROPPED
+from minidiff.checkpoints.names_clip import CLIP_DROPPED
 from minidiff.checkpoints.original.dropped import LDM_DROPPED, why_dropped
 from minidiff.checkpoints.original.prefixes import NETWORKS, PREFIXES, rows_in_file
 from minidiff.checkpoints.remap import Row, translate

@@ -707,7 +707,12 @@ REFUSED = [
         TypeError,
         "scheduler_type='pndm' is not implemented; give scheduler=",
     ),
-    ("x.safetensors", {"load_safety_checker": True}, TypeError, "load_safety_checker=True is not implemented"),
+    (
+        "x.safetensors",
+        {"load_safety_checker": True},
+        TypeError,
+        "load_safety_checker=True is not implemented; pass safety_checker=StableDiffusionSafetyChecker",
+    ),
     ("x.safetensors", {"disable_mmap": True}, TypeError, "disable_mmap=True is not implemented"),
     ("x.safetensors", {"device_map": "auto"}, TypeError, "device_map='auto' is not implemented"),
     (

@@ -269,6 +269,21 @@ def test_the_kind_of_a_checkpoint_is_read_before_its_weights(tmp_path):
     assert generate._pipeline_class(tmp_path) is minidiff.DDIMPipeline
 
 
+def test_without_the_safety_checker(monkeypatch, tmp_path):
+    pipe, asked = StandIn(), []
+    monkeypatch.chdir(tmp_path)
+    original, model = generate._load, str(embedded_checkpoint())
+    monkeypatch.setattr(generate, "_load", lambda *args, **options: asked.append(options) or pipe)
+    for flags in ([], ["--no-safety-checker"]):
+        assert cli.main(["generate", "red apple", "--model", model, "-o", "a.png", *flags]) == 0
+    assert asked == [{}, {"safety_checker": None}]
+    assert original(model, "float32", "cpu", **asked[1]).safety_checker is None
+    plain = PlainStandIn()
+    monkeypatch.setattr(generate, "_load", lambda *args, **options: asked.append(options) or plain)
+    assert cli.main(["generate", "--model", "emoji32-ddpm", "--seed", "1", "-o", "a.png", "--no-safety-checker"]) == 0
+    assert asked[2:] == [{}]  # a pipeline that has none
+
+
 def test_arguments_are_checked_before_torch_is_imported(tmp_path):
     code = "import sys; from minidiff.cli.main import main; main(sys.argv[1:])"
     for line, returncode in ["generate --help", 0], ["generate x --steps 0", 2]:

@@ -25,6 +25,14 @@ PIXELS = {
     "norm_num_groups": 4,
 }
 LINEAR = {"use_linear_projection": True, "attention_head_dim": [2, 4], "layers_per_block": 2, "upcast_attention": True}
+VISION = {
+    "hidden_size": 24,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "image_size": 8,
+    "patch_size": 4,
+}
 NETWORKS = {
     "unet": ("UNet2DConditionModel", UNET),
     "unet of SD 2": ("UNet2DConditionModel", {**UNET, **LINEAR}),
@@ -33,6 +41,8 @@ NETWORKS = {
     "vae": ("AutoencoderKL", VAE),
     "clip": ("CLIPTextModel", {**TEXT, "vocab_size": 50}),
     "clip with projection": ("CLIPTextModelWithProjection", {**TEXT, "vocab_size": 50, "projection_dim": 12}),
+    "clip vision": ("CLIPVisionModel", VISION),
+    "clip vision with projection": ("CLIPVisionModelWithProjection", {**VISION, "projection_dim": 12}),
 }
 
 
@@ -40,8 +50,9 @@ def make(name: str) -> tuple[Any, Any]:
     """Build ours and theirs with the same weights, in float64."""
     kind, fields = NETWORKS[name]
     if kind.startswith("CLIP"):
-        theirs = getattr(transformers, kind)(transformers.CLIPTextConfig(**fields))
-        ours = getattr(minidiff, kind)(minidiff.CLIPTextConfig(**fields))
+        config = f"CLIP{'Vision' if 'Vision' in kind else 'Text'}Config"
+        theirs = getattr(transformers, kind)(getattr(transformers, config)(**fields))
+        ours = getattr(minidiff, kind)(getattr(minidiff, config)(**fields))
     else:
         theirs, ours = getattr(diffusers, kind)(**fields), getattr(minidiff, kind)(**fields)
     return carry_over(randomize(theirs.double()), ours.double()), theirs
@@ -57,6 +68,8 @@ def run(network: Any) -> Tensor:
     g = torch.Generator().manual_seed(0)
     kind = type(network).__name__
     with torch.no_grad():
+        if kind.startswith("CLIPVision"):
+            return network(torch.randn(2, 3, 8, 8, generator=g, dtype=torch.float64)).last_hidden_state
         if kind.startswith("CLIP"):
             return network(torch.randint(4, 50, (2, 9), generator=g)).last_hidden_state
         if kind == "AutoencoderKL":
@@ -80,7 +93,7 @@ def test_names_and_shapes_are_those_of_the_hub(pair: tuple[Any, Any]) -> None:
     assert all(torch.equal(state[name], tensor) for name, tensor in expected.items())
     order = [ours.canonical_hub_name(name) for name, _ in theirs.named_parameters()]
     assert [name for name, _ in ours.named_parameters()] == list(state)
-    assert list(state) == order or "text_model.final_layer_norm.weight" in order  # text encoders list q before k
+    assert list(state) == order or any("k_proj" in name for name in order)  # CLIP lists q before k
     assert len(list(ours.parameters())) == len(set(ours.parameters())) == len(state)
     assert {p.data_ptr() for p in ours.parameters()} == {p.data_ptr() for m in ours.modules() for p in m.parameters()}
 
@@ -134,7 +147,7 @@ def test_wrong_weights_are_named_as_published() -> None:
 
 
 def flat(key: str, value: Any) -> Tensor:
-    value = value[0] if isinstance(value, tuple) else getattr(value, "sample", value)
+    value = value[0] if isinstance(value, tuple | dict) else getattr(value, "sample", value)
     if value.ndim == 4:  # a 1x1 convolution of theirs is linear here
         return value.flatten(2).mT
     return value.mT if key.endswith("group_norm") else value

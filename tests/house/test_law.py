@@ -35,16 +35,16 @@ TOP = len(RANKS)
 # Lines of code of a room, signatures and all, docstrings not. Raise one only in a commit that says why.
 BUDGET = {
     "adapters": 1450,
-    "checkpoints": 2660,
-    "cli": 250,
-    "compat": 790,
+    "checkpoints": 2720,
+    "cli": 255,
+    "compat": 795,
     "fast": 560,
-    "images": 405,
-    "networks": 1840,
-    "pipelines": 3080,
+    "images": 600,
+    "networks": 2110,
+    "pipelines": 3115,
     "schedulers": 2525,
     "text": 650,
-    "top": 1050,
+    "top": 1060,
 }
 
 

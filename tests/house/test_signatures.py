@@ -22,7 +22,7 @@ from minidiff.pipelines.stable_diffusion_instruct_pix2pix import EditRequest
 from minidiff.pipelines.stable_diffusion_xl_instruct_pix2pix import XLEditRequest
 from tests.theirs import diffusers, transformers
 
-NAMES = [name for name in minidiff.__all__ if name.startswith("StableDiffusion")]
+NAMES = [name for name in minidiff.__all__ if name.startswith("StableDiffusion") and name.endswith("Pipeline")]
 OURS = {"seed", "seeds", "long_prompt", "not_implemented"}  # beyond the reference
 REFUSED = {  # by name
     "ip_adapter_image",
@@ -158,6 +158,8 @@ LACKING = {  # what schedulers of the reference have and ours do not: the reason
 def classes(name: str) -> tuple[type, type]:
     if name == "VaeImageProcessor":
         return import_module("minidiff.image_processor").VaeImageProcessor, diffusers.image_processor.VaeImageProcessor
+    if name == "StableDiffusionSafetyChecker":
+        return minidiff.StableDiffusionSafetyChecker, diffusers.pipelines.stable_diffusion.StableDiffusionSafetyChecker
     return getattr(minidiff, name), getattr(transformers if name.startswith("CLIP") else diffusers, name)
 
 

@@ -192,6 +192,23 @@ def test_picture_and_peak(name: str, kind: str) -> None:
     assert device.fetched[: len(texts)] == texts
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_safety_checker_comes_last(kind: str) -> None:
+    vision = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 16, "patch_size": 8}
+    checker = randomize(minidiff.StableDiffusionSafetyChecker({"vision_config": vision, "projection_dim": 4}))
+    parts = {"safety_checker": checker, "feature_extractor": minidiff.CLIPImageProcessor(size=16, crop_size=16)}
+    pipe = minidiff.StableDiffusionPipeline(**{**make("StableDiffusionPipeline").components, **parts})
+    pipe.set_progress_bar_config(disable=True)
+    with torch.no_grad():
+        checker.concept_embeds_weights.fill_(2.0)
+    before = call(pipe)
+    assert before.std() > 0.05
+    with fake_device(enable(pipe, kind)) as device:
+        after = pipe("a red heart", num_inference_steps=2, seed=7, output_type="np")
+        assert device.fetched[-1] == "safety_checker" and device.bytes == 0
+    assert np.array_equal(after.images, before) and after.nsfw_content_detected == [False]
+
+
 @pytest.mark.parametrize(
     ("name", "kind"),
     [

@@ -26,6 +26,7 @@ from minidiff.errors import CheckpointError, CheckpointNotFoundError, ConfigErro
 from minidiff.registry import public
 
 STEMS = ("diffusion_pytorch_model", "model")  # of the weight files in Hub layout
+DISPENSABLE = ("safety_checker",)  # components whose files are often not downloaded
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,8 @@ class Checkpoint:
     ``index`` is the content of ``model_index.json``, empty for a network on its own. ``prediction`` is what the UNet
     predicts, None if there is no UNet or nobody says; ``zero_snr`` whether it was trained with zero terminal SNR.
     ``wrong`` has lines of text by what is wrong with the tensors that they name, ``dropped`` the tensors that are left
-    out on purpose, each with the reason.
+    out on purpose, each with the reason, ``absent`` the components that the index names and one can do without, if
+    their files are not there.
     """
 
     path: Path
@@ -48,6 +50,7 @@ class Checkpoint:
     wrong: Mapping[str, list[str]] = field(default_factory=dict)
     dropped: list[tuple[StoredTensor, str]] = field(default_factory=list)
     zero_snr: bool = False
+    absent: list[str] = field(default_factory=list)
 
     def check(self) -> "Checkpoint":
         """Return the checkpoint itself. Raises ``CheckpointError`` with everything that is wrong."""
@@ -143,8 +146,15 @@ def _open_folder(path: Path, variant: str | None) -> Checkpoint:
     parts: list[StoredNetwork] = []
     wrong: dict[str, list[str]] = {}
     dropped: list[tuple[StoredTensor, str]] = []
+    absent: list[str] = []
     for name, kind in kinds.items():
-        part, problems, left_out = _read_part(name, kind, where[name], variant)
+        try:
+            part, problems, left_out = _read_part(name, kind, where[name], variant)
+        except CheckpointNotFoundError:
+            if name not in DISPENSABLE:
+                raise
+            absent.append(name)
+            continue
         parts.append(part)
         dropped += [(tensor, "not a weight of this network") for tensor in left_out]
         for problem, lines in problems.items():
@@ -153,7 +163,7 @@ def _open_folder(path: Path, variant: str | None) -> Checkpoint:
     prediction = _scheduler_prediction(configs) if scheduled else None
     title = _title([part.model for part in parts], marks_of(*edm_fields(parts, index, configs)))
     zero_snr = scheduled and _zero_snr(configs)
-    return Checkpoint(path, "hub", title, prediction, parts, configs, index, wrong, dropped, zero_snr)
+    return Checkpoint(path, "hub", title, prediction, parts, configs, index, wrong, dropped, zero_snr, absent)
 
 
 def _read_part(

@@ -28,11 +28,10 @@ from minidiff.checkpoints.stream import Group, write_stream
 from minidiff.checkpoints.tools.checkpoint import Checkpoint, edm_fields, open_checkpoint, scheduler_fields
 from minidiff.config import REFERENCE_VERSION, read_json
 from minidiff.errors import CheckpointError, CheckpointNotFoundError, ConfigError, shortened
-from minidiff.registry import public
+from minidiff.registry import RENAMED, public
 
 LAYOUTS = ("hub", "single-file")
 Progress = Callable[[int, int], None]  # bytes written now, bytes in all
-_CLASSES = {"CLIPTokenizerFast": "CLIPTokenizer"}  # written by transformers 4
 
 
 def convert(
@@ -127,7 +126,13 @@ def _is_of_a_checkpoint(path: Path) -> bool:
     if path.name in ("model_index.json", "config.json", "scheduler_config.json"):
         with suppress(ConfigError, CheckpointError):
             return bool({"_class_name", "architectures"} & read_json(path).keys())
-    return path.name in ("vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json")
+    return path.name in (
+        "vocab.json",
+        "merges.txt",
+        "tokenizer_config.json",
+        "special_tokens_map.json",
+        "preprocessor_config.json",
+    )
 
 
 def _write_single_file(checkpoint: Checkpoint, target: Path, dtype: torch.dtype | None, progress: Progress) -> None:
@@ -140,7 +145,8 @@ def _write_single_file(checkpoint: Checkpoint, target: Path, dtype: torch.dtype 
     with TemporaryDirectory() as folder:
         for name, rows in tables.items():
             _write_config(parts[name], list(groups_of_part(parts[name], rows, "ldm", dtype)), Path(folder, name))
-        _write_small_files(replace(checkpoint, prediction=None, zero_snr=False), Path(folder))  # the marks say that
+        written = replace(checkpoint, prediction=None, zero_snr=False, parts=list(parts.values()))  # marks say the rest
+        _write_small_files(written, Path(folder))
         metadata = original_metadata(checkpoint.prediction, said_by(Path(folder)))
     write_stream(target, groups, metadata, lambda size: progress(size, total))
 
@@ -170,9 +176,13 @@ def _write_small_files(checkpoint: Checkpoint, folder: Path) -> None:
     for name, entry in index.items():
         if not isinstance(entry, list) or entry == [None, None] or any(part.name == name for part in checkpoint.parts):
             continue
-        kind = _CLASSES.get(str(entry[1]), str(entry[1]))
+        kind = RENAMED.get(str(entry[1]), str(entry[1]))
         if kind == "CLIPTokenizer":
             checkpoint.configs.tokenizer(name).save_pretrained(folder / name)
+        elif kind == "CLIPImageProcessor":
+            (folder / name).mkdir()
+            path = f"{name}/preprocessor_config.json"
+            save_json(checkpoint.configs.read(path), folder / path)
         elif kind.endswith("Scheduler"):
             fields = scheduler_fields(checkpoint.configs, name)
             if changes := scheduler_changes(fields, checkpoint.prediction, checkpoint.zero_snr):
@@ -180,7 +190,7 @@ def _write_small_files(checkpoint: Checkpoint, folder: Path) -> None:
                 fields |= changes
             (folder / name).mkdir()
             save_json(fields, folder / name / "scheduler_config.json")
-        else:  # such as a safety checker, whose weights were not read
+        else:  # such as a safety checker, which no single file has
             index[name] = [None, None]
     head = {"_class_name": checkpoint.index.get("_class_name"), "_diffusers_version": REFERENCE_VERSION}
     save_json(head | index, folder / "model_index.json")

@@ -118,6 +118,6 @@ def _prediction(checkpoint: Checkpoint) -> str:
 
 def _left_out(checkpoint: Checkpoint) -> str:
     reasons = Counter(reason for _, reason in checkpoint.dropped)
-    if not reasons:
-        return "nothing"
-    return f"{len(checkpoint.dropped)} tensors" + "".join(f"\n    {n:>4} {reason}" for reason, n in reasons.items())
+    lines = [f"{len(checkpoint.dropped)} tensors", *(f"    {n:>4} {reason}" for reason, n in reasons.items())]
+    lines = [*(lines if reasons else ()), *(f"{name}: its weights are not there" for name in checkpoint.absent)]
+    return "\n".join(lines) or "nothing"

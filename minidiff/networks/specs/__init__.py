@@ -92,3 +92,22 @@ class CLIPSpec(NamedTuple):
     positions: int  # the longest text, in tokens
     activation: str
     eps: float
+
+
+class CLIPVisionSpec(NamedTuple):
+    """What a CLIP vision encoder is built from."""
+
+    D: int
+    mlp: int  # width of the hidden layer of the feed-forward networks
+    layers: int
+    heads: int
+    activation: str
+    eps: float
+    channels: int  # of pictures
+    image: int  # height and width of pictures, in pixels
+    patch: int  # height and width of the square that becomes one token
+
+    @property
+    def grid(self) -> int:
+        """Patches along each side; pixels that are left over at the right and below are not seen."""
+        return self.image // self.patch

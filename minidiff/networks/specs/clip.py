@@ -1,4 +1,4 @@
-"""The Hub configuration of ``CLIPTextModel`` -> ``CLIPSpec``."""
+"""The Hub configuration of ``CLIPTextModel`` -> ``CLIPSpec``, and what it shares with that of the picture half."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -32,6 +32,7 @@ _UNUSED: dict[str, Any] = {"dropout": 0.0, "chunk_size_feed_forward": 0, "pruned
 _UNUSED |= dict.fromkeys(
     "add_cross_attention is_decoder output_attentions output_hidden_states torchscript use_bfloat16".split(), False
 )
+_UNUSED["tf_legacy_loss"] = False
 
 _DEFAULTS = {
     "vocab_size": 49408,
@@ -53,18 +54,36 @@ def text_half(fields: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def clip_config(fields: Mapping[str, Any]) -> Config:
     """Complete the fields of a text encoder's Hub configuration; refuse what is not implemented."""
-    fields = text_half(fields)
     notes = {"bos_token_id": 49406, "pad_token_id": 1, "projection_dim": 512}  # not of the transformer itself
-    notes |= {name: fields[name] for name in (*notes, *_ANNOTATIONS) if name in fields}
+    return transformer_config(NAME, text_half(fields), _DEFAULTS, notes)
+
+
+def transformer_config(
+    network: str, fields: Mapping[str, Any], defaults: Mapping[str, Any], notes: Mapping[str, Any]
+) -> Config:
+    """Complete the fields of either half of CLIP.
+
+    Args:
+        network: class name for the messages.
+        fields: those of its Hub configuration.
+        defaults: every field that describes the network, with the reference's default.
+        notes: further fields that may have any value, with their defaults.
+
+    Raises:
+        ConfigError: naming every field that is unknown or has a value that is not implemented.
+    """
+    notes = {**notes, **{name: fields[name] for name in (*notes, *_ANNOTATIONS) if name in fields}}
     described = {name: value for name, value in fields.items() if name not in notes}
     only = {"attention_dropout": (0.0,), **{name: (value,) for name, value in _UNUSED.items() if name in fields}}
-    config = complete(NAME, described, _DEFAULTS, only)
-    check_types(NAME, config, _DEFAULTS)
+    config = complete(network, described, defaults, only)
+    check_types(network, config, defaults)
     if config.hidden_act not in ACTIVATIONS:
-        raise ConfigError(f"{NAME}: hidden_act should be one of {', '.join(ACTIVATIONS)}, found {config.hidden_act!r}")
+        raise ConfigError(
+            f"{network}: hidden_act should be one of {', '.join(ACTIVATIONS)}, found {config.hidden_act!r}"
+        )
     if config.hidden_size % config.num_attention_heads:
         raise ConfigError(
-            f"{NAME}: hidden_size {config.hidden_size} should be divisible by num_attention_heads "
+            f"{network}: hidden_size {config.hidden_size} should be divisible by num_attention_heads "
             f"{config.num_attention_heads}"
         )
     return Config({**config, **notes})
