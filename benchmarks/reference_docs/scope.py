@@ -24,7 +24,7 @@ OUTSIDE = (  # pattern of the page, pattern of the code, the reason
     (r"", r"AsymmetricAutoencoderKL", "other autoencoders"),
     (r"", r"push_to_hub\(|create_repo|upload_folder|snapshot_download", "writing to the Hub"),
     (r"", r"trust_remote_code|custom_pipeline|register_for_auto_class", "code from the Hub"),
-    (r"", r"group_offload|layerwise_casting|float8|ContextParallel|TensorParallel|enable_parallelism", "hooks"),
+    (r"", r"group_offload|ContextParallel|TensorParallel|enable_parallelism", "hooks"),
     (r"", r"\bflax\b|Flax|\bjax\b|onnxruntime|Onnx", "other frameworks"),
     (r"", r"get_peft_model|\bpeft_config|add_weighted_adapter", "models of peft, made of a network's layers"),
     (r"", r"compile_regions", "accelerate's copy of a network, which calls its layers by published names"),

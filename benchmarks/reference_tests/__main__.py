@@ -26,7 +26,9 @@ from benchmarks.reference_tests.excluded import reason
 ROOT = Path(__file__).parents[2]
 FILES = (
     "schedulers/test_scheduler_ddim.py schedulers/test_scheduler_ddpm.py schedulers/test_scheduler_deis.py "
-    "schedulers/test_scheduler_dpm_multi.py schedulers/test_scheduler_dpm_single.py schedulers/test_scheduler_euler.py "
+    "schedulers/test_scheduler_dpm_multi.py schedulers/test_scheduler_dpm_single.py "
+    "schedulers/test_scheduler_edm_dpmsolver_multistep.py schedulers/test_scheduler_edm_euler.py "
+    "schedulers/test_scheduler_euler.py "
     "schedulers/test_scheduler_euler_ancestral.py schedulers/test_scheduler_heun.py "
     "schedulers/test_scheduler_kdpm2_discrete.py schedulers/test_scheduler_kdpm2_ancestral.py "
     "schedulers/test_scheduler_lcm.py schedulers/test_scheduler_lms.py schedulers/test_scheduler_pndm.py "
