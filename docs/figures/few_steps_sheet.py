@@ -41,12 +41,13 @@ def sheet(prompt: str, seed: int) -> Image.Image:
     size = (LEFT + len(STEPS) * (TILE + GAP), TOP + len(ROWS) * (TILE + GAP))
     table = Image.new("RGB", size, "white")
     pen = ImageDraw.Draw(table)
-    for column, steps in enumerate(STEPS):
-        x = LEFT + column * (TILE + GAP)
+    places = [LEFT + column * (TILE + GAP) for column in range(len(STEPS))]
+    for x, steps in zip(places, STEPS, strict=True):
         pen.text((x + TILE / 2, 4), f"{steps} step{'s' * (steps > 1)}", fill="black", anchor="ma")
-        for k, row in enumerate(ROWS):
-            y = TOP + k * (TILE + GAP)
-            pen.text((LEFT - 8, y + TILE / 2), row, fill="black", anchor="rm")
+    for k, row in enumerate(ROWS):
+        y = TOP + k * (TILE + GAP)
+        pen.text((LEFT - 8, y + TILE / 2), row, fill="black", anchor="rm")
+        for x, steps in zip(places, STEPS, strict=True):
             table.paste(draw(pipe, row, steps, prompt, seed), (x, y))
     return table
 
