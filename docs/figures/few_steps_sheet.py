@@ -30,7 +30,8 @@ def draw(pipe: minidiff.StableDiffusionPipeline, row: str, steps: int, prompt: s
     """Return the picture of a row and a number of steps."""
     kind, options = ROWS[row]
     scheduler = getattr(minidiff, kind).from_config(pipe.scheduler.config, **options)
-    pipe = minidiff.StableDiffusionPipeline(**{**pipe.components, "scheduler": scheduler})
+    parts = {**pipe.components, "scheduler": scheduler}
+    pipe = minidiff.StableDiffusionPipeline(**parts, requires_safety_checker=False)
     pipe.set_progress_bar_config(disable=True)
     return pipe(prompt, num_inference_steps=steps, guidance_scale=GUIDANCE, seed=seed).images[0]
 

@@ -29,7 +29,8 @@ def draw(pipe: minidiff.StableDiffusionPipeline, kind: str, steps: int, prompt: 
     if kind in ("DDPMScheduler", "DDIMScheduler", "LCMScheduler", "TCDScheduler"):
         options["clip_sample"] = False  # latents have no range
     scheduler = getattr(minidiff, kind)(**options)
-    pipe = minidiff.StableDiffusionPipeline(**{**pipe.components, "scheduler": scheduler})
+    parts = {**pipe.components, "scheduler": scheduler}
+    pipe = minidiff.StableDiffusionPipeline(**parts, requires_safety_checker=False)
     pipe.set_progress_bar_config(disable=True)
     return pipe(prompt, num_inference_steps=steps, guidance_scale=GUIDANCE, seed=seed).images[0]
 
