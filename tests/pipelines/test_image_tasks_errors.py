@@ -248,7 +248,7 @@ FUNCTIONS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "two sizes": (lambda: overlay(WHITE, PIL, PIL.resize((8, 8))), ValueError, r"one size.*\(8, 8\)"),
     "no such file": (lambda: load_image("nowhere.png"), ValueError, "nowhere.png is not a file, nor an address"),
     "another protocol": (lambda: load_image("ftp://example.org/a.png"), ValueError, "http:// or https://"),
-    "not a picture": (lambda: load_image(__file__), ValueError, "is not a picture that PIL can read"),
+    "not a picture": (lambda: load_image(__file__), ValueError, "is not a picture that can be read"),
     "not a source": (lambda: load_image(3), ValueError, "found int"),
     "nobody there": (
         lambda: load_image("http://127.0.0.1:9/a.png"),
