@@ -44,12 +44,19 @@ def check_number(name: str, value: Any, low: float = -math.inf, high: float = ma
         raise ValueError(f"{name} should be finite{limits}, found {value}")
 
 
-def check_count(name: str, value: Any) -> None:
-    """Raise if ``value`` is not a positive integer."""
+MOST = 10_000  # pictures of one call
+LONGEST_SIDE = 65_536  # of a picture, in pixels
+LONGEST_TEXT = 100_000  # characters; no encoder reads a hundredth of it
+
+
+def check_count(name: str, value: Any, most: int | None = None) -> None:
+    """Raise if ``value`` is not a positive integer of at most ``most``, which keeps a slip from filling the memory."""
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{name} should be an integer, found {value!r}")
     if value < 1:
         raise ValueError(f"{name} should be at least 1, found {value}")
+    if most is not None and value > most:
+        raise ValueError(f"{name} should be at most {most:,}, found {value:,}")
 
 
 def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:

@@ -43,8 +43,8 @@ BUDGET = {
     "networks": 2110,
     "pipelines": 3115,
     "schedulers": 2570,
-    "text": 650,
-    "top": 1060,
+    "text": 655,
+    "top": 1075,
 }
 
 

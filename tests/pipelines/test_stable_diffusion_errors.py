@@ -54,6 +54,26 @@ WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "too many steps": ({"num_inference_steps": 1001}, ValueError, "1001"),
     "steps of a wrong type": ({"num_inference_steps": "20"}, (ValueError, TypeError), "num_inference_steps.*'20'"),
     "timesteps and sigmas": ({"timesteps": [9], "sigmas": [1.0]}, ValueError, "not both"),
+    "a picture that fits into no memory": (
+        {"height": 8_000_000},
+        ValueError,
+        "height should be at most 65,536, found 8",
+    ),
+    "pictures without end": (
+        {"num_images_per_prompt": 2**63},
+        ValueError,
+        "num_images_per_prompt should be at most",
+    ),
+    "prompts without end": (
+        {"prompt": ["a"] * 10_001},
+        ValueError,
+        "prompts .* at most 10,000, found 10,001",
+    ),
+    "a prompt without end": (
+        {"prompt": "a" * 10**6},
+        ValueError,
+        "prompt 0 has 1,000,000 characters",
+    ),
     "no pictures": ({"num_images_per_prompt": 0}, ValueError, "num_images_per_prompt should be at least 1"),
     "guidance not a number": ({"guidance_scale": float("nan")}, ValueError, "guidance_scale.*nan"),
     "guidance of a wrong type": ({"guidance_scale": "7"}, TypeError, "guidance_scale should be a number"),
