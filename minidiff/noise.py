@@ -57,6 +57,9 @@ def initial_latents(
         return randn(shape, generator, device=device, dtype=dtype)
     if tuple(latents.shape) != shape:
         raise ValueError(f"latents should be {shape} for this batch and size, found {tuple(latents.shape)}")
+    if not latents.is_floating_point() or not (latents.is_meta or latents.isfinite().all()):
+        kind = "NaN or infinity" if latents.is_floating_point() else str(latents.dtype)
+        raise ValueError(f"latents should be finite floating-point numbers, found {kind}")
     return latents.to(device, dtype)
 
 

@@ -1,5 +1,7 @@
 """Every wrong argument of a generation is its own clear error, before anything is computed."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -162,6 +164,44 @@ def test_components_that_are_absent(pipe: StableDiffusionPipeline) -> None:
 def test_a_picture_that_is_not_finite(pipe: StableDiffusionPipeline) -> None:
     with pytest.raises(ValueError, match="NaN or infinity"):
         pipe.decode(torch.full((1, 4, 8, 8), float("nan")))
+
+
+@contextmanager
+def refused(message: str, layer: torch.nn.Module, factor: float) -> Iterator[None]:
+    """Expect an error as long as the weights of a layer are so many times as large."""
+    before = layer.weight
+    layer.weight = torch.nn.Parameter(before.detach() * factor)
+    try:
+        with pytest.raises(ValueError, match=message):
+            yield
+    finally:
+        layer.weight = before
+
+
+@pytest.mark.parametrize("output_type", ["latent", "pil"])
+def test_where_values_that_are_not_finite_began(pipe: StableDiffusionPipeline, output_type: str) -> None:
+    """Float32 got the advice for float16, and latents were returned without a word."""
+    nan, options = float("nan"), {"num_inference_steps": 2, "output_type": output_type}
+    with refused(
+        r"latents hold NaN .*weight unet\.mid_block\S*conv1\.weight holds them", pipe.unet.mid.res[0].conv1, nan
+    ):
+        pipe(PROMPT, **options)
+    with refused(r"finite, so they began in a step: pipe\.steps\(\) shows in which$", pipe.unet.conv_out, 1e38):
+        pipe(PROMPT, **options)
+    with pytest.raises(ValueError, match="latents hold NaN .*prompt_embeds held them before the first step"):
+        pipe(prompt_embeds=EMBEDS * nan, **options)
+    for latents, found in ((torch.full((1, 4, 8, 8), nan), "NaN"), (torch.zeros(1, 4, 8, 8).cfloat(), "torch.comp")):
+        with pytest.raises(ValueError, match=f"latents should be finite floating-point numbers, found {found}"):
+            pipe(PROMPT, latents=latents, **options)
+
+
+def test_the_layer_in_which_a_decoder_overflows(pipe: StableDiffusionPipeline) -> None:
+    layer = pipe.vae.decoder.conv_in
+    with refused(r"hold NaN .*: layer decoder\.conv_in overflows in torch\.float32; try pipe\.vae\.to", layer, 1e38):
+        pipe.decode(torch.full((1, 4, 8, 8), 1e9))
+    with refused(r"pictures hold NaN .*the weight vae\.decoder\.conv_in\.weight holds them", layer, float("nan")):
+        pipe(PROMPT, num_inference_steps=1)
+    assert len(pipe(PROMPT, num_inference_steps=1).images) == 1 and not layer._forward_hooks
 
 
 def test_a_unet_that_does_not_know_its_size(pipe: StableDiffusionPipeline) -> None:
