@@ -23,6 +23,11 @@ def shortened(lines: Sequence[str]) -> list[str]:
     return [*lines[:LONGEST], f"... and {len(rest)} more{how}"]
 
 
+def printable(text: str) -> str:
+    """Return text from files for a terminal: what is no character there, such as the codes that move it, is escaped."""
+    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
+
+
 class ConfigError(ValueError):
     """A configuration field is unknown, missing, or has a value that minidiff does not implement."""
 
