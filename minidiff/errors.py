@@ -44,6 +44,8 @@ def check_number(name: str, value: Any, low: float = -math.inf, high: float = ma
     """Raise if ``value`` is not a finite real number in [low, high]; NaN is none."""
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} should be a number, found {value!r}")
+    if isinstance(value, Integral) and abs(value) > 2**1000:  # more than a float can be
+        raise ValueError(f"{name} should be finite, found an integer of {int(value).bit_length():,} bits")
     if not (low <= value <= high) or math.isinf(value):
         limits = "" if math.isinf(low) else f" and in [{low:g}, {high:g}]"
         raise ValueError(f"{name} should be finite{limits}, found {value}")

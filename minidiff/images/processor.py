@@ -330,6 +330,8 @@ class VaeImageProcessor:
         for name, side in (("height", height), ("width", width)):
             if side is not None:
                 check_count(name, side, LONGEST_SIDE)
+        if not (H and W):
+            raise ValueError(f"an image or a mask has no pixels: its size is {(W, H)}")
         H, W = H if height is None else height, W if width is None else width
         if min(H, W) < f:
             raise ValueError(f"image should be at least {f} pixels wide and high, found {(W, H)}")

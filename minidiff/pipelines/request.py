@@ -120,6 +120,8 @@ class Request:
     def _check_embeddings(self) -> None:
         for name in ("prompt_embeds", "negative_prompt_embeds"):
             embeds = getattr(self, name)
+            if embeds is not None and not isinstance(embeds, Tensor):
+                raise TypeError(f"{name} should be a tensor, found {type(embeds).__name__}")
             if embeds is not None and (embeds.ndim != 3 or len(embeds) != self.batch):
                 raise ValueError(f"{name} should be ({self.batch}, L, D), found {tuple(embeds.shape)}")
 

@@ -117,6 +117,11 @@ INPAINTING: Wrong = {
     "a mask like latents": ({"mask_image": torch.zeros(1, 4, 8, 8)}, ValueError, "found 4 channels"),
     "NaN in the mask": ({"mask_image": MASK * float("nan")}, ValueError, "NaN or infinity"),
     "a mask of complex numbers": ({"mask_image": MASK + 0j}, ValueError, "floating, found torch.complex64"),
+    "a mask of no pixels": (
+        {"mask_image": Image.new("L", (64, 0))},
+        ValueError,
+        "has no pixels: its size is",
+    ),
     "a path": ({"mask_image": "mask.png"}, TypeError, "found str"),
     "masks that do not go round": (
         {"mask_image": MASK.repeat(2, 1, 1, 1), "num_images_per_prompt": 3},
