@@ -60,6 +60,8 @@ _FORMS: list[tuple[str, dict[str, str]]] = [
     ("difference", {}),  # of a bias alone
 ]
 LYCORIS_PARTS = sorted({part for _, shapes in _FORMS for part in shapes if part.startswith(("hada", "lokr"))})
+# What has the axes of a kernel where the layer is a convolution; all else has at most two.
+KERNELS = {part for _, shapes in _FORMS for part, letters in shapes.items() if len(letters) == 4} | {"dora_scale"}
 _BESIDE = {"diff_b": "", "up_bias": "LoRA", "magnitude": "LoRA", "dora_scale": "Lo", "alpha": ""}  # -> only with these
 _COFACTORS = {"a": ("O", "b"), "c": ("I", "d")}
 _NAMES = {"r": "the rank r", "q": "the rank q"}
@@ -114,7 +116,8 @@ def described(kinds: Iterable[tuple[str, int]]) -> str:
 
 def rank_of(given: Mapping[str, Sequence[int]], shapes: Mapping[str, str]) -> int:
     """Return r of a layer, of whose parts the shapes are ``given``; 0 if it has none."""
-    return next((given[part][letters.index("r")] for part, letters in shapes.items() if "r" in letters), 0)
+    found = (given[part][letters.index("r") :] for part, letters in shapes.items() if "r" in letters)
+    return next((sizes[0] for sizes in found if sizes), 0)
 
 
 def _keys(given: Keyed, parts: Iterable[str]) -> str:
@@ -143,7 +146,7 @@ def read_update(given: Keyed, weight: Tensor, bias: Tensor | None) -> tuple[Upda
             wanted = ", ".join(c if c in bound else _wanted(c, known) for c in letters) + "," * (len(letters) == 1)
             why = [f" with {_NAMES.get(c, c)} = {known[c]} of {bound[c]}" for c in bound if c in letters]
             problems.append(f"{key} is {tuple(tensor.shape)}, expected ({wanted}){''.join(why)}")
-        bound |= {c: key for c in letters if c in "acqr" and c not in bound}
+        bound |= {c: key for c in letters if c in "acqr" and c in sizes and c not in bound}
     problems += _misfits(given, sizes["O"], sizes["I"], bias)
     for key, tensor in given.values():
         if weight.dtype == torch.float16 and not key.endswith("alpha") and not tensor.half().isfinite().all():

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minidiff.adapters.forms import Update, changed
+from minidiff.adapters.forms import KERNELS, Update, changed
 from minidiff.checkpoints.casting import compute_dtype
 from minidiff.errors import check_number
 
@@ -67,26 +67,25 @@ class LoraLayer:
     def _low_rank(self, x: Tensor, down: Tensor, up: Tensor) -> Tensor:
         """Return B (A x)."""
         if isinstance(self.module, nn.Conv2d):
-            return F.conv2d(F.conv2d(x, down, None, self.module.stride, self.module.padding), up)
+            return F.conv2d(_computed(self.module, x, down, None), up)
         return F.linear(F.linear(x, down), up)
 
     def matrices(self, adapter: str) -> tuple[Tensor, Tensor]:
         """Return A and B of an adapter that is LoRA here."""
-        buffers = self.module._buffers
-        return buffers[f"lora_{adapter}_down"], buffers[f"lora_{adapter}_up"]
+        parts = self.update(adapter).parts
+        return parts["down"], parts["up"]
 
     def update(self, adapter: str) -> Update:
-        """Return what an adapter does here."""
-        form, buffers = self.forms[adapter], self.module._buffers
-        return form._replace(parts={part: buffers[f"lora_{adapter}_{part}"] for part in form.parts})
+        """Return what an adapter does here, in the dtype that the layer computes in."""
+        form, buffers, dtype = self.forms[adapter], self.module._buffers, compute_dtype(self.module)
+        return form._replace(parts={part: buffers[f"lora_{adapter}_{part}"].to(dtype) for part in form.parts})
 
     def add(self, adapter: str, update: Update) -> None:
         """Take over the tensors of an adapter, in the layer's layout, dtype and device."""
         weight = self.module.weight
         for part, tensor in update.parts.items():
-            shape = tensor.shape if weight.ndim == 4 else tensor.shape[:2]  # a 1x1 convolution is a linear layer
-            if weight.ndim == 4 and part in ("down", "up"):
-                shape = (*shape, 1, 1)[:4]
+            # What a file writes as a 1x1 convolution may be a linear layer or a matrix here, and the other way round.
+            shape = (*tensor.shape, 1, 1)[:4] if weight.ndim == 4 and part in KERNELS else tensor.shape[:2]
             buffer = tensor.detach().reshape(shape).to(weight.device, compute_dtype(self.module))
             self.module.register_buffer(f"lora_{adapter}_{part}", buffer, persistent=False)
         self.forms[adapter] = update._replace(parts=dict.fromkeys(update.parts))

@@ -72,9 +72,8 @@ _DOTTED = {f"{name}.": name for name in ("unet", "text_encoder", "text_encoder_2
     "clip_g.": "text_encoder_2",
 }
 _WRAPPED = re.compile(r"(?<![^.])base_model\.model\.")
-_ADAPTER = re.compile(
-    r"(\.lora_(?:A|B|magnitude_vector))\.([^.]+)(?=\.weight$)"
-)  # the name of an adapter, inside a tensor's name
+# The name of an adapter, inside a tensor's name.
+_ADAPTER = re.compile(r"(\.lora_(?:A|B|magnitude_vector))\.([^.]+)(?=\.(?:weight|bias)$)")
 _OLD_UNET = {"to_out": "to_out.0"}  # "to_out_lora" adapts "to_out.0"
 _OLD_TEXT = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
 

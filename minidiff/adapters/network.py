@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from minidiff.adapters.control import AdapterControl, LoadedLora
+from minidiff.adapters.forms import KERNELS
 from minidiff.adapters.lora import LoraLayer, adapters_of
 from minidiff.adapters.lora_config import CONFIG_NAME, KEY
 from minidiff.adapters.lora_file import FILE_NAME
@@ -94,13 +95,17 @@ class AdaptedNetwork(AdapterControl):
         if not safe_serialization:
             raise CheckpointError("safe_serialization=False asks for a pickle; minidiff writes only safetensors")
         (name,) = self._known(adapter_name)
+        if not self._lora_layers(name):
+            raise CheckpointError(f"{name!r} changes no layer of this {type(self).__name__}: there is nothing to save")
         tensors: dict[str, Tensor] = {}
         ops = {row.hub[0].removesuffix(".weight"): row.hub_op for row in self.rows()}
         for layer in self._lora_layers(name):
+            is_conv = layer.module.weight.ndim == 4 or ops[layer.hub] is CONV1X1
             for part, tensor in layer.update(name).parts.items():
-                as_conv = tensor.ndim == 2 and ops[layer.hub] is CONV1X1
-                key = f"{layer.hub}.{SAVED.get(part, part)}"
-                tensors[key] = CONV1X1.from_ours((tensor,))[0] if as_conv else tensor
+                shape = (*tensor.shape, 1, 1)[:4] if is_conv and part in KERNELS else tensor.shape
+                if part == "magnitude":  # as PEFT has it
+                    shape = (1, -1, 1, 1) if is_conv else (-1,)
+                tensors[f"{layer.hub}.{SAVED.get(part, part)}"] = tensor.reshape(shape)
         if upcast_before_saving:
             tensors = {key: tensor.float() for key, tensor in tensors.items()}
         path = Path(save_directory, weight_name or FILE_NAME)
@@ -120,9 +125,9 @@ class AdaptedNetwork(AdapterControl):
         forms = {f"^{layer.hub}": layer.forms[name] for layer in self._lora_layers(name)}
         ranks = {key: form.rank or 1 for key, form in forms.items()}
         alphas = {key: form.scale * ranks[key] for key, form in forms.items()}
-        r, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
+        r, alpha = ((Counter(values.values()).most_common(1) or [(1,)])[0][0] for values in (ranks, alphas))
         fields: dict[str, Any] = {"r": r, "lora_alpha": alpha, "target_modules": [key[1:] for key in ranks]}
-        fields |= {"use_dora": True} if all("magnitude" in form.parts for form in forms.values()) else {}
+        fields |= {"use_dora": True} if forms and all("magnitude" in form.parts for form in forms.values()) else {}
         fields |= {"lora_bias": True} if any("up_bias" in form.parts for form in forms.values()) else {}
         fields["rank_pattern"] = {key: value for key, value in ranks.items() if value != r}
         fields["alpha_pattern"] = {key: value for key, value in alphas.items() if value != alpha}

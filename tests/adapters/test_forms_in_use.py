@@ -1,0 +1,149 @@
+"""Forms of adapters in other company: matrices in other shapes, changed layers, stored weights, saved files."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import minidiff
+from minidiff.adapters.report import report_adapter
+from minidiff.checkpoints.casting import apply_layerwise_casting
+from minidiff.errors import CheckpointError
+from tests.adapters.test_forms import BOUND, KINDS, LAYERS, adapted, change, make_layer
+from tests.adapters.test_forms_errors import LOHA, WRONG, parts
+from tests.loras import Tensors
+from tests.pictures import seeded
+from tests.theirs import relative_error
+from tests.tiny import save_tiny
+
+PROJ = "down_blocks.0.attentions.0.proj_in"  # (16, 16, 1, 1) on the Hub, a linear layer here
+FF = "down_blocks.0.attentions.0.transformer_blocks.0.ff.net.2"  # (16, 64), with a bias
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny(tmp_path_factory.mktemp("sd"))
+
+
+@pytest.fixture
+def pipe(folder: Path) -> Any:
+    return minidiff.StableDiffusionPipeline.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", LAYERS)
+@torch.no_grad()
+def test_matrices_stored_as_convolutions(name: str, kind: str) -> None:
+    """Every matrix as (O, I, 1, 1), of whatever layer: the same layer, bit for bit."""
+    found = []
+    for convolved in (False, True):
+        layer, x = make_layer(name)
+        tensors = change(layer, kind)[1]
+        as_conv = {key: one[..., None, None] if one.ndim == 2 else one for key, one in tensors.items()}
+        adapted(layer, as_conv if convolved else tensors)
+        found.append(layer(x))
+    assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("kind", ["LoRA", "LoHa"])
+@torch.no_grad()
+def test_padding_that_was_changed(kind: str) -> None:
+    """Pictures that tile set ``padding_mode`` of all convolutions: A pads as its layer does, as if it were fused."""
+    layer, x = make_layer("conv 3x3")
+    plain = layer(x)
+    adapters = adapted(layer, change(layer, kind)[1])
+    zeros = layer(x)
+    layer.padding_mode = "circular"
+    found = layer(x)
+    adapters.fuse(1.0, safe=True)
+    assert relative_error(found, layer(x)) < BOUND  # measured: 4e-16
+    assert relative_error(found, zeros) > 0.1 < relative_error(zeros, plain)
+
+
+@pytest.mark.parametrize("kind", ["LoRA", "LoHa"])
+@pytest.mark.parametrize("loaded_first", [True, False])
+@torch.no_grad()
+def test_a_layer_cast_to_another_dtype(loaded_first: bool, kind: str) -> None:
+    """What an adapter adds is computed in the dtype of its layer, whatever its tensors were converted to since."""
+    layer, x = make_layer("linear")
+    tensors = change(layer, kind)[1]
+    layer.float()
+    if loaded_first:
+        adapted(layer, tensors)
+    apply_layerwise_casting(layer, torch.float8_e4m3fn, torch.bfloat16)
+    if not loaded_first:
+        adapted(layer, tensors)
+        for name, buffer in layer._buffers.items():
+            layer._buffers[name] = buffer.float()  # as a network's ``to`` does
+    found, (exact, _) = layer(x.bfloat16()), make_layer("linear")
+    exact.weight.copy_(layer.weight), exact.bias.copy_(layer.bias)
+    adapted(exact, tensors)
+    assert found.dtype == torch.bfloat16 and relative_error(found, exact(x)) < 0.02  # measured: 0.005
+
+
+def test_saved_as_others_read_it(pipe: Any, tmp_path: Path) -> None:
+    """LyCORIS multiplies matrices as they are: those of a layer that is a convolution on the Hub stay matrices."""
+    layer = nn.Conv2d(16, 16, 1)
+    for kind in ("LoHa with DoRA", "LoKr with DoRA", "LoRA"):
+        given = {f"unet.{PROJ}.{part}": one.float() for part, one in change(layer, kind)[1].items()}
+        pipe.load_lora_weights(given, adapter_name="one")
+        pipe.unet.save_lora_adapter(tmp_path, "one")
+        saved = load_file(tmp_path / "pytorch_lora_weights.safetensors")
+        names = {f"{PROJ}.lora_A.weight": "lora_down.weight", f"{PROJ}.lora_B.weight": "lora_up.weight"}
+        for key, one in saved.items():
+            assert torch.equal(one, given[f"unet.{PROJ}.{names.get(key, key.removeprefix(f'{PROJ}.'))}"]), key
+        assert len(saved) == len([key for key in given if not key.endswith("alpha")])
+        pipe.unload_lora_weights()
+
+
+def test_an_adapter_that_left_a_network(pipe: Any, tmp_path: Path) -> None:
+    """One for the text encoder takes the place of one for the UNet, which keeps the name alone."""
+    pipe.load_lora_weights(parts(FF, lora_down__weight=(2, 64), lora_up__weight=(16, 2)), adapter_name="a")
+    pipe.load_lora_weights(
+        {
+            f"text_encoder.text_model.encoder.layers.0.self_attn.q_proj.lora_{part}.weight": torch.ones(shape)
+            for part, shape in (("A", (2, 24)), ("B", (24, 2)))
+        },
+        adapter_name="a",
+        hotswap=True,
+    )
+    assert pipe.unet.peft_config["a"].target_modules == [] and "use_dora" not in pipe.unet.peft_config["a"]
+    with pytest.raises(CheckpointError, match="'a' changes no layer of this UNet2DConditionModel"):
+        pipe.unet.save_lora_adapter(tmp_path, "a")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_name_of_an_adapter_inside_that_of_a_bias(pipe: Any) -> None:
+    tensors = {f"unet.{FF}.lora_A.weight": torch.ones(2, 64), f"unet.{FF}.lora_B.weight": torch.ones(16, 2)}
+    tensors[f"unet.{FF}.lora_B.bias"] = torch.randn(16, generator=seeded(0))
+    x, t, found = torch.ones(1, 4, 8, 8), 7, []
+    for inside in ("", ".default"):
+        given: Tensors = {f"{inside}.".join(key.rsplit(".", 1)): one for key, one in tensors.items()}
+        pipe.load_lora_weights(given)
+        with torch.no_grad():
+            found.append(pipe.unet(x, t, torch.ones(1, 5, 24)).sample)
+        pipe.unload_lora_weights()
+    assert torch.equal(*found)
+
+
+TOO_FLAT = {
+    "vectors": (parts(FF, **LOHA | {"hada_w1_a": (3,)}), r"hada_w1_a is \(3,\), expected \(16, r\)"),
+    "numbers": (parts(FF, lora_down__weight=(), lora_up__weight=(16, 2)), r"down.weight is \(\), expected \(r, 64\)"),
+}
+
+
+@pytest.mark.parametrize("name", TOO_FLAT)
+def test_tensors_of_too_few_axes(pipe: Any, name: str) -> None:
+    with pytest.raises(CheckpointError, match=TOO_FLAT[name][1]):
+        pipe.load_lora_weights(TOO_FLAT[name][0])
+
+
+def test_inspecting_what_fits_nowhere(tmp_path: Path) -> None:
+    """There is a page about every file, without its model."""
+    for tensors, _ in (WRONG | TOO_FLAT).values():
+        save_file(tensors, tmp_path / "x.safetensors")
+        page = report_adapter(tmp_path / "x.safetensors")
+        assert page is None or "an adapter" in page
