@@ -59,21 +59,11 @@ class LoraLayer:
             (W, b), (W_0, b_0) = self.changed(scale), self.own()
             return output + _computed(module, args[0], W - W_0, None if b is None else b - b_0)
         for adapter, weight in self.active:
-            down, up = self.matrices(adapter)
-            factor = self.forms[adapter].scale * weight * scale
-            output = torch.add(output, self._low_rank(args[0], down, up), alpha=factor)
+            _, _, s, parts = self.update(adapter)
+            h = _computed(module, args[0], parts["down"], None)
+            h = F.conv2d(h, parts["up"]) if parts["up"].ndim == 4 else F.linear(h, parts["up"])
+            output = torch.add(output, h, alpha=s * weight * scale)
         return output
-
-    def _low_rank(self, x: Tensor, down: Tensor, up: Tensor) -> Tensor:
-        """Return B (A x)."""
-        if isinstance(self.module, nn.Conv2d):
-            return F.conv2d(_computed(self.module, x, down, None), up)
-        return F.linear(F.linear(x, down), up)
-
-    def matrices(self, adapter: str) -> tuple[Tensor, Tensor]:
-        """Return A and B of an adapter that is LoRA here."""
-        parts = self.update(adapter).parts
-        return parts["down"], parts["up"]
 
     def update(self, adapter: str) -> Update:
         """Return what an adapter does here, in the dtype that the layer computes in."""
