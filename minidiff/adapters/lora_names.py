@@ -49,11 +49,15 @@ _ENDINGS |= {".lora_mid.weight": "mid", ".lora_B.bias": "up_bias", ".lora_up.bia
 _ENDINGS |= {".lora_magnitude_vector": "magnitude", ".lora_magnitude_vector.weight": "magnitude"}
 _ENDINGS |= {".diff": "diff", ".diff_b": "diff_b", ".w_norm": "diff", ".b_norm": "diff_b", ".dora_scale": "dora_scale"}
 _ENDINGS |= {f".{part}": part for part in LYCORIS_PARTS}
-SAVED = {  # what PEFT calls a part, or kohya if PEFT does not have it
+PEFT_NAMES = {  # of the parts that PEFT has
     "down": "lora_A.weight",
     "up": "lora_B.weight",
-    "mid": "lora_mid.weight",
     "up_bias": "lora_B.bias",
+    "magnitude": "lora_magnitude_vector",
+}
+KOHYA_NAMES = {  # of parts beside others; LyCORIS's are called as here
+    **{part: f"lora_{part}.weight" for part in ("down", "up", "mid")},
+    "up_bias": "lora_up.bias",
     "magnitude": "lora_magnitude_vector",
 }
 _KOHYA = {  # beginning of a name -> component

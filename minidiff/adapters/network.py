@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from minidiff.adapters.control import AdapterControl, LoadedLora
@@ -20,7 +21,7 @@ from minidiff.adapters.forms import KERNELS
 from minidiff.adapters.lora import LoraLayer, adapters_of
 from minidiff.adapters.lora_config import CONFIG_NAME, KEY
 from minidiff.adapters.lora_file import FILE_NAME
-from minidiff.adapters.lora_names import SAVED
+from minidiff.adapters.lora_names import KOHYA_NAMES, PEFT_NAMES
 from minidiff.adapters.source import AdapterFile, options_of, read_adapter
 from minidiff.checkpoints.remap import CONV1X1
 from minidiff.checkpoints.save import save_tensors
@@ -84,7 +85,8 @@ class AdaptedNetwork(AdapterControl):
     ) -> None:
         """Write an adapter in PEFT's spelling, without a prefix; ranks and alphas stand in the header.
 
-        Forms that the reference cannot save are written under the names of LyCORIS.
+        Layers of a form that the reference does not have get the names of kohya and LyCORIS and an alpha of their own:
+        what reads them does not look into the header.
 
         Args:
             save_directory: made if it does not exist.
@@ -98,14 +100,18 @@ class AdaptedNetwork(AdapterControl):
         if not self._lora_layers(name):
             raise CheckpointError(f"{name!r} changes no layer of this {type(self).__name__}: there is nothing to save")
         tensors: dict[str, Tensor] = {}
-        ops = {row.hub[0].removesuffix(".weight"): row.hub_op for row in self.rows()}
+        ops = {hub.removesuffix(".weight"): row.hub_op for row in self.rows() for hub in row.hub}
         for layer in self._lora_layers(name):
             is_conv = layer.module.weight.ndim == 4 or ops[layer.hub] is CONV1X1
-            for part, tensor in layer.update(name).parts.items():
+            _, rank, scale, parts = layer.update(name)
+            names = PEFT_NAMES if parts.keys() <= PEFT_NAMES.keys() else KOHYA_NAMES
+            for part, tensor in parts.items():
                 shape = (*tensor.shape, 1, 1)[:4] if is_conv and part in KERNELS else tensor.shape
                 if part == "magnitude":  # as PEFT has it
                     shape = (1, -1, 1, 1) if is_conv else (-1,)
-                tensors[f"{layer.hub}.{SAVED.get(part, part)}"] = tensor.reshape(shape)
+                tensors[f"{layer.hub}.{names.get(part, part)}"] = tensor.reshape(shape)
+            if names is KOHYA_NAMES and rank:
+                tensors[f"{layer.hub}.alpha"] = torch.tensor(scale * rank)
         if upcast_before_saving:
             tensors = {key: tensor.float() for key, tensor in tensors.items()}
         path = Path(save_directory, weight_name or FILE_NAME)

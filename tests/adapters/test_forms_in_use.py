@@ -13,13 +13,14 @@ from minidiff.adapters.report import report_adapter
 from minidiff.checkpoints.casting import apply_layerwise_casting
 from minidiff.errors import CheckpointError
 from tests.adapters.test_forms import BOUND, KINDS, LAYERS, adapted, change, make_layer
-from tests.adapters.test_forms_errors import LOHA, WRONG, parts
+from tests.adapters.test_forms_errors import CONV, LOHA, WRONG, parts
 from tests.loras import Tensors
 from tests.pictures import seeded
 from tests.theirs import relative_error
 from tests.tiny import save_tiny
 
 PROJ = "down_blocks.0.attentions.0.proj_in"  # (16, 16, 1, 1) on the Hub, a linear layer here
+D = 24  # of the text encoder
 FF = "down_blocks.0.attentions.0.transformer_blocks.0.ff.net.2"  # (16, 64), with a bias
 
 
@@ -84,19 +85,34 @@ def test_a_layer_cast_to_another_dtype(loaded_first: bool, kind: str) -> None:
     assert found.dtype == torch.bfloat16 and relative_error(found, exact(x)) < 0.02  # measured: 0.005
 
 
-def test_saved_as_others_read_it(pipe: Any, tmp_path: Path) -> None:
-    """LyCORIS multiplies matrices as they are: those of a layer that is a convolution on the Hub stay matrices."""
-    layer = nn.Conv2d(16, 16, 1)
-    for kind in ("LoHa with DoRA", "LoKr with DoRA", "LoRA"):
-        given = {f"unet.{PROJ}.{part}": one.float() for part, one in change(layer, kind)[1].items()}
-        pipe.load_lora_weights(given, adapter_name="one")
-        pipe.unet.save_lora_adapter(tmp_path, "one")
-        saved = load_file(tmp_path / "pytorch_lora_weights.safetensors")
-        names = {f"{PROJ}.lora_A.weight": "lora_down.weight", f"{PROJ}.lora_B.weight": "lora_up.weight"}
-        for key, one in saved.items():
-            assert torch.equal(one, given[f"unet.{PROJ}.{names.get(key, key.removeprefix(f'{PROJ}.'))}"]), key
-        assert len(saved) == len([key for key in given if not key.endswith("alpha")])
-        pipe.unload_lora_weights()
+SAVED = ["DoRA", "LoHa", "LoHa with DoRA", "LoKr", "LoKr of four", "LoKr with DoRA", "difference"]
+SAVED = [(layer, kind) for layer in (PROJ, CONV) for kind in SAVED]
+SAVED += [(CONV, f"{form} (Tucker)") for form in ("LoRA", "LoHa", "LoKr")]
+
+
+@pytest.mark.parametrize(("layer", "kind"), SAVED)
+def test_saved_as_others_read_it(pipe: Any, tmp_path: Path, layer: str, kind: str) -> None:
+    """Under the names, in the shapes and with the alphas that LyCORIS wrote: it looks into no header, nor do others."""
+    module = nn.Conv2d(16, 16, 1) if layer == PROJ else nn.Conv2d(16, 32, 3, padding=1)
+    given = {f"{layer}.{part}": one.float() for part, one in change(module, kind)[1].items()}
+    pipe.unet.load_lora_adapter(given, prefix=None, adapter_name="one")
+    pipe.unet.save_lora_adapter(tmp_path, "one")
+    saved = load_file(tmp_path / "pytorch_lora_weights.safetensors")
+    assert saved.keys() == given.keys() and all(torch.allclose(one, saved[key]) for key, one in given.items())
+    assert all(one.shape == saved[key].shape for key, one in given.items())
+    scales = [one.forms["one"].scale for one in pipe.unet._lora.layers.values()]
+    pipe.unload_lora_weights()
+    pipe.unet.load_lora_adapter(tmp_path, prefix=None, adapter_name="one")
+    assert scales == [one.forms["one"].scale for one in pipe.unet._lora.layers.values()]
+
+
+def test_a_text_encoder_saved_and_loaded(pipe: Any, tmp_path: Path) -> None:
+    """Its queries, keys and values, which are one matrix in some files."""
+    names = [f"text_model.encoder.layers.0.self_attn.{x}_proj" for x in ("q", "k", "v", "out")]
+    tensors = {f"{name}.lora_{AB}.weight": torch.ones(s) for name in names for AB, s in (("A", (2, D)), ("B", (D, 2)))}
+    pipe.text_encoder.load_lora_adapter(tensors, prefix=None, adapter_name="one")
+    pipe.text_encoder.save_lora_adapter(tmp_path, "one")
+    assert load_file(tmp_path / "pytorch_lora_weights.safetensors").keys() == tensors.keys()
 
 
 def test_an_adapter_that_left_a_network(pipe: Any, tmp_path: Path) -> None:
@@ -105,7 +121,7 @@ def test_an_adapter_that_left_a_network(pipe: Any, tmp_path: Path) -> None:
     pipe.load_lora_weights(
         {
             f"text_encoder.text_model.encoder.layers.0.self_attn.q_proj.lora_{part}.weight": torch.ones(shape)
-            for part, shape in (("A", (2, 24)), ("B", (24, 2)))
+            for part, shape in (("A", (2, D)), ("B", (D, 2)))
         },
         adapter_name="a",
         hotswap=True,
