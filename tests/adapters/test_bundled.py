@@ -239,6 +239,18 @@ def test_outputs_of_a_file_for_one_encoder(loaded: dict[str, Pipes], tmp_path: P
     ours.unload_textual_inversion()
 
 
+def test_outputs_of_two_files(loaded: dict[str, Pipes], tmp_path: Path) -> None:
+    """diffusers' names for the files of two encoders, with what OneTrainer trains in them."""
+    ours = loaded["xl"][0]
+    for end, (_, encoder) in zip(("", "_2"), pairs_of(ours), strict=True):
+        file = {f"emp_params{out}": torch.ones(1, encoder.config.hidden_size) for out in ("", "_out")}
+        save_file(file, tmp_path / f"learned_embeds{end}.safetensors")
+    ours.load_textual_inversion(tmp_path, token="<cat>")
+    assert [list(tokenizer.outputs) for tokenizer, _ in pairs_of(ours)] == [["<cat>"]] * 2
+    ours.unload_textual_inversion()
+    assert not any(tokenizer.outputs for tokenizer, _ in pairs_of(ours))
+
+
 # --- pivotal tuning --------------------------------------------------------------------------------------------------
 
 
