@@ -47,7 +47,9 @@ def split_words(file: AdapterFile, parts: Mapping[str, Any]) -> tuple[AdapterFil
     for key, tensor in mine.items():
         word, name = _KEY.fullmatch(key).groups()
         found.setdefault(word, {})[name] = tensor
-    pairs, words = pairs_of(parts), Words()
+    if not (pairs := pairs_of(parts)):
+        raise ValueError(f"{file.label} brings words, and this pipeline has no text encoder with a tokenizer")
+    words = Words()
     for word, tensors in found.items():
         for vectors in addressed(read_tensors(f"{file.label}: {PREFIX}{word}", tensors), tensors, {}, pairs, False):
             words.setdefault(str(vectors.component), []).extend(words_of(vectors, word))

@@ -58,11 +58,12 @@ class LoraLayer:
         if any(self.forms[adapter].parts.keys() != {"down", "up"} for adapter, _ in self.active):
             (W, b), (W_0, b_0) = self.changed(scale), self.own()
             return output + _computed(module, args[0], W - W_0, None if b is None else b - b_0)
+        x = args[0]
         for adapter, weight in self.active:
-            _, _, s, parts = self.update(adapter)
-            h = _computed(module, args[0], parts["down"], None)
-            h = F.conv2d(h, parts["up"]) if parts["up"].ndim == 4 else F.linear(h, parts["up"])
-            output = torch.add(output, h, alpha=s * weight * scale)
+            A, B = (module._buffers[f"lora_{adapter}_{part}"].to(x.dtype) for part in ("down", "up"))
+            h = _computed(module, x, A, None)
+            h = F.linear(h, B) if B.ndim == 2 else F.conv2d(h, B)
+            output = torch.add(output, h, alpha=self.forms[adapter].scale * weight * scale)
         return output
 
     def update(self, adapter: str) -> Update:

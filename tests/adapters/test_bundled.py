@@ -309,6 +309,12 @@ def test_nothing_is_half_loaded(loaded: dict[str, Pipes], name: str) -> None:
     ours.unload_textual_inversion()
 
 
+def test_words_without_a_text_encoder(loaded: dict[str, Pipes]) -> None:
+    alone = type(loaded["sd"][0])(**loaded["sd"][0].components | {"text_encoder": None, "tokenizer": None})
+    with pytest.raises(ValueError, match="the given state dict brings words, and this pipeline has no text encoder"):
+        alone.load_lora_weights({"unet.x.alpha": torch.tensor(1.0), "bundle_emb.<cat>.clip_l": torch.ones(1, 24)})
+
+
 def test_words_alone_and_exchanged(loaded: dict[str, Pipes]) -> None:
     ours, theirs = loaded["sd"]
     lora, words = peft(draw(theirs, only=every(5))), bundled(ours, "<cat>")
