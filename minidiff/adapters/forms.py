@@ -107,10 +107,8 @@ def described(kinds: Iterable[tuple[str, int]]) -> str:
     found: dict[str, list[int]] = {}
     for form, rank in kinds:
         found.setdefault(form, []).append(rank)
-    texts = []
-    for form, ranks in sorted(found.items()):
-        spread = "-".join(str(rank) for rank in sorted({min(ranks), max(ranks)} - {0}))
-        texts.append(f"{len(ranks)} {form}" + (f" of rank {spread}" if spread else ""))
+    spread = {form: "-".join(map(str, sorted({min(ranks), max(ranks)} - {0}))) for form, ranks in found.items()}
+    texts = (f"{len(found[form])} {form}" + f" of rank {r}" * bool(r) for form, r in sorted(spread.items()))
     return ", ".join(texts)
 
 

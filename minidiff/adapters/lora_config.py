@@ -58,7 +58,8 @@ def layer_configs(metadata: Mapping[str, str], components: Iterable[str]) -> dic
         configs.setdefault(component, {})[field] = value
         if field.endswith("_pattern"):
             _check_patterns(f"{key}: {name}", value)
-        if field not in _USED and field not in _IGNORED and not _is_harmless(field, value):
+        harmless = value in _HARMLESS[field] if field in _HARMLESS else not value
+        if field not in _USED and field not in _IGNORED and not harmless:
             raise CheckpointError(f"{key} asks for {name} = {value!r}, which minidiff does not implement")
     return configs
 
@@ -72,10 +73,6 @@ def _check_patterns(name: str, value: Any) -> None:
             re.compile(pattern)
         except re.error as error:
             raise CheckpointError(f"{name}: {pattern!r} is no regular expression: {error}") from error
-
-
-def _is_harmless(field: str, value: Any) -> bool:
-    return value in _HARMLESS[field] if field in _HARMLESS else not value
 
 
 def scale_of(config: Mapping[str, Any], layer: str, rank: int) -> float:

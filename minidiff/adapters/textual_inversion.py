@@ -301,8 +301,7 @@ def _check(words: Sequence[Word], tokenizer: CLIPTokenizer, encoder: Model) -> N
         if not all(one.to(encoder.dtype).isfinite().all() for one in given):
             raise ValueError(f"{word.label}: the vectors of {word.token!r} are not finite in {encoder.dtype}")
         needed = dict.fromkeys([*word.tokens, f"{word.token}_1"])
-        known = [token for token in needed if token in vocabulary or token in seen]
-        if known:
+        if known := [token for token in needed if token in vocabulary or token in seen]:
             raise ValueError(
                 f"the tokenizer knows {', '.join(map(repr, known))} already: pass another token=, or forget it with "
                 "unload_textual_inversion()"
