@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -150,8 +151,11 @@ class AdapterControl:
         chosen = {name: adapters for name, adapters in chosen.items() if adapters.active and adapters.enabled}
         if not chosen:
             raise ValueError("there is no active adapter to fuse")
-        for adapters in chosen.values():
-            adapters.fuse(scale, safe)
+        with ExitStack() as undo:
+            for adapters in chosen.values():
+                adapters.fuse(scale, safe)
+                undo.callback(adapters.unfuse)
+            undo.pop_all()
 
     def _remove_all(self) -> None:
         for network in self._lora_networks().values():

@@ -154,9 +154,8 @@ def read_update(given: Keyed, weight: Tensor, bias: Tensor | None) -> tuple[Upda
 
 
 def _wanted(letter: str, sizes: Mapping[str, int]) -> str:
-    if letter in _COFACTORS:
-        return f"a divisor of {sizes[_COFACTORS[letter][0]]}"
-    return str(sizes.get(letter, letter))
+    whole, _ = _COFACTORS.get(letter, ("", ""))
+    return f"a divisor of {sizes[whole]}" if whole else str(sizes.get(letter, letter))
 
 
 def _fits(letters: str, shape: Sequence[int], sizes: dict[str, int]) -> bool:

@@ -106,6 +106,17 @@ def test_saved_as_others_read_it(pipe: Any, tmp_path: Path, layer: str, kind: st
     assert scales == [one.forms["one"].scale for one in pipe.unet._lora.layers.values()]
 
 
+def test_fusing_changes_all_networks_or_none(pipe: Any) -> None:
+    """The UNet is fused before it turns out that the text encoder cannot be."""
+    q = "text_model.encoder.layers.0.self_attn.q_proj"
+    tensors = {f"unet.{FF}.diff": torch.ones(16, 64), f"text_encoder.{q}.diff": torch.full((D, D), 1e38)}
+    before = dict(pipe.unet.named_parameters())
+    pipe.load_lora_weights(tensors)
+    with pytest.raises(ValueError, match="weights that are not finite, in .*layers.0.*; nothing was changed"):
+        pipe.fuse_lora(lora_scale=10.0, safe_fusing=True)
+    assert pipe.fused_loras == set() and all(now is before[name] for name, now in pipe.unet.named_parameters())
+
+
 def test_a_text_encoder_saved_and_loaded(pipe: Any, tmp_path: Path) -> None:
     """Its queries, keys and values, which are one matrix in some files."""
     names = [f"text_model.encoder.layers.0.self_attn.{x}_proj" for x in ("q", "k", "v", "out")]
