@@ -64,15 +64,16 @@ def _scale(layer: LayerName, given: Keyed, update: Update, configs: Mapping[str,
         raise ValueError(f"{given['alpha'][0]}: its layer has a difference, which has no rank to divide it by")
     if config.get("use_dora") and update.form != "DoRA":
         raise ValueError(f"the file's header says that {layer.hub} is DoRA, but it has no lora_magnitude_vector")
-    alpha = alpha_of(*given["alpha"]) if "alpha" in given else None
-    own = 1.0 if alpha is None or not update.rank else alpha / update.rank
+    # Without a rank it does not count: a LoKr of whole matrices was asked for rank 100000, which is infinite in half.
+    alpha = alpha_of(*given["alpha"]) if "alpha" in given and update.rank else None
+    own = 1.0 if alpha is None else alpha / update.rank
     if update.form == "difference" or not config:
         return own
     # Patterns are for the names in the file; transformers 5 has dropped "text_model." from those of one encoder.
     hub = any(layer.hub in key for key, _ in given.values())
     name = layer.hub if hub else layer.hub.removeprefix("text_model.")
     told = scale_of(config, name, update.rank)
-    if alpha is not None and update.rank and not math.isclose(own, told, rel_tol=1e-2):  # it may be stored in half
+    if alpha is not None and not math.isclose(own, told, rel_tol=1e-2):  # it may be stored in half
         said = told * update.rank
         raise ValueError(f"{given['alpha'][0]} is {alpha:g}, but the file's header gives an alpha of {said:g}")
     return told

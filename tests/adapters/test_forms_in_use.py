@@ -143,6 +143,14 @@ def test_an_adapter_that_left_a_network(pipe: Any, tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_an_alpha_that_does_not_count(pipe: Any) -> None:
+    """LyCORIS asks for whole matrices with a rank beyond all, which stands as alpha in the file: in half, infinity."""
+    whole = parts(PROJ, lokr_w1=(4, 4), lokr_w2=(4, 4, 1, 1))
+    stem = next(iter(whole)).partition(".")[0]
+    pipe.load_lora_weights(whole | {f"{stem}.alpha": torch.tensor(1e5).half()})
+    assert [one.forms["default_0"].scale for one in pipe.unet._lora.layers.values()] == [1.0]
+
+
 def test_the_name_of_an_adapter_inside_that_of_a_bias(pipe: Any) -> None:
     tensors = {f"unet.{FF}.lora_A.weight": torch.ones(2, 64), f"unet.{FF}.lora_B.weight": torch.ones(16, 2)}
     tensors[f"unet.{FF}.lora_B.bias"] = torch.randn(16, generator=seeded(0))
