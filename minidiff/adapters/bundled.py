@@ -66,6 +66,11 @@ def teach_words(words: Words, parts: Mapping[str, Any], adapter: str) -> None:
         tokenizer.owners = tokenizer.owners | {word.token: adapter for word in new}
 
 
+def owners(parts: Mapping[str, Any]) -> set[str]:
+    """Return the adapters that words came with, which may be another pipeline's with the same text encoders."""
+    return {adapter for tokenizer, _ in pairs_of(parts).values() for adapter in tokenizer.owners.values()}
+
+
 def forget_words(parts: Mapping[str, Any], gone: set[str], kept: set[str]) -> None:
     """Forget the words of the adapters that are ``gone``; those of the ``kept`` ones stay, and are nobody's now."""
     for tokenizer, encoder in pairs_of(parts).values():

@@ -239,9 +239,8 @@ def adapters_of(network: Any) -> Adapters | None:
 
 def remove_adapters(network: nn.Module) -> None:
     """Remove all adapters of a network. Weights that they are fused into stay as they are, as in the reference."""
-    adapters = adapters_of(network)
-    for name in list(adapters.names):
-        adapters._detach(name)
+    for name in adapters_of(network).names:
+        adapters_of(network)._detach(name)
     del network._lora
 
 

@@ -100,6 +100,7 @@ class AdaptedNetwork(AdapterControl):
         if not self._lora_layers(name):
             raise CheckpointError(f"{name!r} changes no layer of this {type(self).__name__}: there is nothing to save")
         tensors: dict[str, Tensor] = {}
+        dtype = torch.float32 if upcast_before_saving else None
         ops = {hub.removesuffix(".weight"): row.hub_op for row in self.rows() for hub in row.hub}
         for layer in self._lora_layers(name):
             is_conv = layer.module.weight.ndim == 4 or ops[layer.hub] is CONV1X1
@@ -109,11 +110,9 @@ class AdaptedNetwork(AdapterControl):
                 shape = (*tensor.shape, 1, 1)[:4] if is_conv and part in KERNELS else tensor.shape
                 if part == "magnitude":  # as PEFT has it
                     shape = (1, -1, 1, 1) if is_conv else (-1,)
-                tensors[f"{layer.hub}.{names.get(part, part)}"] = tensor.reshape(shape)
+                tensors[f"{layer.hub}.{names.get(part, part)}"] = tensor.reshape(shape).to(dtype=dtype)
             if names is KOHYA_NAMES and rank:
                 tensors[f"{layer.hub}.alpha"] = torch.tensor(scale * rank)
-        if upcast_before_saving:
-            tensors = {key: tensor.float() for key, tensor in tensors.items()}
         path = Path(save_directory, weight_name or FILE_NAME)
         save_tensors(tensors, path, {"format": "pt", KEY: json.dumps(self._lora_config(name), sort_keys=True)})
 

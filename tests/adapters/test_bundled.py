@@ -139,9 +139,12 @@ def test_a_pipeline_leaves_the_words_of_others_alone(loaded: dict[str, Pipes]) -
     ours, theirs = loaded["sd"]
     another = minidiff.StableDiffusionPipeline(**ours.components | {"unet": copy.deepcopy(ours.unet)})
     lora = {key: one for key, one in peft(draw(theirs, only=every(4))).items() if key.startswith("unet.")}
-    ours.load_lora_weights(lora | bundled(ours, "<cat>"), "pet")
-    another.load_lora_weights(lora, "other")
-    another.delete_adapters("other")
+    assert ours.load_lora_weights(lora | bundled(ours, "<cat>")).adapter_name == "default_0"
+    with pytest.raises(ValueError, match="there is an adapter 'default_0' already"):
+        another.load_lora_weights(lora, "default_0")
+    for _ in range(2):
+        another.load_lora_weights(lora)
+    another.delete_adapters("default_1")
     another.unload_lora_weights()
     assert "<cat>" in ours.tokenizer.get_vocab()
     ours.unload_lora_weights()
