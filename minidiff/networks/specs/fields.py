@@ -2,7 +2,7 @@
 
 import inspect
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from minidiff.config import Config
@@ -11,7 +11,7 @@ from minidiff.errors import ConfigError
 Kind = TypeVar("Kind")
 
 
-def show_fields(init: Any, defaults: Config) -> None:
+def show_fields(init: Any, defaults: Mapping[str, Any]) -> None:
     """Let ``inspect.signature`` of a constructor that takes ``**fields`` list them with their defaults."""
     values = {name: tuple(value) if isinstance(value, list) else value for name, value in defaults.items()}
     kind = inspect.Parameter
@@ -121,6 +121,13 @@ def check_counts(network: str, config: Config, names: Sequence[str]) -> None:
         value = config[name]
         if value is not None and (type(value) is not int or value < 1):
             raise ConfigError(f"{network}: {name} should be a positive integer or null, found {value!r}")
+
+
+def check_known(network: str, name: str, value: Any, known: Iterable[str | None]) -> None:
+    """Raise if a field has none of the values that are known."""
+    if value not in known:
+        names = ", ".join("null" if kind is None else kind for kind in known)
+        raise ConfigError(f"{network}: {name} should be one of {names}, found {value!r}")
 
 
 def class_fields(config: Config) -> dict[str, Any]:
