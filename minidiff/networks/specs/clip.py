@@ -6,7 +6,7 @@ from typing import Any
 from minidiff.config import Config
 from minidiff.errors import ConfigError
 from minidiff.networks.specs import CLIPSpec
-from minidiff.networks.specs.fields import check_known, check_types, complete
+from minidiff.networks.specs.fields import check_counts, check_known, check_types, complete
 
 NAME = "CLIPTextModel"
 ACTIVATIONS = ("quick_gelu", "gelu")
@@ -77,6 +77,8 @@ def transformer_config(
     only = {"attention_dropout": (0.0,), **{name: (value,) for name, value in _UNUSED.items() if name in fields}}
     config = complete(network, described, defaults, only)
     check_types(network, config, defaults)
+    counts = [name for name, default in defaults.items() if type(default) is int and name != "eos_token_id"]
+    check_counts(network, config, counts)
     check_known(network, "hidden_act", config.hidden_act, ACTIVATIONS)
     if config.hidden_size % config.num_attention_heads:
         raise ConfigError(

@@ -49,7 +49,7 @@ def vision_config(fields: Mapping[str, Any]) -> Config:
     """Complete the fields of a vision encoder's Hub configuration; refuse what is not implemented."""
     notes = {"projection_dim": 512, **{name: fields[name] for name in _TOKENS if name in fields}}
     config = transformer_config(NAME, fields, _DEFAULTS, notes)
-    check_counts(NAME, config, ("num_channels", "image_size", "patch_size", "projection_dim"))
+    check_counts(NAME, config, ("projection_dim",))
     if config.patch_size > config.image_size:
         raise ConfigError(
             f"{NAME}: patch_size {config.patch_size} should be at most image_size {config.image_size}, so that there "
@@ -63,7 +63,10 @@ def checker_config(fields: Mapping[str, Any]) -> Config:
     defaults = {"vision_config": {}, "projection_dim": 512, **_WHOLE}
     config = complete(CHECKER, fields, defaults, {})
     check_counts(CHECKER, config, ("projection_dim",))
-    return Config({**config, "vision_config": vision_config(vision_half(config))})
+    half = vision_half(config)
+    if not isinstance(half, Mapping):
+        raise ConfigError(f"{CHECKER}: vision_config should have the fields of a vision encoder, found {half!r}")
+    return Config({**config, "vision_config": vision_config(half)})
 
 
 def vision_spec(config: Config) -> CLIPVisionSpec:

@@ -138,10 +138,13 @@ def class_fields(config: Config) -> dict[str, Any]:
 
 
 def check_groups(network: str, config: Config) -> None:
-    """Raise if a level has a number of channels that the groups of its normalisation do not divide."""
+    """Raise if a number of channels is not positive, or that of a level not divisible by the groups of its norm."""
+    check_counts(network, config, ("in_channels", "out_channels"))
     channels, groups = config.block_out_channels, config.norm_num_groups
-    if groups < 1 or any(C % groups for C in channels):
-        raise ConfigError(f"{network}: block_out_channels {channels} should be divisible by norm_num_groups {groups}")
+    if groups < 1 or any(C < 1 or C % groups for C in channels):
+        raise ConfigError(
+            f"{network}: block_out_channels {channels} should be divisible by norm_num_groups {groups}, and positive"
+        )
 
 
 def check_layers(network: str, config: Config) -> None:
