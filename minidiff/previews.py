@@ -20,13 +20,14 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from minidiff.images.tensors import make_image_grid, to_pil
 from minidiff.networks.vae_tiny import AutoencoderTiny
 from minidiff.noise import randn
 from minidiff.pipelines.callbacks import RUNS
+from minidiff.pipelines.foreign import first
 from minidiff.pipelines.latent import LatentPipeline
 
 Preview = Callable[[Tensor], list[Image.Image]]  # latents of the process (B, C, h, w) -> B pictures
@@ -107,7 +108,7 @@ def previewer(pipe: LatentPipeline, vae: Any = None) -> Preview:
         if vae.config.latent_channels != channels:
             found = vae.config.latent_channels
             raise ValueError(f"vae should decode latents of {channels} channels as the UNet makes them, found {found}")
-        return partial(_decoded, vae)
+        return partial(_decoded, pipe, vae)
     config = {} if pipe.vae is None else pipe.vae.config
     published = PUBLISHED.get(config.get("scaling_factor"))
     if published is not None and config.get("block_out_channels") == LEVELS and config.latent_channels == 4:
@@ -119,9 +120,10 @@ def previewer(pipe: LatentPipeline, vae: Any = None) -> Preview:
 
 
 @torch.no_grad()
-def _decoded(vae: Any, latents: Tensor) -> list[Image.Image]:
-    z = latents.to(vae.device, vae.dtype) / vae.config.scaling_factor
-    return to_pil(vae.decode(z, return_dict=False)[0])
+def _decoded(pipe: LatentPipeline, vae: Any, latents: Tensor) -> list[Image.Image]:
+    if vae is pipe.vae:  # it may be offloaded, and XL's decodes in another dtype than its own
+        return to_pil(pipe._decoded(latents.to(pipe.device)))
+    return to_pil(first(vae.decode(pipe._unscaled(latents.to(vae.device, vae.dtype), vae)), "sample"))
 
 
 class FilmStrip:
@@ -167,7 +169,7 @@ class FilmStrip:
         size = (max(round(width * self.height / height), 1), self.height)
         blank = Image.new("RGB", size, "white")
         pictures = [
-            [picture.resize(size, Image.Resampling.BICUBIC) for picture in row] + [blank] * (columns - len(row))
+            [ImageOps.pad(picture, size, color="white") for picture in row] + [blank] * (columns - len(row))
             for row in rows
         ]
         return make_image_grid([picture for row in pictures for picture in row], len(rows), columns)
