@@ -14,6 +14,7 @@ The colours of the published autoencoders are those of ComfyUI (GitHub, comfyano
 applied as in latent_preview.py). Those of any other are fitted to what it decodes.
 """
 
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, ClassVar, NamedTuple
@@ -141,18 +142,18 @@ class FilmStrip:
     def __init__(self, preview: Preview, height: int = 96) -> None:
         self.preview, self.height = preview, height
         self.calls: list[list[Tensor]] = []  # of each call the x0 of each step, (B, C, h, w)
-        self._run: Any = None
+        self._mine = threading.local()  # the call of this thread: threads may share a film
 
     def __call__(
         self, pipeline: LatentPipeline, step_index: int, timestep: Tensor, tensors: Mapping[str, Tensor]
     ) -> Mapping[str, Tensor]:
         """Keep the clean latents of a step; of solvers that ask the UNet several times, those of the last."""
-        run = RUNS.get(pipeline)
-        if run is not self._run:
-            self._run = run
-            self.calls.append([])
+        run, mine = RUNS.get(pipeline), self._mine
+        if getattr(mine, "run", None) is not run:
+            mine.run, mine.steps = run, []
+            self.calls.append(mine.steps)
         if run.step in pipeline._counted(run):
-            self.calls[-1].append(run.core.denoised(run.plan, run.step, run.x, run.out))
+            mine.steps.append(run.core.denoised(run.plan, run.step, run.x, run.out))
         return tensors
 
     def image(self) -> Image.Image:

@@ -1,6 +1,8 @@
 """Previews of clean latents: linear colours, a tiny autoencoder, and the film strip of a run."""
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Barrier
 from types import SimpleNamespace
 from typing import Any
 
@@ -222,6 +224,19 @@ def test_strip_shows_the_previews_in_order(embedded: Any) -> None:
         [[10, 1, 0], [20, 1, 0], [30, 1, 0]],
         [[40, 0, 0], [50, 0, 0], [255, 255, 255]],
     ]
+
+
+def test_threads_share_a_film() -> None:
+    """Whose steps come in turn: each call has a row of its own."""
+    pipe, film, turn = make("StableDiffusionPipeline"), FilmStrip(PUBLISHED[0.18215]), Barrier(2)
+
+    def keep(*arguments: Any) -> Any:
+        turn.wait(timeout=30)
+        return film(*arguments)
+
+    with ThreadPoolExecutor(2) as threads:
+        list(threads.map(lambda seed: call(pipe, seed, num_inference_steps=3, callback_on_step_end=keep), (1, 2)))
+    assert [len(steps) for steps in film.calls] == [3, 3]
 
 
 def test_calls_of_other_sizes_are_not_stretched() -> None:
