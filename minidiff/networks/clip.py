@@ -31,6 +31,7 @@ from minidiff.networks.specs import CLIPSpec, CLIPVisionSpec
 from minidiff.networks.specs.clip import LEGACY_EOS, clip_config, clip_spec, text_half
 from minidiff.networks.vocabulary import Vocabulary
 from minidiff.outputs import Output
+from minidiff.registry import published
 
 
 def quick_gelu(x: Tensor) -> Tensor:
@@ -127,7 +128,8 @@ class CLIPTransformer(GradientCheckpointing, Model):
         stale = ("dtype", "transformers_version")
         fields = {name: value for name, value in self.config.items() if name not in stale and not name.startswith("_")}
         dtype = str(self.dtype).removeprefix("torch.")
-        return {**fields, "architectures": [type(self).__name__], "model_type": self.model_type, "torch_dtype": dtype}
+        kind = published(type(self)) or type(self)
+        return {**fields, "architectures": [kind.__name__], "model_type": self.model_type, "torch_dtype": dtype}
 
 
 @dataclass
