@@ -168,9 +168,6 @@ class FilmStrip:
         columns = max(map(len, rows))
         width, height = rows[0][0].size
         size = (max(round(width * self.height / height), 1), self.height)
-        blank = Image.new("RGB", size, "white")
-        pictures = [
-            [ImageOps.pad(picture, size, color="white") for picture in row] + [blank] * (columns - len(row))
-            for row in rows
-        ]
-        return make_image_grid([picture for row in pictures for picture in row], len(rows), columns)
+        rows = [[*row, *[Image.new("RGB", size, "white")] * (columns - len(row))] for row in rows]
+        cells = [ImageOps.pad(picture, size, color="white") for row in rows for picture in row]
+        return make_image_grid(cells, len(rows), columns)

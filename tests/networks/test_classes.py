@@ -176,3 +176,12 @@ def test_a_file_without_its_classes(tmp_path: Path) -> None:
     UNet2DConditionModel(**UPSCALER).save_config(tmp_path / "other")
     with pytest.raises(CheckpointError, match=r"missing:\n  model\.diffusion_model\.label_emb\.weight"):
         UNet2DConditionModel.from_single_file(tmp_path / "one.safetensors", config=tmp_path / "other")
+
+
+def test_compiled_as_one_graph() -> None:
+    """The labels are not looked at then."""
+    model = UNet2DConditionModel(**tiny(num_class_embeds=9))
+    x, ctx, told = torch.ones(2, 4, 8, 8), torch.ones(2, 5, 6), {"class_labels": torch.tensor([1, 8])}
+    compiled, t = torch.compile(model, backend="eager", fullgraph=True), torch.tensor(3)
+    with torch.no_grad():
+        assert torch.equal(compiled(x, t, ctx, **told).sample, model(x, t, ctx, **told).sample)
