@@ -280,6 +280,7 @@ WRONG_UNETS = [
         "mid_block_type should be one of null, UNetMid.*Simple",
     ),
     ({"mid_block_type": 3}, "mid_block_type should be one of .*found 3"),
+    ({"mid_block_type": ["UNetMidBlock2D"]}, r"mid_block_type should be one of .*found \["),
     ({"transformer_layers_per_block": [1, [1, 1], 1, 1]}, "give reverse_transformer_layers_per_block too"),
     ({"transformer_layers_per_block": [1, 1, 1]}, "transformer_layers_per_block has 3 entries for 4 levels"),
     (

@@ -125,7 +125,7 @@ def check_counts(network: str, config: Config, names: Sequence[str]) -> None:
 
 def check_known(network: str, name: str, value: Any, known: Iterable[str | None]) -> None:
     """Raise if a field has none of the values that are known."""
-    if value not in known:
+    if value not in tuple(known):  # a list is no key
         names = ", ".join("null" if kind is None else kind for kind in known)
         raise ConfigError(f"{network}: {name} should be one of {names}, found {value!r}")
 
