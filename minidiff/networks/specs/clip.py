@@ -90,13 +90,17 @@ def transformer_config(
 
 def clip_spec(config: Config) -> CLIPSpec:
     """Turn the Hub's fields into the record that the network and its name table are built from."""
-    return CLIPSpec(
-        D=config.hidden_size,
-        mlp=config.intermediate_size,
-        layers=config.num_hidden_layers,
-        heads=config.num_attention_heads,
-        vocabulary=config.vocab_size,
-        positions=config.max_position_embeddings,
-        activation=config.hidden_act,
-        eps=config.layer_norm_eps,
-    )
+    sizes = {"vocabulary": config.vocab_size, "positions": config.max_position_embeddings}
+    return CLIPSpec(**transformer_spec(config), **sizes)
+
+
+def transformer_spec(config: Config) -> dict[str, Any]:
+    """Return what the records of both halves have."""
+    return {
+        "D": config.hidden_size,
+        "mlp": config.intermediate_size,
+        "layers": config.num_hidden_layers,
+        "heads": config.num_attention_heads,
+        "activation": config.hidden_act,
+        "eps": config.layer_norm_eps,
+    }

@@ -6,7 +6,7 @@ from typing import Any
 from minidiff.config import Config
 from minidiff.errors import ConfigError
 from minidiff.networks.specs import CLIPVisionSpec
-from minidiff.networks.specs.clip import transformer_config
+from minidiff.networks.specs.clip import transformer_config, transformer_spec
 from minidiff.networks.specs.fields import check_counts, complete
 
 NAME, CHECKER = "CLIPVisionModel", "StableDiffusionSafetyChecker"
@@ -71,14 +71,5 @@ def checker_config(fields: Mapping[str, Any]) -> Config:
 
 def vision_spec(config: Config) -> CLIPVisionSpec:
     """Turn the Hub's fields into the record that the network and its name table are built from."""
-    return CLIPVisionSpec(
-        D=config.hidden_size,
-        mlp=config.intermediate_size,
-        layers=config.num_hidden_layers,
-        heads=config.num_attention_heads,
-        activation=config.hidden_act,
-        eps=config.layer_norm_eps,
-        channels=config.num_channels,
-        image=config.image_size,
-        patch=config.patch_size,
-    )
+    sizes = {"channels": config.num_channels, "image": config.image_size, "patch": config.patch_size}
+    return CLIPVisionSpec(**transformer_spec(config), **sizes)
