@@ -36,15 +36,15 @@ TOP = len(RANKS)
 BUDGET = {
     "adapters": 1450,
     "checkpoints": 2720,
-    "cli": 255,
+    "cli": 260,
     "compat": 795,
     "fast": 560,
-    "images": 595,
+    "images": 605,
     "networks": 2085,
-    "pipelines": 3115,
-    "schedulers": 2525,
-    "text": 650,
-    "top": 1060,
+    "pipelines": 3170,
+    "schedulers": 2570,
+    "text": 655,
+    "top": 1095,
 }
 
 
