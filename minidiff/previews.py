@@ -14,19 +14,21 @@ The colours of the published autoencoders are those of ComfyUI (GitHub, comfyano
 applied as in latent_preview.py). Those of any other are fitted to what it decodes.
 """
 
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from minidiff.images.tensors import make_image_grid, to_pil
 from minidiff.networks.vae_tiny import AutoencoderTiny
 from minidiff.noise import randn
 from minidiff.pipelines.callbacks import RUNS
+from minidiff.pipelines.foreign import first
 from minidiff.pipelines.latent import LatentPipeline
 
 Preview = Callable[[Tensor], list[Image.Image]]  # latents of the process (B, C, h, w) -> B pictures
@@ -107,7 +109,7 @@ def previewer(pipe: LatentPipeline, vae: Any = None) -> Preview:
         if vae.config.latent_channels != channels:
             found = vae.config.latent_channels
             raise ValueError(f"vae should decode latents of {channels} channels as the UNet makes them, found {found}")
-        return partial(_decoded, vae)
+        return partial(_decoded, pipe, vae)
     config = {} if pipe.vae is None else pipe.vae.config
     published = PUBLISHED.get(config.get("scaling_factor"))
     if published is not None and config.get("block_out_channels") == LEVELS and config.latent_channels == 4:
@@ -119,9 +121,10 @@ def previewer(pipe: LatentPipeline, vae: Any = None) -> Preview:
 
 
 @torch.no_grad()
-def _decoded(vae: Any, latents: Tensor) -> list[Image.Image]:
-    z = latents.to(vae.device, vae.dtype) / vae.config.scaling_factor
-    return to_pil(vae.decode(z, return_dict=False)[0])
+def _decoded(pipe: LatentPipeline, vae: Any, latents: Tensor) -> list[Image.Image]:
+    if vae is pipe.vae:  # it may be offloaded, and XL's decodes in another dtype than its own
+        return to_pil(pipe._decoded(latents.to(pipe.device)))
+    return to_pil(first(vae.decode(pipe._unscaled(latents.to(vae.device, vae.dtype), vae)), "sample"))
 
 
 class FilmStrip:
@@ -139,18 +142,18 @@ class FilmStrip:
     def __init__(self, preview: Preview, height: int = 96) -> None:
         self.preview, self.height = preview, height
         self.calls: list[list[Tensor]] = []  # of each call the x0 of each step, (B, C, h, w)
-        self._run: Any = None
+        self._mine = threading.local()  # the call of this thread: threads may share a film
 
     def __call__(
         self, pipeline: LatentPipeline, step_index: int, timestep: Tensor, tensors: Mapping[str, Tensor]
     ) -> Mapping[str, Tensor]:
         """Keep the clean latents of a step; of solvers that ask the UNet several times, those of the last."""
-        run = RUNS.get(pipeline)
-        if run is not self._run:
-            self._run = run
-            self.calls.append([])
+        run, mine = RUNS.get(pipeline), self._mine
+        if getattr(mine, "run", None) is not run:
+            mine.run, mine.steps = run, []
+            self.calls.append(mine.steps)
         if run.step in pipeline._counted(run):
-            self.calls[-1].append(run.core.denoised(run.plan, run.step, run.x, run.out))
+            mine.steps.append(run.core.denoised(run.plan, run.step, run.x, run.out))
         return tensors
 
     def image(self) -> Image.Image:
@@ -165,9 +168,6 @@ class FilmStrip:
         columns = max(map(len, rows))
         width, height = rows[0][0].size
         size = (max(round(width * self.height / height), 1), self.height)
-        blank = Image.new("RGB", size, "white")
-        pictures = [
-            [picture.resize(size, Image.Resampling.BICUBIC) for picture in row] + [blank] * (columns - len(row))
-            for row in rows
-        ]
-        return make_image_grid([picture for row in pictures for picture in row], len(rows), columns)
+        rows = [[*row, *[Image.new("RGB", size, "white")] * (columns - len(row))] for row in rows]
+        cells = [ImageOps.pad(picture, size, color="white") for row in rows for picture in row]
+        return make_image_grid(cells, len(rows), columns)

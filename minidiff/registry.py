@@ -74,3 +74,9 @@ RENAMED = {  # what versions of transformers write in model_index.json -> ours, 
 def public(name: object) -> Any:
     """Return what is public under this name, None if nothing is."""
     return getattr(import_module(HOME[name]), name) if isinstance(name, str) and name in HOME else None
+
+
+def published(kind: type) -> type | None:
+    """Return the network, scheduler, ... of this library that a class is, or is derived from; None if it is of none."""
+    ours = (base for base in kind.__mro__ if HOME.get(base.__name__) == base.__module__)
+    return next((base for base in ours if not base.__name__.endswith("Mixin")), None)

@@ -1,6 +1,8 @@
 """Previews of clean latents: linear colours, a tiny autoencoder, and the film strip of a run."""
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Barrier
 from types import SimpleNamespace
 from typing import Any
 
@@ -129,6 +131,28 @@ def test_the_pipeline_s_own_autoencoder(drawn: torch.Tensor, embedded: Any) -> N
     assert previewer(embedded, embedded.vae)(drawn) == embedded.decode(drawn)
 
 
+def test_an_offloaded_tiny_autoencoder(drawn: torch.Tensor) -> None:
+    """It decodes where the pipeline computes, and not where its weights are at home."""
+    pipe, seen = make("StableDiffusionPipeline"), []
+    pipe.vae = AutoencoderTiny(**small(levels=3))
+    pipe.vae.decoder.register_forward_pre_hook(lambda module, args: seen.append(args[0].device.type))
+    enable(pipe, "model", "meta")
+    with pytest.raises(RuntimeError, match="meta tensor"):  # which has no pixels
+        previewer(pipe)(drawn)
+    assert seen == ["meta"]
+
+
+def test_an_autoencoder_with_moments(drawn: torch.Tensor) -> None:
+    """Of Playground's kind, and another than the pipeline has."""
+    pipe = make("StableDiffusionXLPipeline")
+    moments = {"latents_mean": [-1.6, 1.9, -1.4, 2.5], "latents_std": [8.5, 5.9, 6.5, 5.2]}
+    vae = AutoencoderKL.from_config(pipe.vae.config, **moments)
+    vae.load_state_dict(pipe.vae.state_dict())
+    shown = previewer(pipe, vae)(drawn)
+    pipe.vae = vae
+    assert shown == pipe.decode(drawn)
+
+
 def test_what_cannot_be_shown(embedded: Any, colours: LatentRGB) -> None:
     with pytest.raises(ValueError, match="latents of 4 channels as the UNet makes them, found 16"):
         previewer(embedded, AutoencoderTiny(latent_channels=16))
@@ -200,6 +224,28 @@ def test_strip_shows_the_previews_in_order(embedded: Any) -> None:
         [[10, 1, 0], [20, 1, 0], [30, 1, 0]],
         [[40, 0, 0], [50, 0, 0], [255, 255, 255]],
     ]
+
+
+def test_threads_share_a_film() -> None:
+    """Whose steps come in turn: each call has a row of its own."""
+    pipe, film, turn = make("StableDiffusionPipeline"), FilmStrip(PUBLISHED[0.18215]), Barrier(2)
+
+    def keep(*arguments: Any) -> Any:
+        turn.wait(timeout=30)
+        return film(*arguments)
+
+    with ThreadPoolExecutor(2) as threads:
+        list(threads.map(lambda seed: call(pipe, seed, num_inference_steps=3, callback_on_step_end=keep), (1, 2)))
+    assert [len(steps) for steps in film.calls] == [3, 3]
+
+
+def test_calls_of_other_sizes_are_not_stretched() -> None:
+    """What is less wide stands in the middle of a white cell."""
+    film = FilmStrip(lambda x: [Image.new("RGB", x.shape[:1:-1], "red")], height=4)
+    film.calls = [[torch.zeros(1, 4, 4, 8)], [torch.zeros(1, 4, 4, 4)]]
+    strip = np.asarray(film.image())
+    red = (strip == [255, 0, 0]).all(axis=-1).astype(int).tolist()
+    assert red == [[1, 1, 1, 1, 1, 1, 1, 1]] * 4 + [[0, 0, 1, 1, 1, 1, 0, 0]] * 4
 
 
 def film_of(film: Any) -> Any:

@@ -26,9 +26,8 @@ from minidiff.outputs import Output
 
 FILE = "preprocessor_config.json"
 _TYPES = ("CLIPImageProcessor", "CLIPFeatureExtractor", "CLIPImageProcessorFast", "CLIPImageProcessorPil")
-_ONLY: dict[
-    str, tuple[Any, ...]
-] = {  # what versions of transformers write besides, with the values that ask for nothing
+# What versions of transformers write besides, with the values that ask for nothing.
+_ONLY: dict[str, tuple[Any, ...]] = {
     "image_processor_type": _TYPES,
     "feature_extractor_type": (None, *_TYPES),
     "processor_class": (None, "CLIPProcessor"),
@@ -262,13 +261,10 @@ def _are_fractions(x: np.ndarray) -> bool:
 def _middle(x: np.ndarray, height: int, width: int) -> np.ndarray:
     """Cut the middle out of (C, H, W); where the picture is smaller, 0 is beside it."""
     for axis, wanted in ((1, height), (2, width)):
+        missing = max(wanted - x.shape[axis], 0)
+        x = np.pad(x, [((missing + 1) // 2, missing // 2) if k == axis else (0, 0) for k in range(3)])
         start = (x.shape[axis] - wanted) // 2
-        if start < 0:
-            beside = [(0, 0)] * 3
-            beside[axis] = (-start, wanted - x.shape[axis] + start)
-            x = np.pad(x, beside)
-        else:
-            x = x[(slice(None),) * axis + (slice(start, start + wanted),)]
+        x = x[(slice(None),) * axis + (slice(start, start + wanted),)]
     return x
 
 

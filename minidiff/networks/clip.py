@@ -31,6 +31,7 @@ from minidiff.networks.specs import CLIPSpec, CLIPVisionSpec
 from minidiff.networks.specs.clip import LEGACY_EOS, clip_config, clip_spec, text_half
 from minidiff.networks.vocabulary import Vocabulary
 from minidiff.outputs import Output
+from minidiff.registry import published
 
 
 def quick_gelu(x: Tensor) -> Tensor:
@@ -62,6 +63,17 @@ class Layer(Recomputed):
         return x + self.fc2(self.activation(self.fc1(self.norm2(x))))
 
 
+def through(
+    layers: nn.ModuleList, x: Tensor, mask: Tensor | None, keep: bool
+) -> tuple[Tensor, tuple[Tensor, ...] | None]:
+    """Return what the layers make of x (B, L, D) and, if they are kept, x and the state after each layer."""
+    states = (x,) if keep else None
+    for layer in layers:
+        x = layer(x, mask)
+        states = (*states, x) if keep else None
+    return x, states
+
+
 class CLIPTransformer(GradientCheckpointing, Model):
     """What the text encoder and the vision encoder are alike in: how they start, how they train, and their files."""
 
@@ -78,7 +90,7 @@ class CLIPTransformer(GradientCheckpointing, Model):
         weights = [getattr(module, "weight", module) for module in modules]
         if weights[0].is_meta:
             return
-        factor, width = self.config.get("initializer_factor", 1.0), self.config.get("initializer_range") or 0.02
+        factor, width = self.config.get("initializer_factor") or 1.0, self.config.get("initializer_range") or 0.02
         for module in [module for module in modules if isinstance(module, nn.Module)]:
             nn.init.normal_(module.weight, std=width)
         for module, weight, std in zip(modules, weights, stds, strict=True):
@@ -94,6 +106,15 @@ class CLIPTransformer(GradientCheckpointing, Model):
             self._draw(attn.q, attn.k, attn.v, attn.out, stds=(in_std, in_std, in_std, out_std))
             self._draw(layer.fc1, layer.fc2, stds=(mlp_std, in_std))
 
+    def _projection(self) -> nn.Linear:
+        """Make what maps the pooled embedding to the space that texts and pictures share."""
+        P = self.config.projection_dim
+        if type(P) is not int or P < 1:
+            raise ConfigError(f"{type(self).__name__}: projection_dim should be a positive integer, found {P!r}")
+        projection = nn.Linear(self.spec.D, P, bias=False)
+        self._draw(projection, stds=(self.spec.D**-0.5,))
+        return projection
+
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: Mapping[str, Any] | None = None) -> None:
         """Enable gradient checkpointing; the arguments go to ``torch.utils.checkpoint.checkpoint``."""
         self._recompute(partial(checkpoint, **{"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}))
@@ -107,7 +128,8 @@ class CLIPTransformer(GradientCheckpointing, Model):
         stale = ("dtype", "transformers_version")
         fields = {name: value for name, value in self.config.items() if name not in stale and not name.startswith("_")}
         dtype = str(self.dtype).removeprefix("torch.")
-        return {**fields, "architectures": [type(self).__name__], "model_type": self.model_type, "torch_dtype": dtype}
+        kind = published(type(self)) or type(self)
+        return {**fields, "architectures": [kind.__name__], "model_type": self.model_type, "torch_dtype": dtype}
 
 
 @dataclass
@@ -193,13 +215,10 @@ class CLIPTextModel(AdaptedNetwork, Vocabulary, CLIPTransformer):
             mask = causal & attention_mask.bool()[:, None, None, :]  # (B, 1, L, L)
 
         x = self.token_embed(input_ids) + self.position_embed(position_ids)
-        states = [x]
-        for layer in self.layers:
-            x = layer(x, mask)
-            states.append(x)
+        x, states = through(self.layers, x, mask, output_hidden_states)
         x = self.norm_out(x)
         pooled = x[torch.arange(len(x), device=x.device), self._end_of_text(input_ids)]
-        out = self._output(x, pooled, tuple(states) if output_hidden_states else None)
+        out = self._output(x, pooled, states)
         return out if return_dict else out.to_tuple()
 
     def _output(self, x: Tensor, pooled: Tensor, states: tuple[Tensor, ...] | None) -> Output:
@@ -262,11 +281,7 @@ class CLIPTextModelWithProjection(CLIPTextModel):
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         super().__init__(config)
-        P = self.config.projection_dim
-        if type(P) is not int or P < 1:
-            raise ConfigError(f"CLIPTextModelWithProjection: projection_dim should be a positive integer, found {P!r}")
-        self.text_projection = nn.Linear(self.spec.D, P, bias=False)
-        self._draw(self.text_projection, stds=(self.spec.D**-0.5,))
+        self.text_projection = self._projection()
 
     def _output(self, x: Tensor, pooled: Tensor, states: tuple[Tensor, ...] | None) -> CLIPTextProjectionOutput:
         return CLIPTextProjectionOutput(self.text_projection(pooled), x, states)

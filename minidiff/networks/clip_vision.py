@@ -25,8 +25,7 @@ from minidiff.checkpoints.names_clip import canonical_vision_name, clip_vision_r
 from minidiff.checkpoints.remap import Row
 from minidiff.compat.published import Published
 from minidiff.config import Config
-from minidiff.errors import check_count
-from minidiff.networks.clip import CLIPTransformer, Layer
+from minidiff.networks.clip import CLIPTransformer, Layer, through
 from minidiff.networks.specs import CLIPVisionSpec
 from minidiff.networks.specs.clip_vision import vision_config, vision_half, vision_spec
 from minidiff.outputs import Output
@@ -93,11 +92,8 @@ class VisionTransformer(Published):
         """Encode pictures; arguments and errors are those of ``CLIPVisionModel``."""
         self._check(pixel_values, interpolate_pos_encoding)
         x = self.norm_in(self.embeddings(pixel_values, interpolate_pos_encoding))
-        states = [x]
-        for layer in self.layers:
-            x = layer(x)
-            states.append(x)
-        out = CLIPVisionOutput(x, self.norm_out(x[:, 0]), tuple(states) if output_hidden_states else None)
+        x, states = through(self.layers, x, None, output_hidden_states)
+        out = CLIPVisionOutput(x, self.norm_out(x[:, 0]), states)
         return out if return_dict else out.to_tuple()
 
     def _check(self, pixel_values: Tensor, any_size: bool) -> None:
@@ -146,7 +142,7 @@ class CLIPVisionModel(CLIPTransformer):
         """Make the transformer that the fields of a vision encoder describe."""
         self.spec = spec = vision_spec(config)
         self.vision_model = VisionTransformer(spec)
-        parts, width = self.vision_model.embeddings, config.get("initializer_range", 0.02)
+        parts, width = self.vision_model.embeddings, config.get("initializer_range") or 0.02
         modules = parts.class_embedding, parts.patch_embedding, parts.position_embedding
         self._draw(*modules, stds=(spec.D**-0.5, width, width))
         self._draw_layers(self.vision_model.layers)
@@ -209,9 +205,7 @@ class CLIPVisionModelWithProjection(CLIPVisionModel):
 
     def _build(self, config: Config) -> None:
         super()._build(config)
-        check_count("projection_dim", P := self.config.projection_dim)
-        self.visual_projection = nn.Linear(self.spec.D, P, bias=False)
-        self._draw(self.visual_projection, stds=(self.spec.D**-0.5,))
+        self.visual_projection = self._projection()
 
     def _output(self, out: CLIPVisionOutput) -> CLIPVisionProjectionOutput:
         return CLIPVisionProjectionOutput(

@@ -164,6 +164,12 @@ class DecoderOutput(Output):
     sample: Tensor
 
 
+def check_map(what: str, x: Tensor, C: int) -> None:
+    """Raise ``ValueError`` if ``x`` is not a map of C channels."""
+    if x.ndim != 4 or x.shape[1] != C:
+        raise ValueError(f"{what} should be (B, {C}, H, W), found {tuple(x.shape)}")
+
+
 class AutoencoderKL(SingleFileModel, GradientCheckpointing, SavesMemory, Attending, LayerwiseCasting, Model):
     """Encode pictures to latent Gaussians and decode latents to pictures.
 
@@ -210,7 +216,7 @@ class AutoencoderKL(SingleFileModel, GradientCheckpointing, SavesMemory, Attendi
         Raises:
             ValueError: if the number of channels is not the network's.
         """
-        self._check_latents(z)
+        check_map("latents", z, self.config.latent_channels)
         tiled = self.use_tiling and max(z.shape[2:]) > self.tile_latent_min_size
         x = self._one_by_one(self._pixels_in_tiles if tiled else self._pixels, z)
         return DecoderOutput(x) if return_dict else (x,)
@@ -237,10 +243,6 @@ class AutoencoderKL(SingleFileModel, GradientCheckpointing, SavesMemory, Attendi
             expected = f"(B, {self.config.in_channels}, H, W) with H and W at least {self._factor}"
             raise ValueError(f"pictures to encode should be {expected}, found {tuple(x.shape)}")
 
-    def _check_latents(self, z: Tensor) -> None:
-        if z.ndim != 4 or z.shape[1] != self.config.latent_channels:
-            raise ValueError(f"latents should be (B, {self.config.latent_channels}, H, W), found {tuple(z.shape)}")
-
     @property
     def _factor(self) -> int:
         """Pixels per latent along each side, f."""
@@ -256,7 +258,7 @@ class AutoencoderKL(SingleFileModel, GradientCheckpointing, SavesMemory, Attendi
 
     def tiled_decode(self, z: Tensor, return_dict: bool = True) -> DecoderOutput | tuple[Tensor]:
         """Decode as ``decode`` does, in tiles whatever the size and the switch."""
-        self._check_latents(z)
+        check_map("latents", z, self.config.latent_channels)
         x = self._pixels_in_tiles(z)
         return DecoderOutput(x) if return_dict else (x,)
 

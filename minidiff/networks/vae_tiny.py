@@ -9,13 +9,15 @@ every step. Its latents are those of the diffusion process itself, ``scaling_fac
 Source: madebyollin/taesd on GitHub, taesd.py. Checked against ``diffusers.AutoencoderTiny``.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from minidiff.checkpoints.casting import LayerwiseCasting
 from minidiff.checkpoints.model import Model
 from minidiff.checkpoints.names import tiny_vae_rows
 from minidiff.checkpoints.original.single_file import SingleFileModel
@@ -24,12 +26,10 @@ from minidiff.compat.published import Published
 from minidiff.config import Config
 from minidiff.networks.recompute import GradientCheckpointing, Recomputed
 from minidiff.networks.specs.fields import show_fields
-from minidiff.networks.specs.vae_tiny import tiny_vae_config, tiny_vae_spec
+from minidiff.networks.specs.vae_tiny import ACTIVATIONS, tiny_vae_config, tiny_vae_spec
 from minidiff.networks.tiles import SavesMemory, laid_over
-from minidiff.networks.vae import DecoderOutput
+from minidiff.networks.vae import DecoderOutput, check_map
 from minidiff.outputs import Output
-
-_ACTIVATIONS = {"relu": nn.ReLU, "silu": nn.SiLU, "swish": nn.SiLU, "mish": nn.Mish, "gelu": nn.GELU}
 
 
 @dataclass
@@ -55,23 +55,29 @@ class Half(Published):
 
     def __init__(self, kinds: Sequence[str], C_in: int, C: int, C_out: int, config: Config) -> None:
         super().__init__()
-        act = _ACTIVATIONS[config.act_fn.lower()]
-        make: dict[str, Callable[[], nn.Module]] = {
-            "in": lambda: _conv(C_in, C),
-            "act": act,
-            "block": lambda: Block(C, act()),
-            "down": lambda: _conv(C, C, stride=2, bias=False),
-            "up": lambda: nn.Upsample(scale_factor=config.upsampling_scaling_factor, mode=config.upsample_fn.lower()),
-            "conv": lambda: _conv(C, C, bias=False),
-            "out": lambda: _conv(C, C_out),
-        }
-        self.layers = nn.Sequential(*(make[kind]() for kind in kinds))
+        act, mode = getattr(nn, ACTIVATIONS[config.act_fn.lower()]), config.upsample_fn.lower()
+        scale = config.upsampling_scaling_factor
+        self.factor = 2 ** kinds.count("down") * scale ** kinds.count("up")  # pixels per latent along each side
+        convs = {"in": (C_in, C), "down": (C, C, 2, False), "conv": (C, C, 1, False), "out": (C, C_out)}
+        others = {"act": act, "block": lambda: Block(C, act()), "up": lambda: nn.Upsample(None, scale, mode)}
+        self.layers = nn.Sequential(*(_conv(*convs[kind]) if kind in convs else others[kind]() for kind in kinds))
+
+
+class Encoder(Half):
+    """Pictures in [-1, 1] -> latents."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.layers(x)
+        return self.layers(x.add(1).div(2))
 
 
-class AutoencoderTiny(SingleFileModel, GradientCheckpointing, SavesMemory, Model):
+class Decoder(Half):
+    """Latents -> pictures in [-1, 1]."""
+
+    def forward(self, z: Tensor) -> Tensor:
+        return self.layers(torch.tanh(z / 3) * 3).mul(2).sub(1)
+
+
+class AutoencoderTiny(SingleFileModel, GradientCheckpointing, SavesMemory, LayerwiseCasting, Model):
     """Encode pictures to latents and decode latents to pictures, quickly and roughly.
 
     Keyword arguments are the fields of the Hub's ``config.json``, with the reference's defaults, which are TAESD's.
@@ -81,16 +87,15 @@ class AutoencoderTiny(SingleFileModel, GradientCheckpointing, SavesMemory, Model
     """
 
     single_file_parts = ("vae",)
+    tile_sample_min_size, tile_overlap_factor = 512, 0.125
 
     def __init__(self, **fields: Any) -> None:
         super().__init__()
         self.config = config = tiny_vae_config(fields)
         self.spec, Z = tiny_vae_spec(config), config.latent_channels
-        self.encoder = Half(self.spec.encoder, config.in_channels, config.encoder_block_out_channels[0], Z, config)
-        self.decoder = Half(self.spec.decoder, Z, config.decoder_block_out_channels[0], config.out_channels, config)
-        self.tile_sample_min_size = 512  # side of a tile, in pixels
-        self.tile_latent_min_size = 512 // self._decoder_factor  # and in latents
-        self.tile_overlap_factor = 0.125  # the part of a tile that it shares with the next
+        self.encoder = Encoder(self.spec.encoder, config.in_channels, config.encoder_block_out_channels[0], Z, config)
+        self.decoder = Decoder(self.spec.decoder, Z, config.decoder_block_out_channels[0], config.out_channels, config)
+        self.tile_latent_min_size = self.tile_sample_min_size // self.decoder.factor
 
     def scale_latents(self, x: Tensor) -> Tensor:
         """Map latents from about [-latent_magnitude, latent_magnitude] to [0, 1], to be stored as a picture."""
@@ -106,22 +111,16 @@ class AutoencoderTiny(SingleFileModel, GradientCheckpointing, SavesMemory, Model
         Raises:
             ValueError: if the number of channels is not the network's.
         """
-        self._check("pictures to encode", x, self.config.in_channels)
-        f, tile = 2 ** (len(self.config.num_encoder_blocks) - 1), (self.tile_sample_min_size, self.tile_latent_min_size)
-        z = self._run(lambda x: self.encoder(x.add(1).div(2)), x, *tile, f)
+        z = self._run(self.encoder, "pictures to encode", x, self.tile_sample_min_size, self.tile_latent_min_size)
         return AutoencoderTinyOutput(z) if return_dict else (z,)
 
-    def decode(
-        self, x: Tensor, generator: torch.Generator | None = None, return_dict: bool = True
-    ) -> DecoderOutput | tuple[Tensor]:
+    def decode(self, x: Tensor, generator: Any = None, return_dict: bool = True) -> DecoderOutput | tuple[Tensor]:
         """Decode latents (B, Z, h, w) of the diffusion process to pictures (B, 3, f h, f w); nothing is drawn.
 
         Raises:
             ValueError: if the number of channels is not the network's.
         """
-        self._check("latents", x, self.config.latent_channels)
-        f, tile = self._decoder_factor, (self.tile_latent_min_size, self.tile_sample_min_size)
-        y = self._run(lambda z: self.decoder(torch.tanh(z / 3) * 3).mul(2).sub(1), x, *tile, f)
+        y = self._run(self.decoder, "latents", x, self.tile_latent_min_size, self.tile_sample_min_size)
         return DecoderOutput(y) if return_dict else (y,)
 
     def forward(self, sample: Tensor, return_dict: bool = True) -> DecoderOutput | tuple[Tensor]:
@@ -129,21 +128,11 @@ class AutoencoderTiny(SingleFileModel, GradientCheckpointing, SavesMemory, Model
         levels = self.scale_latents(self.encode(sample).latents).mul(255).round()
         return self.decode(self.unscale_latents(levels / 255), return_dict=return_dict)
 
-    def _check(self, what: str, x: Tensor, C: int) -> None:
-        if x.ndim != 4 or x.shape[1] != C:
-            raise ValueError(f"{what} should be (B, {C}, H, W), found {tuple(x.shape)}")
-
-    def _run(self, half: Callable[[Tensor], Tensor], x: Tensor, size: int, out: int, f: int) -> Tensor:
+    def _run(self, half: Half, what: str, x: Tensor, size: int, out: int) -> Tensor:
         """Return ``half(x)``, one sample or one tile at a time if that is switched on."""
-        if not self.use_tiling:
-            return self._one_by_one(half, x)
-        tiles = self._tiles(size, out, f)
-        return self._one_by_one(lambda x: laid_over(half, x, tiles), x)
-
-    @property
-    def _decoder_factor(self) -> int:
-        """Pixels per latent along each side, as the decoder makes them."""
-        return self.config.upsampling_scaling_factor ** (len(self.config.num_decoder_blocks) - 1)
+        check_map(what, x, half.layers[0].in_channels)
+        run = partial(laid_over, half, tiles=self._tiles(size, out, half.factor)) if self.use_tiling else half
+        return self._one_by_one(run, x)
 
     def rows(self) -> list[Row]:
         """Return the name table of this configuration: ours, Hub, original single file."""
@@ -154,6 +143,4 @@ def _conv(C_in: int, C_out: int, stride: int = 1, bias: bool = True) -> nn.Conv2
     return nn.Conv2d(C_in, C_out, 3, stride=stride, padding=1, bias=bias)
 
 
-show_fields(
-    AutoencoderTiny.__init__, Config({k: v for k, v in tiny_vae_config({}).items() if k != "block_out_channels"})
-)
+show_fields(AutoencoderTiny.__init__, {k: v for k, v in tiny_vae_config({}).items() if k != "block_out_channels"})

@@ -17,7 +17,7 @@ from minidiff.checkpoints.load import as_dtype
 from minidiff.checkpoints.model import Pretrained
 from minidiff.configured import ConfigMixin
 from minidiff.errors import CheckpointNotFoundError, ConfigError
-from minidiff.registry import HOME, RENAMED, public
+from minidiff.registry import RENAMED, public, published
 from minidiff.schedulers.mixin import CONFIG_NAME, SchedulerMixin
 
 logger = logging.getLogger("minidiff")
@@ -108,9 +108,8 @@ def library_and_class(name: str, component: Any, optional: bool) -> tuple[str | 
     """Return the entry of ``model_index.json``: where the reference has the class that is ours of the same name."""
     if component is None:
         return None, None
-    for kind in type(component).__mro__:  # a class derived from ours elsewhere is saved as ours
-        if HOME.get(kind.__name__) == kind.__module__ and not kind.__name__.endswith("Mixin"):
-            return LIBRARIES.get(kind.__module__, "diffusers"), kind.__name__
+    if kind := published(type(component)):  # a class derived from ours elsewhere is saved as ours
+        return LIBRARIES.get(kind.__module__, "diffusers"), kind.__name__
     if hasattr(component, "save_pretrained") and hasattr(component, "from_pretrained"):
         return type(component).__module__, type(component).__name__
     if optional:

@@ -84,6 +84,16 @@ def steps_until(scheduler: Scheduler, plan: Plan, denoising_end: float | None) -
 
 
 def cut_timestep(scheduler: Scheduler, share: float) -> int:
-    """Return the timestep where ``share`` of the noise levels of training is done."""
+    """Return the timestep where ``share`` of the noise levels of training is done.
+
+    Raises:
+        ValueError: if the scheduler counts in log(sigma) / 4, of which the reference takes all for early, or for late.
+    """
+    own = getattr(scheduler, "scheduler", scheduler)  # a run by its public methods has it inside
+    if getattr(own, "_tells_log_sigma", bool)():
+        raise ValueError(
+            f"denoising_start and denoising_end count timesteps of training, and {type(own).__name__} as it is "
+            "configured has none: its times are log(sigma) / 4; ask for a part of the steps with strength"
+        )
     T = scheduler.config.num_train_timesteps
     return round(T - share * T)

@@ -77,6 +77,9 @@ class EdmScheduler(SigmaSpaceScheduler):
         """Return the grid over ``levels`` (N,), to the level ``last`` after the last step."""
         return Grid(self.precondition_noise(levels), torch.cat([levels, torch.tensor([last])]))
 
+    def _tells_log_sigma(self) -> bool:
+        return True
+
     def _init_noise_sigma(self, sigmas: Tensor) -> float:
         return (self.config.sigma_max**2 + 1) ** 0.5
 

@@ -11,6 +11,7 @@ from minidiff.hooks import apply_layerwise_casting
 from torch import Tensor, nn
 
 import minidiff
+from tests.networks.test_vae_tiny import small
 from tests.pictures import quiet, seeded
 from tests.single_files import draw, states_equal
 from tests.theirs import carry_over, diffusers, randomize, relative_error
@@ -41,6 +42,7 @@ NETWORKS: dict[str, tuple[str, dict[str, Any]]] = {
     "SDXL": ("UNet2DConditionModel", XL),
     "DDPM": ("UNet2DModel", DDPM),
     "VAE": ("AutoencoderKL", VAE),
+    "tiny VAE": ("AutoencoderTiny", small(levels=2)),
 }
 
 
@@ -53,10 +55,12 @@ def pair(kind: str, dtype: torch.dtype = torch.float64) -> tuple[Any, Any]:
 
 def run(network: nn.Module, kind: str, dtype: torch.dtype = torch.float64) -> Tensor:
     """Call a network of either library."""
-    x = torch.randn(2, 3 if kind in ("DDPM", "VAE") else 4, 8, 8, generator=seeded(), dtype=torch.float64).to(dtype)
+    x = torch.randn(2, 4 if kind.startswith("SD") else 3, 8, 8, generator=seeded(), dtype=torch.float64).to(dtype)
     with torch.no_grad():
         if kind == "VAE":
             return network(x).sample
+        if kind == "tiny VAE":
+            return network.decode(network.encode(x).latents).sample
         if kind == "DDPM":
             return network(x, 7).sample
         options = {"encoder_hidden_states": torch.randn(2, 5, 24, generator=seeded(1), dtype=torch.float64).to(dtype)}
@@ -117,6 +121,8 @@ CHOICES: list[dict[str, Any]] = [
     {"skip_modules_classes": (nn.Linear,)},
     {"skip_modules_classes": (nn.Linear,), "skip_modules_pattern": ("conv_in",)},
     {"skip_modules_pattern": ("",)},  # everything
+    {"skip_modules_pattern": ("encoder",)},
+    {"skip_modules_pattern": (r"layers\.0$",)},
 ]
 
 

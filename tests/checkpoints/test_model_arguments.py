@@ -128,6 +128,27 @@ def test_auto_model(folder: Path, tmp_path: Path) -> None:
         minidiff.AutoModel()
 
 
+TINY = {f"{half}_block_out_channels": [8] for half in ("encoder", "decoder")}
+TINY |= {"num_encoder_blocks": [1], "num_decoder_blocks": [1]}
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields"),
+    [(minidiff.AutoencoderKL, VAE), (minidiff.AutoencoderTiny, TINY), (minidiff.CLIPTextModel, None)],
+)
+def test_derived_networks_load_and_save_as_what_they_are_derived_from(kind: type, fields: Any, tmp_path: Path) -> None:
+    """As in the reference, where a pipeline's index names the class, and no class looks at the name in its file."""
+    network = kind(**fields) if fields else kind(minidiff.CLIPTextConfig(**TEXT))
+    network.save_pretrained(tmp_path / "ours")
+    derived = type("Derived", (kind,), {}).from_pretrained(tmp_path / "ours")
+    assert type(derived).__name__ == "Derived"
+    derived.save_pretrained(tmp_path / "derived")
+    assert type(kind.from_pretrained(tmp_path / "derived")) is kind
+    configs = [(tmp_path / name / "config.json").read_text() for name in ("ours", "derived")]
+    assert configs[0] == configs[1]
+    assert type(minidiff.AutoModel.from_pretrained(tmp_path / "derived")) is kind
+
+
 def own(base: type, mixin: type, register: Any) -> type:
     class Denoiser(base, mixin):
         @register

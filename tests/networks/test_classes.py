@@ -44,6 +44,8 @@ WRONG: dict[str, tuple[str | None, Tensor, type[Exception], str]] = {
     "no classes": (None, torch.tensor([1, 2]), ValueError, "class_labels given to a network without classes"),
     "too large": ("table", torch.tensor([1, 9]), ValueError, r"class_labels should be from 0 to 8, found \[1, 9\]"),
     "fractions": ("table", torch.tensor([1.0, 2.0]), TypeError, "class_labels should be integers from 0 to 8"),
+    "flags": ("table", torch.tensor([True, False]), TypeError, "class_labels should be integers .*torch.bool"),
+    "a number": ("table", 3, TypeError, r"class_labels should be a tensor \(2,\), found 3"),
     "three for two": ("timestep", torch.tensor([1, 2, 3]), ValueError, r"class_labels should be \(2,\), found \(3,\)"),
     "width": ("projection", torch.ones(2, 6), ValueError, r"class_labels should be \(2, 5\), found \(2, 6\)"),
     "embedded": ("identity", torch.ones(2, 5), ValueError, r"class_labels should be \(2, 32\), found \(2, 5\)"),
@@ -174,3 +176,12 @@ def test_a_file_without_its_classes(tmp_path: Path) -> None:
     UNet2DConditionModel(**UPSCALER).save_config(tmp_path / "other")
     with pytest.raises(CheckpointError, match=r"missing:\n  model\.diffusion_model\.label_emb\.weight"):
         UNet2DConditionModel.from_single_file(tmp_path / "one.safetensors", config=tmp_path / "other")
+
+
+def test_compiled_as_one_graph() -> None:
+    """The labels are not looked at then."""
+    model = UNet2DConditionModel(**tiny(num_class_embeds=9))
+    x, ctx, told = torch.ones(2, 4, 8, 8), torch.ones(2, 5, 6), {"class_labels": torch.tensor([1, 8])}
+    compiled, t = torch.compile(model, backend="eager", fullgraph=True), torch.tensor(3)
+    with torch.no_grad():
+        assert torch.equal(compiled(x, t, ctx, **told).sample, model(x, t, ctx, **told).sample)

@@ -280,6 +280,7 @@ WRONG_UNETS = [
         "mid_block_type should be one of null, UNetMid.*Simple",
     ),
     ({"mid_block_type": 3}, "mid_block_type should be one of .*found 3"),
+    ({"mid_block_type": ["UNetMidBlock2D"]}, r"mid_block_type should be one of .*found \["),
     ({"transformer_layers_per_block": [1, [1, 1], 1, 1]}, "give reverse_transformer_layers_per_block too"),
     ({"transformer_layers_per_block": [1, 1, 1]}, "transformer_layers_per_block has 3 entries for 4 levels"),
     (
@@ -359,6 +360,13 @@ WRONG_VAES = [
     ({"block_out_channels": [64, 64]}, "down_block_types should be 2 x"),
     ({"norm_num_groups": 24}, r"block_out_channels \[64\] should be divisible by norm_num_groups 24"),
     ({"latent_channels": None}, "latent_channels = null"),
+    ({"latent_channels": -1}, "latent_channels should be a positive integer"),
+    ({"layers_per_block": 0}, "layers_per_block should be a positive integer"),
+    ({"in_channels": 0}, "in_channels should be a positive integer"),
+    (
+        {"block_out_channels": [-32]},
+        r"block_out_channels \[-32\] should be divisible by norm_num_groups 32, and positive",
+    ),
     ({"layers_per_block": [2]}, r"layers_per_block = \[2\] \(expected an integer\)"),
     ({"scaling_factor": None}, "scaling_factor = null"),
     ({"sample_size": "large"}, "sample_size = "),
@@ -369,6 +377,8 @@ WRONG_TEXT_ENCODERS = [
     ({"eos_token_id": [2, 3]}, r"eos_token_id = \[2, 3\] \(expected an integer\)"),
     ({"eos_token_id": None}, "eos_token_id = null"),
     ({"num_hidden_layers": "12"}, "num_hidden_layers = "),
+    ({"num_attention_heads": 0}, "num_attention_heads should be a positive integer"),
+    ({"vocab_size": -1}, "vocab_size should be a positive integer"),
 ]
 
 

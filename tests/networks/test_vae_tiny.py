@@ -220,6 +220,15 @@ def test_tiles_with_little_overlap(pair: tuple[AutoencoderTiny, nn.Module], over
     assert torch.equal(tiled[:, :, 16:30], second[:, :, 16 - step // 8 : 30 - step // 8])
 
 
+@torch.no_grad()
+def test_halves_called_by_hand(pair: tuple[AutoencoderTiny, nn.Module]) -> None:
+    """They take and return what ``encode`` and ``decode`` do, as the reference's: previewers call ``vae.decoder``."""
+    ours, theirs = pair
+    assert relative_error(ours.encoder(picture()), theirs.encoder(picture())) <= BOUND
+    assert relative_error(ours.decoder(latent()), theirs.decoder(latent())) <= BOUND
+    assert torch.equal(ours.decoder(latent()), ours.decode(latent()).sample)
+
+
 def test_scaled_latents(pair: tuple[AutoencoderTiny, nn.Module]) -> None:
     ours, theirs = pair
     z = latent()
@@ -261,7 +270,10 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "widths": ({"encoder_block_out_channels": [8, 16, 16, 16]}, "encoder_block_out_channels should be one width"),
     "blocks": ({"num_decoder_blocks": [1, 1]}, "num_decoder_blocks has 2 entries"),
     "no number": ({"num_encoder_blocks": [1, 1, 1, -1]}, "num_encoder_blocks should hold integers of at least 0"),
-    "copy": ({"block_out_channels": [1, 2]}, r"block_out_channels repeats .*\[64, 64, 64, 64\], found \[1, 2\]"),
+    "copy": ({"block_out_channels": [1, 2]}, r"block_out_channels is .*\[64, 64, 64, 64\], found \[1, 2\]"),
+    "one number as copy": ({"block_out_channels": 3}, "block_out_channels is .* found 3"),
+    "no latents": ({"latent_channels": 0}, "latent_channels should be a positive integer or null, found 0"),
+    "no pixels": ({"upsampling_scaling_factor": 0}, "upsampling_scaling_factor should be a positive integer"),
     "type": ({"latent_magnitude": "3"}, "latent_magnitude.*expected a number"),
 }
 

@@ -84,3 +84,17 @@ def test_places_on_the_schedule_are_sigmas_of_a_call(folders: dict[tuple[str, st
     )
     with pytest.raises(ValueError, match="are places on its Karras schedule"):
         pipe(PROMPT, sigmas=[80.0, 10.0, 1.0], **options)
+
+
+@pytest.mark.parametrize("argument", ["denoising_start", "denoising_end"])
+@pytest.mark.parametrize("scheduler", ["EDMEulerScheduler", "EDMDPMSolverMultistepScheduler", "continuous Euler"])
+def test_shares_of_training_timesteps_are_refused(
+    folders: dict[tuple[str, str], Path], scheduler: str, argument: str
+) -> None:
+    """In log(sigma) / 4 all steps would lie after the cut: the reference begins clean latents as if they were noise."""
+    pipe = quiet(minidiff.StableDiffusionXLImg2ImgPipeline.from_pretrained(folders["StableDiffusionXL", "cosxl"]))
+    continuous = {"timestep_type": "continuous", "prediction_type": "v_prediction"}
+    options = continuous if scheduler == "continuous Euler" else {}
+    pipe.scheduler = getattr(minidiff, "EulerDiscreteScheduler" if options else scheduler)(**options)
+    with pytest.raises(ValueError, match=r"count timesteps of training, and \w+ as it is configured has none"):
+        pipe(PROMPT, image=PICTURE, num_inference_steps=4, **{argument: 0.5})

@@ -354,6 +354,7 @@ def test_bad_input(checked: Path) -> None:
     for fields, message in (
         ({"projection_dim": 0}, "projection_dim should be a positive integer"),
         ({"vision_config": {"hidden_act": "relu"}}, "hidden_act"),
+        ({"vision_config": None}, "vision_config should have the fields of a vision encoder, found None"),
         ({"concepts": 18}, r"concepts = 18 \(unknown field\)"),
     ):
         with pytest.raises(ConfigError, match=message):

@@ -6,7 +6,7 @@ from typing import Any
 from minidiff.config import Config
 from minidiff.errors import ConfigError
 from minidiff.networks.specs import CLIPSpec
-from minidiff.networks.specs.fields import check_types, complete
+from minidiff.networks.specs.fields import check_counts, check_known, check_types, complete
 
 NAME = "CLIPTextModel"
 ACTIVATIONS = ("quick_gelu", "gelu")
@@ -77,10 +77,9 @@ def transformer_config(
     only = {"attention_dropout": (0.0,), **{name: (value,) for name, value in _UNUSED.items() if name in fields}}
     config = complete(network, described, defaults, only)
     check_types(network, config, defaults)
-    if config.hidden_act not in ACTIVATIONS:
-        raise ConfigError(
-            f"{network}: hidden_act should be one of {', '.join(ACTIVATIONS)}, found {config.hidden_act!r}"
-        )
+    counts = [name for name, default in defaults.items() if type(default) is int and name != "eos_token_id"]
+    check_counts(network, config, counts)
+    check_known(network, "hidden_act", config.hidden_act, ACTIVATIONS)
     if config.hidden_size % config.num_attention_heads:
         raise ConfigError(
             f"{network}: hidden_size {config.hidden_size} should be divisible by num_attention_heads "
@@ -91,13 +90,17 @@ def transformer_config(
 
 def clip_spec(config: Config) -> CLIPSpec:
     """Turn the Hub's fields into the record that the network and its name table are built from."""
-    return CLIPSpec(
-        D=config.hidden_size,
-        mlp=config.intermediate_size,
-        layers=config.num_hidden_layers,
-        heads=config.num_attention_heads,
-        vocabulary=config.vocab_size,
-        positions=config.max_position_embeddings,
-        activation=config.hidden_act,
-        eps=config.layer_norm_eps,
-    )
+    sizes = {"vocabulary": config.vocab_size, "positions": config.max_position_embeddings}
+    return CLIPSpec(**transformer_spec(config), **sizes)
+
+
+def transformer_spec(config: Config) -> dict[str, Any]:
+    """Return what the records of both halves have."""
+    return {
+        "D": config.hidden_size,
+        "mlp": config.intermediate_size,
+        "layers": config.num_hidden_layers,
+        "heads": config.num_attention_heads,
+        "activation": config.hidden_act,
+        "eps": config.layer_norm_eps,
+    }

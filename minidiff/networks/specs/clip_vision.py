@@ -6,7 +6,7 @@ from typing import Any
 from minidiff.config import Config
 from minidiff.errors import ConfigError
 from minidiff.networks.specs import CLIPVisionSpec
-from minidiff.networks.specs.clip import transformer_config
+from minidiff.networks.specs.clip import transformer_config, transformer_spec
 from minidiff.networks.specs.fields import check_counts, complete
 
 NAME, CHECKER = "CLIPVisionModel", "StableDiffusionSafetyChecker"
@@ -49,7 +49,7 @@ def vision_config(fields: Mapping[str, Any]) -> Config:
     """Complete the fields of a vision encoder's Hub configuration; refuse what is not implemented."""
     notes = {"projection_dim": 512, **{name: fields[name] for name in _TOKENS if name in fields}}
     config = transformer_config(NAME, fields, _DEFAULTS, notes)
-    check_counts(NAME, config, ("num_channels", "image_size", "patch_size", "projection_dim"))
+    check_counts(NAME, config, ("projection_dim",))
     if config.patch_size > config.image_size:
         raise ConfigError(
             f"{NAME}: patch_size {config.patch_size} should be at most image_size {config.image_size}, so that there "
@@ -63,19 +63,13 @@ def checker_config(fields: Mapping[str, Any]) -> Config:
     defaults = {"vision_config": {}, "projection_dim": 512, **_WHOLE}
     config = complete(CHECKER, fields, defaults, {})
     check_counts(CHECKER, config, ("projection_dim",))
-    return Config({**config, "vision_config": vision_config(vision_half(config))})
+    half = vision_half(config)
+    if not isinstance(half, Mapping):
+        raise ConfigError(f"{CHECKER}: vision_config should have the fields of a vision encoder, found {half!r}")
+    return Config({**config, "vision_config": vision_config(half)})
 
 
 def vision_spec(config: Config) -> CLIPVisionSpec:
     """Turn the Hub's fields into the record that the network and its name table are built from."""
-    return CLIPVisionSpec(
-        D=config.hidden_size,
-        mlp=config.intermediate_size,
-        layers=config.num_hidden_layers,
-        heads=config.num_attention_heads,
-        activation=config.hidden_act,
-        eps=config.layer_norm_eps,
-        channels=config.num_channels,
-        image=config.image_size,
-        patch=config.patch_size,
-    )
+    sizes = {"channels": config.num_channels, "image": config.image_size, "patch": config.patch_size}
+    return CLIPVisionSpec(**transformer_spec(config), **sizes)

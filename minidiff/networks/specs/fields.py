@@ -2,7 +2,7 @@
 
 import inspect
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from minidiff.config import Config
@@ -11,7 +11,7 @@ from minidiff.errors import ConfigError
 Kind = TypeVar("Kind")
 
 
-def show_fields(init: Any, defaults: Config) -> None:
+def show_fields(init: Any, defaults: Mapping[str, Any]) -> None:
     """Let ``inspect.signature`` of a constructor that takes ``**fields`` list them with their defaults."""
     values = {name: tuple(value) if isinstance(value, list) else value for name, value in defaults.items()}
     kind = inspect.Parameter
@@ -123,6 +123,13 @@ def check_counts(network: str, config: Config, names: Sequence[str]) -> None:
             raise ConfigError(f"{network}: {name} should be a positive integer or null, found {value!r}")
 
 
+def check_known(network: str, name: str, value: Any, known: Iterable[str | None]) -> None:
+    """Raise if a field has none of the values that are known."""
+    if value not in tuple(known):  # a list is no key
+        names = ", ".join("null" if kind is None else kind for kind in known)
+        raise ConfigError(f"{network}: {name} should be one of {names}, found {value!r}")
+
+
 def class_fields(config: Config) -> dict[str, Any]:
     """Return how a UNet is told a class, as fields of ``UNetSpec``."""
     kind = config.class_embed_type or ("table" if config.num_class_embeds is not None else None)
@@ -131,10 +138,13 @@ def class_fields(config: Config) -> dict[str, Any]:
 
 
 def check_groups(network: str, config: Config) -> None:
-    """Raise if a level has a number of channels that the groups of its normalisation do not divide."""
+    """Raise if a number of channels is not positive, or that of a level not divisible by the groups of its norm."""
+    check_counts(network, config, ("in_channels", "out_channels"))
     channels, groups = config.block_out_channels, config.norm_num_groups
-    if groups < 1 or any(C % groups for C in channels):
-        raise ConfigError(f"{network}: block_out_channels {channels} should be divisible by norm_num_groups {groups}")
+    if groups < 1 or any(C < 1 or C % groups for C in channels):
+        raise ConfigError(
+            f"{network}: block_out_channels {channels} should be divisible by norm_num_groups {groups}, and positive"
+        )
 
 
 def check_layers(network: str, config: Config) -> None:

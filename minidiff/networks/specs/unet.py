@@ -9,6 +9,7 @@ from minidiff.networks.specs import LevelSpec, UNetSpec
 from minidiff.networks.specs.fields import (
     block_kinds,
     check_counts,
+    check_known,
     check_layers,
     check_types,
     class_fields,
@@ -81,9 +82,7 @@ def unet_config(fields: Mapping[str, Any]) -> Config:
     config = complete(NAME, fields, _DEFAULTS, _ONLY)
     lists = "layers_per_block cross_attention_dim transformer_layers_per_block attention_head_dim only_cross_attention"
     check_types(NAME, config, {**_DEFAULTS, "mid_block_type": None}, tuple(lists.split()))
-    if config.mid_block_type not in _MIDDLES:
-        known = ", ".join("null" if kind is None else kind for kind in _MIDDLES)
-        raise ConfigError(f"{NAME}: mid_block_type should be one of {known}, found {config.mid_block_type!r}")
+    check_known(NAME, "mid_block_type", config.mid_block_type, _MIDDLES)
     check_counts(NAME, config, ("time_cond_proj_dim", "num_class_embeds", _SIZE, _WIDTH))
     check_layers(NAME, config)
     _check_kernels(config)

@@ -6,7 +6,7 @@ from typing import Any
 from minidiff.config import Config
 from minidiff.errors import ConfigError
 from minidiff.networks.specs import VAESpec
-from minidiff.networks.specs.fields import check_groups, check_types, complete
+from minidiff.networks.specs.fields import check_counts, check_groups, check_types, complete
 
 NAME = "AutoencoderKL"
 
@@ -43,6 +43,7 @@ def vae_config(fields: Mapping[str, Any]) -> Config:
                 f"{config.block_out_channels}; found {config[name]}"
             )
     check_groups(NAME, config)
+    check_counts(NAME, config, ("latent_channels", "layers_per_block"))
     for name in ("latents_mean", "latents_std"):
         _check_moments(name, config)
     return config
