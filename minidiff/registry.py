@@ -42,6 +42,8 @@ HOME = {  # public name -> module that defines it
     "KDPM2DiscreteScheduler": "minidiff.schedulers.k_dpm_2",
     "LCMScheduler": "minidiff.schedulers.lcm",
     "LMSDiscreteScheduler": "minidiff.schedulers.lms",
+    "LatentConsistencyModelImg2ImgPipeline": "minidiff.pipelines.latent_consistency",
+    "LatentConsistencyModelPipeline": "minidiff.pipelines.latent_consistency",
     "ModelMixin": "minidiff.networks.own_model",
     "PNDMScheduler": "minidiff.schedulers.pndm",
     "SchedulerMixin": "minidiff.schedulers.mixin",

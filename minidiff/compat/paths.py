@@ -58,6 +58,7 @@ PATHS: dict[str, Sequence[str]] = {
     "models.unets.unet_2d_condition": ["networks.unet"],
     "pipelines": ["pipelines", "pipelines.ddpm"],
     "pipelines.auto_pipeline": ["pipelines.auto"],
+    "pipelines.latent_consistency_models": ["pipelines.latent_consistency"],
     "pipelines.pipeline_utils": ["pipelines.base", "pipelines.ddpm"],
     "pipelines.stable_diffusion": ["pipelines", "networks.safety_checker", "compat.utils"],
     "pipelines.stable_diffusion.pipeline_output": ["pipelines.stable_diffusion"],
@@ -80,6 +81,10 @@ PATHS: dict[str, Sequence[str]] = {
         f"pipelines.{family}.pipeline_{family}{task}": [f"pipelines.{family}{task}", "pipelines.by_hand"]
         for family in ("stable_diffusion", "stable_diffusion_xl")
         for task in _TASKS
+    },
+    **{
+        f"pipelines.latent_consistency_models.pipeline_latent_consistency_{task}": ["pipelines.latent_consistency"]
+        for task in ("text2img", "img2img")
     },
     **{_scheduling(name): [HOME[name].removeprefix("minidiff.")] for name in HOME if name.endswith("Scheduler")},
 }
