@@ -65,7 +65,10 @@ HOME = {  # public name -> module that defines it
     "make_image_grid": "minidiff.images.tensors",
 }
 
-RENAMED = {  # what versions of transformers write in model_index.json -> ours, which reads the same files
+RENAMED = {  # classes of transformers, in programs and in model_index.json -> ours, which reads the same files
+    "AutoFeatureExtractor": "CLIPImageProcessor",
+    "AutoImageProcessor": "CLIPImageProcessor",
+    "AutoTokenizer": "CLIPTokenizer",
     "CLIPFeatureExtractor": "CLIPImageProcessor",
     "CLIPImageProcessorFast": "CLIPImageProcessor",
     "CLIPImageProcessorPil": "CLIPImageProcessor",
