@@ -44,6 +44,12 @@ class AsksForConsistency:
     guidance_scale: float = 8.5
     original_inference_steps: int | None = None
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("negative_prompt", "negative_prompt_embeds"):  # fields of a request, which ``steps`` would take
+            if getattr(self, name) is not None:
+                raise TypeError(f"this task takes no {name}: the model was distilled with the empty text")
+
 
 @dataclass(frozen=True)
 class ConsistencyRequest(AsksForConsistency, Request):

@@ -123,6 +123,8 @@ def test_errors(folder: Path, text: Pipes) -> None:
         plain("a cat")
     with pytest.raises(TypeError, match="does not implement .* negative_prompt"):
         text[0]("a cat", negative_prompt="a dog")
+    with pytest.raises(TypeError, match="takes no negative_prompt: the model was distilled"):
+        text[0].steps("a cat", negative_prompt="a dog")
     with pytest.raises(ValueError, match="give an image"):
         LatentConsistencyModelImg2ImgPipeline(**text[0].components)("a cat")
     with pytest.raises(ValueError, match="more than the 3 timesteps"):
