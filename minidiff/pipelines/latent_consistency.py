@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
 
-from minidiff.errors import ConfigError
+from minidiff.errors import ConfigError, check_count
 from minidiff.noise import Generators
 from minidiff.pipelines.callbacks import Callback, OutputOptions
 from minidiff.pipelines.image_to_image import ImageToImage
@@ -46,6 +46,8 @@ class AsksForConsistency:
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.original_inference_steps is not None:
+            check_count("original_inference_steps", self.original_inference_steps)
         for name in ("negative_prompt", "negative_prompt_embeds"):  # fields of a request, which ``steps`` would take
             if getattr(self, name) is not None:
                 raise TypeError(f"this task takes no {name}: the model was distilled with the empty text")

@@ -41,7 +41,7 @@ BUDGET = {
     "fast": 560,
     "images": 600,
     "networks": 2110,
-    "pipelines": 3231,
+    "pipelines": 3233,
     "schedulers": 2525,
     "text": 650,
     "top": 1061,

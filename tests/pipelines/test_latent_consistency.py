@@ -125,6 +125,8 @@ def test_errors(folder: Path, text: Pipes) -> None:
         text[0]("a cat", negative_prompt="a dog")
     with pytest.raises(TypeError, match="takes no negative_prompt: the model was distilled"):
         text[0].steps("a cat", negative_prompt="a dog")
+    with pytest.raises(TypeError, match="original_inference_steps should be an integer"):
+        text[0]("a cat", original_inference_steps=50.5)
     with pytest.raises(ValueError, match="give an image"):
         LatentConsistencyModelImg2ImgPipeline(**text[0].components)("a cat")
     with pytest.raises(ValueError, match="more than the 3 timesteps"):
