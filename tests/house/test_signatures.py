@@ -226,6 +226,7 @@ OTHERS = {  # name -> arguments that differ
     "SDXLCFGCutoffCallback": CALLBACKS,
     "Decoder": {"spec", "in_channels", "z", "sample"},  # parts of our networks
     "Encoder": {"spec", "in_channels", "x", "sample"},
+    "DiagonalGaussianDistribution": {"moments", "parameters", "deterministic"},  # one that is no distribution
     "adjust_lora_scale_text_encoder": {"model", "weight", "text_encoder", "lora_scale"},  # is scale_lora_layers here
     "pt_to_pil": {"x", "images"},
 }
