@@ -57,7 +57,7 @@ def read_json(path: str | Path) -> dict[str, Any]:
         raise ConfigError(f"{path} is no configuration: {what}")
     try:
         fields = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # also text that is no UTF-8, and numbers of thousands of digits
         raise ConfigError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(fields, dict):
         raise ConfigError(f"{path} should hold a JSON object, found {type(fields).__name__}")

@@ -48,6 +48,7 @@ def register_to_config(init: Callable[..., None]) -> Callable[..., None]:
         for name in set(fields) & set(self.renames):
             theirs, meant = self.renames[name]
             fields[name] = meant if fields[name] in theirs else fields[name]
+        self._check_fields(signature.parameters, fields)
         if defaults := sorted(set(fields) - given):
             fields["_use_default_values"] = defaults
         self.register_to_config(**annotations, **fields)
@@ -150,6 +151,9 @@ class ConfigMixin(ConfigFile):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__} {self.to_json_string()}"
+
+    def _check_fields(self, parameters: Mapping[str, inspect.Parameter], fields: Mapping[str, Any]) -> None:
+        """Raise ``ConfigError`` if a field is not what the constructor can work with; here anything is."""
 
     def _require(self, field: str, choices: Sequence[Any]) -> None:
         """Refuse a configuration whose ``field`` is none of ``choices``, naming both."""

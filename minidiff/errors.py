@@ -23,6 +23,11 @@ def shortened(lines: Sequence[str]) -> list[str]:
     return [*lines[:LONGEST], f"... and {len(rest)} more{how}"]
 
 
+def printable(text: str) -> str:
+    """Return text from files for a terminal: what is no character there, such as the codes that move it, is escaped."""
+    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
+
+
 class ConfigError(ValueError):
     """A configuration field is unknown, missing, or has a value that minidiff does not implement."""
 
@@ -39,17 +44,26 @@ def check_number(name: str, value: Any, low: float = -math.inf, high: float = ma
     """Raise if ``value`` is not a finite real number in [low, high]; NaN is none."""
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} should be a number, found {value!r}")
+    if isinstance(value, Integral) and abs(value) > 2**1000:  # more than a float can be
+        raise ValueError(f"{name} should be finite, found an integer of {int(value).bit_length():,} bits")
     if not (low <= value <= high) or math.isinf(value):
         limits = "" if math.isinf(low) else f" and in [{low:g}, {high:g}]"
         raise ValueError(f"{name} should be finite{limits}, found {value}")
 
 
-def check_count(name: str, value: Any) -> None:
-    """Raise if ``value`` is not a positive integer."""
+MOST = 10_000  # pictures of one call
+LONGEST_SIDE = 65_536  # of a picture, in pixels
+LONGEST_TEXT = 100_000  # characters; no encoder reads a hundredth of it
+
+
+def check_count(name: str, value: Any, most: int | None = None) -> None:
+    """Raise if ``value`` is not a positive integer of at most ``most``, which keeps a slip from filling the memory."""
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{name} should be an integer, found {value!r}")
     if value < 1:
         raise ValueError(f"{name} should be at least 1, found {value}")
+    if most is not None and value > most:
+        raise ValueError(f"{name} should be at most {most:,}, found {value:,}")
 
 
 def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:

@@ -46,6 +46,8 @@ def make_generators(request: DrawsNoise) -> tuple[Generators, list[int] | None]:
 def _checked_seed(seed: int) -> int:
     if isinstance(seed, bool) or not isinstance(seed, Integral):
         raise TypeError(f"a seed should be an integer, found {seed!r}")
+    if not -(2**63) <= seed < 2**64:
+        raise ValueError(f"a seed should be an integer from -2^63 to 2^64 - 1, found one of {seed.bit_length()} bits")
     return int(seed)
 
 
@@ -55,8 +57,13 @@ def initial_latents(
     """Return the given latents, checked, or draw standard normal ones; not yet scaled to the scheduler's sigma."""
     if latents is None:
         return randn(shape, generator, device=device, dtype=dtype)
+    if not isinstance(latents, Tensor):
+        raise TypeError(f"latents should be a tensor, found {type(latents).__name__}")
     if tuple(latents.shape) != shape:
         raise ValueError(f"latents should be {shape} for this batch and size, found {tuple(latents.shape)}")
+    if not latents.is_floating_point() or not (latents.is_meta or latents.isfinite().all()):
+        kind = "NaN or infinity" if latents.is_floating_point() else str(latents.dtype)
+        raise ValueError(f"latents should be finite floating-point numbers, found {kind}")
     return latents.to(device, dtype)
 
 

@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from minidiff.errors import LONGEST_TEXT
 from minidiff.pipelines.foreign import encoding
 from minidiff.pipelines.request import Prompt, Request
 from minidiff.pipelines.request_xl import XLRequest
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from minidiff.pipelines.stable_diffusion_xl import StableDiffusionXL
 
 STEP = 1.1  # the weight of a pair of round brackets
+DEEPEST = 100  # brackets in brackets: each multiplies every piece in it
 
 _PARTS = re.compile(
     r"""
@@ -64,6 +66,8 @@ def parse(text: str) -> list[Piece]:
         ValueError: on brackets that do not match, a weight that is no number, or notation that is not implemented,
             saying where.
     """
+    if len(text) > LONGEST_TEXT:
+        raise ValueError(f"the prompt has {len(text):,} characters; expected at most {LONGEST_TEXT:,}")
     if found := _NOT_HERE.search(text):
         instead = "if it is a word, write it in lower case" if found[1] else "load adapters with load_lora_weights()"
         raise _error(text, found.start(), f"{found[0]} is not implemented; {instead}")
@@ -85,6 +89,8 @@ def parse(text: str) -> list[Piece]:
         if part["weight"]:
             close(end - 1, ")", _number(text, start, part["weight"]))
         elif part["bracket"] in ("(", "["):
+            if len(opened) == DEEPEST:
+                raise _error(text, start, f"brackets are more than {DEEPEST} deep here")
             opened.append((part["bracket"], start, len(pieces)))
         elif part["bracket"]:
             close(start, part["bracket"], STEP if part["bracket"] == ")" else 1 / STEP)
@@ -115,7 +121,8 @@ def _number(text: str, position: int, weight: str) -> float:
 
 
 def _error(text: str, position: int, what: str) -> ValueError:
-    return ValueError(f"{what} (at position {position} of the prompt {text!r})")
+    near = text if len(text) <= 200 else f"...{text[max(0, position - 40) : position + 40]}..."
+    return ValueError(f"{what} (at position {position} of the prompt {near!r})")
 
 
 @torch.no_grad()

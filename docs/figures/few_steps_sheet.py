@@ -30,7 +30,8 @@ def draw(pipe: minidiff.StableDiffusionPipeline, row: str, steps: int, prompt: s
     """Return the picture of a row and a number of steps."""
     kind, options = ROWS[row]
     scheduler = getattr(minidiff, kind).from_config(pipe.scheduler.config, **options)
-    pipe = minidiff.StableDiffusionPipeline(**{**pipe.components, "scheduler": scheduler})
+    parts = {**pipe.components, "scheduler": scheduler}
+    pipe = minidiff.StableDiffusionPipeline(**parts, requires_safety_checker=False)
     pipe.set_progress_bar_config(disable=True)
     return pipe(prompt, num_inference_steps=steps, guidance_scale=GUIDANCE, seed=seed).images[0]
 
@@ -41,12 +42,13 @@ def sheet(prompt: str, seed: int) -> Image.Image:
     size = (LEFT + len(STEPS) * (TILE + GAP), TOP + len(ROWS) * (TILE + GAP))
     table = Image.new("RGB", size, "white")
     pen = ImageDraw.Draw(table)
-    for column, steps in enumerate(STEPS):
-        x = LEFT + column * (TILE + GAP)
+    places = [LEFT + column * (TILE + GAP) for column in range(len(STEPS))]
+    for x, steps in zip(places, STEPS, strict=True):
         pen.text((x + TILE / 2, 4), f"{steps} step{'s' * (steps > 1)}", fill="black", anchor="ma")
-        for k, row in enumerate(ROWS):
-            y = TOP + k * (TILE + GAP)
-            pen.text((LEFT - 8, y + TILE / 2), row, fill="black", anchor="rm")
+    for k, row in enumerate(ROWS):
+        y = TOP + k * (TILE + GAP)
+        pen.text((LEFT - 8, y + TILE / 2), row, fill="black", anchor="rm")
+        for x, steps in zip(places, STEPS, strict=True):
             table.paste(draw(pipe, row, steps, prompt, seed), (x, y))
     return table
 

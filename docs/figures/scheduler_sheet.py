@@ -29,7 +29,8 @@ def draw(pipe: minidiff.StableDiffusionPipeline, kind: str, steps: int, prompt: 
     if kind in ("DDPMScheduler", "DDIMScheduler", "LCMScheduler", "TCDScheduler"):
         options["clip_sample"] = False  # latents have no range
     scheduler = getattr(minidiff, kind)(**options)
-    pipe = minidiff.StableDiffusionPipeline(**{**pipe.components, "scheduler": scheduler})
+    parts = {**pipe.components, "scheduler": scheduler}
+    pipe = minidiff.StableDiffusionPipeline(**parts, requires_safety_checker=False)
     pipe.set_progress_bar_config(disable=True)
     return pipe(prompt, num_inference_steps=steps, guidance_scale=GUIDANCE, seed=seed).images[0]
 
@@ -40,12 +41,13 @@ def sheet(prompt: str, seed: int) -> Image.Image:
     kinds = [name for name in minidiff.__all__ if name.endswith("Scheduler") and not name.startswith("EDM")]
     table = Image.new("RGB", (LEFT + len(STEPS) * (TILE + 4), TOP + len(kinds) * (TILE + 4)), "white")
     pen = ImageDraw.Draw(table)
-    for column, steps in enumerate(STEPS):
-        x = LEFT + column * (TILE + 4)
+    places = [LEFT + column * (TILE + 4) for column in range(len(STEPS))]
+    for x, steps in zip(places, STEPS, strict=True):
         pen.text((x + TILE / 2, 4), str(steps), fill="black", anchor="ma")
-        for row, kind in enumerate(kinds):
-            y = TOP + row * (TILE + 4)
-            pen.text((LEFT - 8, y + TILE / 2), kind.removesuffix("Scheduler"), fill="black", anchor="rm")
+    for row, kind in enumerate(kinds):
+        y = TOP + row * (TILE + 4)
+        pen.text((LEFT - 8, y + TILE / 2), kind.removesuffix("Scheduler"), fill="black", anchor="rm")
+        for x, steps in zip(places, STEPS, strict=True):
             table.paste(draw(pipe, kind, steps, prompt, seed), (x, y))
     return table
 

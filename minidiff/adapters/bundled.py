@@ -47,7 +47,9 @@ def split_words(file: AdapterFile, parts: Mapping[str, Any]) -> tuple[AdapterFil
     for key, tensor in mine.items():
         word, name = _KEY.fullmatch(key).groups()
         found.setdefault(word, {})[name] = tensor
-    pairs, words = pairs_of(parts), Words()
+    if not (pairs := pairs_of(parts)):
+        raise ValueError(f"{file.label} brings words, and this pipeline has no text encoder with a tokenizer")
+    words = Words()
     for word, tensors in found.items():
         for vectors in addressed(read_tensors(f"{file.label}: {PREFIX}{word}", tensors), tensors, {}, pairs, False):
             words.setdefault(str(vectors.component), []).extend(words_of(vectors, word))
@@ -62,6 +64,11 @@ def teach_words(words: Words, parts: Mapping[str, Any], adapter: str) -> None:
     for component, new in words.items():
         tokenizer = pairs[component][0]
         tokenizer.owners = tokenizer.owners | {word.token: adapter for word in new}
+
+
+def owners(parts: Mapping[str, Any]) -> set[str]:
+    """Return the adapters that words came with, which may be another pipeline's with the same text encoders."""
+    return {adapter for tokenizer, _ in pairs_of(parts).values() for adapter in tokenizer.owners.values()}
 
 
 def forget_words(parts: Mapping[str, Any], gone: set[str], kept: set[str]) -> None:

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,9 +71,9 @@ class AdapterControl:
                 logger.warning("there is no adapter %r to delete", name)
             for adapters in self._all_adapters().values():
                 adapters.delete(name)
-        for network in self._lora_networks().values():
-            if adapters_of(network) is not None and not adapters_of(network).names:
-                remove_adapters(network)
+        for adapters in self._all_adapters().values():
+            if not adapters.names:
+                remove_adapters(adapters.network)
 
     def disable_lora(self) -> None:
         """Work without the adapters until ``enable_lora``; fused ones are taken out of the weights."""
@@ -150,13 +151,15 @@ class AdapterControl:
         chosen = {name: adapters for name, adapters in chosen.items() if adapters.active and adapters.enabled}
         if not chosen:
             raise ValueError("there is no active adapter to fuse")
-        for adapters in chosen.values():
-            adapters.fuse(scale, safe)
+        with ExitStack() as undo:
+            for adapters in chosen.values():
+                adapters.fuse(scale, safe)
+                undo.callback(adapters.unfuse)
+            undo.pop_all()
 
     def _remove_all(self) -> None:
-        for network in self._lora_networks().values():
-            if adapters_of(network) is not None:
-                remove_adapters(network)
+        for adapters in self._all_adapters().values():
+            remove_adapters(adapters.network)
 
     def _all_adapters(self) -> dict[str, Adapters]:
         found = {component: adapters_of(network) for component, network in self._lora_networks().items()}
@@ -182,8 +185,9 @@ class AdapterControl:
             raise ValueError(f"there are the adapters {sorted(there)}; found {names}")
         return names
 
-    def _new_name(self, name: str | None) -> str:
-        taken = self._names()
+    def _new_name(self, name: str | None, others: Iterable[str] = ()) -> str:
+        """Return the name of a new adapter, which is none of the others that there are besides."""
+        taken = self._names() | set(others)
         if name is None:
             return next(new for k in range(len(taken) + 1) if (new := f"default_{k}") not in taken)
         if not isinstance(name, str) or not name or "." in name:

@@ -60,6 +60,8 @@ _FORMS: list[tuple[str, dict[str, str]]] = [
     ("difference", {}),  # of a bias alone
 ]
 LYCORIS_PARTS = sorted({part for _, shapes in _FORMS for part in shapes if part.startswith(("hada", "lokr"))})
+# What has the axes of a kernel where the layer is a convolution; all else has at most two.
+KERNELS = {part for _, shapes in _FORMS for part, letters in shapes.items() if len(letters) == 4} | {"dora_scale"}
 _BESIDE = {"diff_b": "", "up_bias": "LoRA", "magnitude": "LoRA", "dora_scale": "Lo", "alpha": ""}  # -> only with these
 _COFACTORS = {"a": ("O", "b"), "c": ("I", "d")}
 _NAMES = {"r": "the rank r", "q": "the rank q"}
@@ -105,16 +107,15 @@ def described(kinds: Iterable[tuple[str, int]]) -> str:
     found: dict[str, list[int]] = {}
     for form, rank in kinds:
         found.setdefault(form, []).append(rank)
-    texts = []
-    for form, ranks in sorted(found.items()):
-        spread = "-".join(str(rank) for rank in sorted({min(ranks), max(ranks)} - {0}))
-        texts.append(f"{len(ranks)} {form}" + (f" of rank {spread}" if spread else ""))
+    spread = {form: "-".join(map(str, sorted({min(ranks), max(ranks)} - {0}))) for form, ranks in found.items()}
+    texts = (f"{len(found[form])} {form}" + f" of rank {r}" * bool(r) for form, r in sorted(spread.items()))
     return ", ".join(texts)
 
 
 def rank_of(given: Mapping[str, Sequence[int]], shapes: Mapping[str, str]) -> int:
     """Return r of a layer, of whose parts the shapes are ``given``; 0 if it has none."""
-    return next((given[part][letters.index("r")] for part, letters in shapes.items() if "r" in letters), 0)
+    found = (given[part][letters.index("r") :] for part, letters in shapes.items() if "r" in letters)
+    return next((sizes[0] for sizes in found if sizes), 0)
 
 
 def _keys(given: Keyed, parts: Iterable[str]) -> str:
@@ -143,7 +144,7 @@ def read_update(given: Keyed, weight: Tensor, bias: Tensor | None) -> tuple[Upda
             wanted = ", ".join(c if c in bound else _wanted(c, known) for c in letters) + "," * (len(letters) == 1)
             why = [f" with {_NAMES.get(c, c)} = {known[c]} of {bound[c]}" for c in bound if c in letters]
             problems.append(f"{key} is {tuple(tensor.shape)}, expected ({wanted}){''.join(why)}")
-        bound |= {c: key for c in letters if c in "acqr" and c not in bound}
+        bound |= {c: key for c in letters if c in "acqr" and c in sizes and c not in bound}
     problems += _misfits(given, sizes["O"], sizes["I"], bias)
     for key, tensor in given.values():
         if weight.dtype == torch.float16 and not key.endswith("alpha") and not tensor.half().isfinite().all():
@@ -153,9 +154,8 @@ def read_update(given: Keyed, weight: Tensor, bias: Tensor | None) -> tuple[Upda
 
 
 def _wanted(letter: str, sizes: Mapping[str, int]) -> str:
-    if letter in _COFACTORS:
-        return f"a divisor of {sizes[_COFACTORS[letter][0]]}"
-    return str(sizes.get(letter, letter))
+    whole, _ = _COFACTORS.get(letter, ("", ""))
+    return f"a divisor of {sizes[whole]}" if whole else str(sizes.get(letter, letter))
 
 
 def _fits(letters: str, shape: Sequence[int], sizes: dict[str, int]) -> bool:

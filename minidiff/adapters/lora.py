@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minidiff.adapters.forms import Update, changed
+from minidiff.adapters.forms import KERNELS, Update, changed
 from minidiff.checkpoints.casting import compute_dtype
 from minidiff.errors import check_number
 
@@ -58,35 +58,25 @@ class LoraLayer:
         if any(self.forms[adapter].parts.keys() != {"down", "up"} for adapter, _ in self.active):
             (W, b), (W_0, b_0) = self.changed(scale), self.own()
             return output + _computed(module, args[0], W - W_0, None if b is None else b - b_0)
+        x = args[0]
         for adapter, weight in self.active:
-            down, up = self.matrices(adapter)
-            factor = self.forms[adapter].scale * weight * scale
-            output = torch.add(output, self._low_rank(args[0], down, up), alpha=factor)
+            A, B = (module._buffers[f"lora_{adapter}_{part}"].to(x.dtype) for part in ("down", "up"))
+            h = _computed(module, x, A, None)
+            h = F.linear(h, B) if B.ndim == 2 else F.conv2d(h, B)
+            output = torch.add(output, h, alpha=self.forms[adapter].scale * weight * scale)
         return output
 
-    def _low_rank(self, x: Tensor, down: Tensor, up: Tensor) -> Tensor:
-        """Return B (A x)."""
-        if isinstance(self.module, nn.Conv2d):
-            return F.conv2d(F.conv2d(x, down, None, self.module.stride, self.module.padding), up)
-        return F.linear(F.linear(x, down), up)
-
-    def matrices(self, adapter: str) -> tuple[Tensor, Tensor]:
-        """Return A and B of an adapter that is LoRA here."""
-        buffers = self.module._buffers
-        return buffers[f"lora_{adapter}_down"], buffers[f"lora_{adapter}_up"]
-
     def update(self, adapter: str) -> Update:
-        """Return what an adapter does here."""
-        form, buffers = self.forms[adapter], self.module._buffers
-        return form._replace(parts={part: buffers[f"lora_{adapter}_{part}"] for part in form.parts})
+        """Return what an adapter does here, in the dtype that the layer computes in."""
+        form, buffers, dtype = self.forms[adapter], self.module._buffers, compute_dtype(self.module)
+        return form._replace(parts={part: buffers[f"lora_{adapter}_{part}"].to(dtype) for part in form.parts})
 
     def add(self, adapter: str, update: Update) -> None:
         """Take over the tensors of an adapter, in the layer's layout, dtype and device."""
         weight = self.module.weight
         for part, tensor in update.parts.items():
-            shape = tensor.shape if weight.ndim == 4 else tensor.shape[:2]  # a 1x1 convolution is a linear layer
-            if weight.ndim == 4 and part in ("down", "up"):
-                shape = (*shape, 1, 1)[:4]
+            # What a file writes as a 1x1 convolution may be a linear layer or a matrix here, and the other way round.
+            shape = (*tensor.shape, 1, 1)[:4] if weight.ndim == 4 and part in KERNELS else tensor.shape[:2]
             buffer = tensor.detach().reshape(shape).to(weight.device, compute_dtype(self.module))
             self.module.register_buffer(f"lora_{adapter}_{part}", buffer, persistent=False)
         self.forms[adapter] = update._replace(parts=dict.fromkeys(update.parts))
@@ -249,9 +239,8 @@ def adapters_of(network: Any) -> Adapters | None:
 
 def remove_adapters(network: nn.Module) -> None:
     """Remove all adapters of a network. Weights that they are fused into stay as they are, as in the reference."""
-    adapters = adapters_of(network)
-    for name in list(adapters.names):
-        adapters._detach(name)
+    for name in adapters_of(network).names:
+        adapters_of(network)._detach(name)
     del network._lora
 
 

@@ -56,13 +56,23 @@ def layer_configs(metadata: Mapping[str, str], components: Iterable[str]) -> dic
         if component not in components:
             raise CheckpointError(f"{key} has {name!r}, but this pipeline has only {', '.join(components)}")
         configs.setdefault(component, {})[field] = value
-        if field not in _USED and field not in _IGNORED and not _is_harmless(field, value):
+        if field.endswith("_pattern"):
+            _check_patterns(f"{key}: {name}", value)
+        harmless = value in _HARMLESS[field] if field in _HARMLESS else not value
+        if field not in _USED and field not in _IGNORED and not harmless:
             raise CheckpointError(f"{key} asks for {name} = {value!r}, which minidiff does not implement")
     return configs
 
 
-def _is_harmless(field: str, value: Any) -> bool:
-    return value in _HARMLESS[field] if field in _HARMLESS else not value
+def _check_patterns(name: str, value: Any) -> None:
+    """Raise ``CheckpointError`` unless these are numbers by regular expressions."""
+    if not isinstance(value, Mapping | None):
+        raise CheckpointError(f"{name} should be an object, a number for each pattern, found {value!r}")
+    for pattern in value or ():
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise CheckpointError(f"{name}: {pattern!r} is no regular expression: {error}") from error
 
 
 def scale_of(config: Mapping[str, Any], layer: str, rank: int) -> float:
@@ -100,4 +110,5 @@ def component_of(config: Mapping[str, Any]) -> str:
     if (kind := config.get("peft_type", "LORA")) not in _KINDS:
         known = ", ".join(_KINDS)
         raise CheckpointError(f"{CONFIG_NAME} has peft_type = {kind!r}: of PEFT's adapters minidiff reads only {known}")
-    return _CLASSES.get((config.get("auto_mapping") or {}).get("base_model_class", ""), "unet")
+    mapping = config.get("auto_mapping")
+    return _CLASSES.get(mapping.get("base_model_class", ""), "unet") if isinstance(mapping, Mapping) else "unet"

@@ -1,5 +1,6 @@
 """A LoRA file: its tensors as updates of the layers that they are for, or one error with all that does not fit."""
 
+import math
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -58,16 +59,21 @@ def _whose(file: AdapterFile, networks: Mapping[str, Model]) -> str | None:
 
 def _scale(layer: LayerName, given: Keyed, update: Update, configs: Mapping[str, Mapping[str, Any]]) -> float:
     """Return s of a layer: from the file's header, or its own alpha; 1 for what has no rank."""
-    if "alpha" in given and layer.component in configs:
-        raise ValueError(f"{given['alpha'][0]}: the file's header gives an alpha too; there should be one")
+    config = configs.get(layer.component, {})
     if "alpha" in given and update.form == "difference":
         raise ValueError(f"{given['alpha'][0]}: its layer has a difference, which has no rank to divide it by")
-    if configs.get(layer.component, {}).get("use_dora") and update.form != "DoRA":
+    if config.get("use_dora") and update.form != "DoRA":
         raise ValueError(f"the file's header says that {layer.hub} is DoRA, but it has no lora_magnitude_vector")
-    if "alpha" in given:
-        alpha = alpha_of(*given["alpha"])
-        return alpha / update.rank if update.rank else 1.0
+    # Without a rank it does not count: a LoKr of whole matrices was asked for rank 100000, which is infinite in half.
+    alpha = alpha_of(*given["alpha"]) if "alpha" in given and update.rank else None
+    own = 1.0 if alpha is None else alpha / update.rank
+    if update.form == "difference" or not config:
+        return own
     # Patterns are for the names in the file; transformers 5 has dropped "text_model." from those of one encoder.
     hub = any(layer.hub in key for key, _ in given.values())
     name = layer.hub if hub else layer.hub.removeprefix("text_model.")
-    return 1.0 if update.form == "difference" else scale_of(configs.get(layer.component, {}), name, update.rank)
+    told = scale_of(config, name, update.rank)
+    if alpha is not None and not math.isclose(own, told, rel_tol=1e-2):  # it may be stored in half
+        said = told * update.rank
+        raise ValueError(f"{given['alpha'][0]} is {alpha:g}, but the file's header gives an alpha of {said:g}")
+    return told

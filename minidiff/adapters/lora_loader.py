@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import Tensor
 
-from minidiff.adapters.bundled import forget_words, split_words, teach_words
+from minidiff.adapters.bundled import forget_words, owners, split_words, teach_words
 from minidiff.adapters.control import AdapterControl, LoadedLora
 from minidiff.adapters.lora_config import COMPONENTS
 from minidiff.adapters.lora_file import FILE_NAME
@@ -68,7 +68,7 @@ class LoraLoader(AdapterControl):
                 known already, or ``hotswap`` would exchange words.
         """
         options = options_of("load_lora_weights", options)
-        name = self._name_to_swap(adapter_name) if hotswap else self._new_name(adapter_name)
+        name = self._name_to_swap(adapter_name) if hotswap else self._new_name(adapter_name, owners(self.components))
         file = read_adapter(pretrained_model_name_or_path_or_dict, FILE_NAME, **options)
         file, words = split_words(file, self.components)
         if words and hotswap:

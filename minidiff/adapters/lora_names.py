@@ -49,13 +49,14 @@ _ENDINGS |= {".lora_mid.weight": "mid", ".lora_B.bias": "up_bias", ".lora_up.bia
 _ENDINGS |= {".lora_magnitude_vector": "magnitude", ".lora_magnitude_vector.weight": "magnitude"}
 _ENDINGS |= {".diff": "diff", ".diff_b": "diff_b", ".w_norm": "diff", ".b_norm": "diff_b", ".dora_scale": "dora_scale"}
 _ENDINGS |= {f".{part}": part for part in LYCORIS_PARTS}
-SAVED = {  # what PEFT calls a part, or kohya if PEFT does not have it
+PEFT_NAMES = {  # of the parts that PEFT has
     "down": "lora_A.weight",
     "up": "lora_B.weight",
-    "mid": "lora_mid.weight",
     "up_bias": "lora_B.bias",
     "magnitude": "lora_magnitude_vector",
 }
+# The same beside parts that PEFT does not have; those of LyCORIS are called as here.
+KOHYA_NAMES = PEFT_NAMES | {part: f"lora_{part}.weight" for part in ("down", "up", "mid")}
 _KOHYA = {  # beginning of a name -> component
     "lora_unet_": "unet",
     "lycoris_": "unet",
@@ -63,7 +64,8 @@ _KOHYA = {  # beginning of a name -> component
     "lora_te1_": "text_encoder",
     "lora_te2_": "text_encoder_2",
 }
-_DOTTED = {f"{name}.": name for name in ("unet", "text_encoder", "text_encoder_2")} | {
+_BEGINNINGS = _KOHYA | {f"{name}.": name for name in ("unet", "text_encoder", "text_encoder_2")}
+_BEGINNINGS |= {
     "diffusion_model.": "unet",
     "text_encoders.clip_l.transformer.": "text_encoder",
     "text_encoders.clip_h.transformer.": "text_encoder",
@@ -72,9 +74,8 @@ _DOTTED = {f"{name}.": name for name in ("unet", "text_encoder", "text_encoder_2
     "clip_g.": "text_encoder_2",
 }
 _WRAPPED = re.compile(r"(?<![^.])base_model\.model\.")
-_ADAPTER = re.compile(
-    r"(\.lora_(?:A|B|magnitude_vector))\.([^.]+)(?=\.weight$)"
-)  # the name of an adapter, inside a tensor's name
+# The name of an adapter, inside a tensor's name.
+_ADAPTER = re.compile(r"(\.lora_(?:A|B|magnitude_vector))\.([^.]+)(?=\.(?:weight|bias)$)")
 _OLD_UNET = {"to_out": "to_out.0"}  # "to_out_lora" adapts "to_out.0"
 _OLD_TEXT = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
 
@@ -112,25 +113,19 @@ class LoraNames:
 
     def find(self, key: str) -> tuple[LayerName, Role] | str:
         """Return the layer that a tensor belongs to and its role there, or the reason why there is none."""
-        key = _unwrapped(key)
         for pattern, kind in NOT_IMPLEMENTED.items():
             if re.search(pattern, key):
                 return f"{kind}, which minidiff does not implement"
-        for ending, part in _ENDINGS.items():
-            if key.endswith(ending):
-                found = self._layer(key.removesuffix(ending), old=ending.startswith("_"))
-                return found if isinstance(found, str) else (found, part)
-        return "no part of a LoRA layer in any spelling that minidiff knows"
-
-    def _layer(self, name: str, old: bool) -> LayerName | str:
-        for prefix, component in _KOHYA.items():
-            if name.startswith(prefix):
-                return self._look_up(self.flat, component, name.removeprefix(prefix))
-        for prefix, component in _DOTTED.items():
-            if name.startswith(prefix):
-                return self._look_up(self.dotted, component, self._modern(component, name.removeprefix(prefix), old))
-        # Files that hold a UNet's layers alone, saved by the UNet itself, name no component.
-        return self._look_up(self.dotted, "unet", self._modern("unet", name, old))
+        if (parts := _taken_apart(key)) is None:
+            return "no part of a LoRA layer in any spelling that minidiff knows"
+        component, flat, name, ending = parts
+        if component not in self.networks:
+            return f"for {component}, which this pipeline does not have"
+        if not flat:
+            name = self._modern(component, name, old=ending.startswith("_"))
+        if layer := (self.flat if flat else self.dotted)[component].get(name):
+            return layer, _ENDINGS[ending]
+        return f"for a layer {name!r}, which {component} does not have"
 
     def _modern(self, component: str, name: str, old: bool) -> str:
         """Return a dotted name in the Hub's modern spelling."""
@@ -138,19 +133,20 @@ class LoraNames:
         if old:
             stem, dot, last = name.rpartition(".")
             name = stem + dot + (_OLD_UNET if component == "unet" else _OLD_TEXT).get(last, last)
-        network = self.networks.get(component)
-        modern = network.canonical_hub_name(f"{name}.weight") if network is not None else None
+        modern = self.networks[component].canonical_hub_name(f"{name}.weight")
         return name if modern is None else modern.removesuffix(".weight")
 
-    def _look_up(self, names: Mapping[str, Mapping[str, LayerName]], component: str, name: str) -> LayerName | str:
-        if component not in names:
-            return f"for {component}, which this pipeline does not have"
-        return names[component].get(name) or f"for a layer {name!r}, which {component} does not have"
 
+def _taken_apart(key: str) -> tuple[str, bool, str, str] | None:
+    """Return component, whether dots are "_", layer and ending of a tensor's name, without wrappers and the adapter.
 
-def _unwrapped(key: str) -> str:
-    """Return the name of a tensor without those of wrappers and of its adapter."""
-    return _ADAPTER.sub(r"\1", _WRAPPED.sub("", unwrapped(key)))
+    Files that hold a UNet's layers alone, saved by the UNet itself, name no component.
+    """
+    name = _ADAPTER.sub(r"\1", _WRAPPED.sub("", unwrapped(key)))
+    ending = next((one for one in _ENDINGS if name.endswith(one)), None)
+    start = next((one for one in _BEGINNINGS if name.startswith(one)), "")
+    layer = name[len(start) :].removesuffix(ending or "")
+    return None if ending is None else (_BEGINNINGS.get(start, "unet"), start in _KOHYA, layer, ending)
 
 
 def _enter(names: dict[str, LayerName], name: str, layer: LayerName) -> None:
@@ -189,11 +185,8 @@ def sort_tensors(tensors: Mapping[str, Tensor], names: LoraNames) -> tuple[dict[
 def stems(keys: Iterable[str]) -> dict[tuple[str, str], dict[Role, str]]:
     """Group names in a file by component and layer, as far as they can be without the networks: role -> name."""
     found: dict[tuple[str, str], dict[Role, str]] = {}
-    beginnings = _KOHYA | _DOTTED
     for key in keys:
-        name = _unwrapped(key)
-        start = next((one for one in beginnings if name.startswith(one)), "")
-        if ending := next((one for one in _ENDINGS if name.endswith(one)), None):
-            layer = name[len(start) :].removesuffix(ending)
-            found.setdefault((beginnings.get(start, "unet"), layer), {})[_ENDINGS[ending]] = key
+        if parts := _taken_apart(key):
+            component, _, layer, ending = parts
+            found.setdefault((component, layer), {})[_ENDINGS[ending]] = key
     return found

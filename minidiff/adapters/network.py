@@ -13,13 +13,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from minidiff.adapters.control import AdapterControl, LoadedLora
+from minidiff.adapters.forms import KERNELS
 from minidiff.adapters.lora import LoraLayer, adapters_of
 from minidiff.adapters.lora_config import CONFIG_NAME, KEY
 from minidiff.adapters.lora_file import FILE_NAME
-from minidiff.adapters.lora_names import SAVED
+from minidiff.adapters.lora_names import KOHYA_NAMES, PEFT_NAMES
 from minidiff.adapters.source import AdapterFile, options_of, read_adapter
 from minidiff.checkpoints.remap import CONV1X1
 from minidiff.checkpoints.save import save_tensors
@@ -83,7 +85,8 @@ class AdaptedNetwork(AdapterControl):
     ) -> None:
         """Write an adapter in PEFT's spelling, without a prefix; ranks and alphas stand in the header.
 
-        Forms that the reference cannot save are written under the names of LyCORIS.
+        Layers of a form that the reference does not have get the names of kohya and LyCORIS and an alpha of their own:
+        what reads them does not look into the header.
 
         Args:
             save_directory: made if it does not exist.
@@ -94,15 +97,22 @@ class AdaptedNetwork(AdapterControl):
         if not safe_serialization:
             raise CheckpointError("safe_serialization=False asks for a pickle; minidiff writes only safetensors")
         (name,) = self._known(adapter_name)
+        if not self._lora_layers(name):
+            raise CheckpointError(f"{name!r} changes no layer of this {type(self).__name__}: there is nothing to save")
         tensors: dict[str, Tensor] = {}
-        ops = {row.hub[0].removesuffix(".weight"): row.hub_op for row in self.rows()}
+        dtype = torch.float32 if upcast_before_saving else None
+        ops = {hub.removesuffix(".weight"): row.hub_op for row in self.rows() for hub in row.hub}
         for layer in self._lora_layers(name):
-            for part, tensor in layer.update(name).parts.items():
-                as_conv = tensor.ndim == 2 and ops[layer.hub] is CONV1X1
-                key = f"{layer.hub}.{SAVED.get(part, part)}"
-                tensors[key] = CONV1X1.from_ours((tensor,))[0] if as_conv else tensor
-        if upcast_before_saving:
-            tensors = {key: tensor.float() for key, tensor in tensors.items()}
+            is_conv = layer.module.weight.ndim == 4 or ops[layer.hub] is CONV1X1
+            _, rank, scale, parts = layer.update(name)
+            names = PEFT_NAMES if parts.keys() <= PEFT_NAMES.keys() else KOHYA_NAMES
+            for part, tensor in parts.items():
+                shape = (*tensor.shape, 1, 1)[:4] if is_conv and part in KERNELS else tensor.shape
+                if part == "magnitude":  # as PEFT has it
+                    shape = (1, -1, 1, 1) if is_conv else (-1,)
+                tensors[f"{layer.hub}.{names.get(part, part)}"] = tensor.reshape(shape).to(dtype=dtype)
+            if names is KOHYA_NAMES and rank:
+                tensors[f"{layer.hub}.alpha"] = torch.tensor(scale * rank)
         path = Path(save_directory, weight_name or FILE_NAME)
         save_tensors(tensors, path, {"format": "pt", KEY: json.dumps(self._lora_config(name), sort_keys=True)})
 
@@ -128,9 +138,9 @@ class AdaptedNetwork(AdapterControl):
         forms = {f"^{layer.hub}": layer.forms[name] for layer in self._lora_layers(name)}
         ranks = {key: form.rank or 1 for key, form in forms.items()}
         alphas = {key: form.scale * ranks[key] for key, form in forms.items()}
-        r, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
+        r, alpha = ((Counter(values.values()).most_common(1) or [(1,)])[0][0] for values in (ranks, alphas))
         fields: dict[str, Any] = {"r": r, "lora_alpha": alpha, "target_modules": [key[1:] for key in ranks]}
-        fields |= {"use_dora": True} if all("magnitude" in form.parts for form in forms.values()) else {}
+        fields |= {"use_dora": True} if forms and all("magnitude" in form.parts for form in forms.values()) else {}
         fields |= {"lora_bias": True} if any("up_bias" in form.parts for form in forms.values()) else {}
         fields["rank_pattern"] = {key: value for key, value in ranks.items() if value != r}
         fields["alpha_pattern"] = {key: value for key, value in alphas.items() if value != alpha}

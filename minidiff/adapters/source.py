@@ -107,10 +107,9 @@ def _find(repo: Repo, default_name: str, weight_name: str | None) -> AdapterFile
     """Read the file that is meant, or else the folders of PEFT for several networks."""
     try:
         path = _choose(repo, default_name, weight_name)
-    except NotCachedError:
-        raise
-    except MissingFileError:
-        parts = [name for name in COMPONENTS if weight_name is None and CONFIG_NAME in repo.at(name).names()]
+    except MissingFileError as error:
+        alone = weight_name is not None or isinstance(error, NotCachedError)
+        parts = [name for name in COMPONENTS if not alone and CONFIG_NAME in repo.at(name).names()]
         if not parts:
             raise
         files = [_read(repo.at(part), _choose(repo.at(part), WEIGHTS_NAME, None), part) for part in parts]

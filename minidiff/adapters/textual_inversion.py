@@ -241,18 +241,18 @@ def addressed(
 
 def _of_both(read: list[Read], source: Source, where: Mapping[str, Any], pairs: Mapping[str, Pair]) -> list[Read]:
     """Return vectors for both text encoders: of a file for one, with those of the file beside it."""
-    component, label, key, vectors, _ = read[0]
+    component, label, key, vectors, _ = first = read[0]
     if component is not None:
         return read
     name = Path(label).name
     if name.startswith(f"{_STEM}_2"):
-        return [Read("text_encoder_2", label, key, vectors)]
+        return [first._replace(component="text_encoder_2")]
     if isinstance(source, str | Path) and name.startswith(_STEM):
         path = Path(source)
         repo = Repo(path.parent) if path.is_file() else Repo(source, **where)
         if beside := repo.optional_file(f"{_STEM}_2{name.removeprefix(_STEM)}"):
             second = _read(beside, None, {})[0]._replace(component="text_encoder_2")
-            return [Read("text_encoder", label, key, vectors), second]
+            return [first._replace(component="text_encoder"), second]
     fits = [one for one, (_, encoder) in pairs.items() if encoder.config.hidden_size == vectors.shape[-1]]
     reads = f"which {' and '.join(fits)} reads" if fits else "which neither reads"
     raise ValueError(
@@ -272,11 +272,8 @@ def words_of(read: Read, names: str | list[str] | None) -> list[Word]:
     if isinstance(names, list):
         if len(names) != len(vectors):
             raise ValueError(f"{label}: {key} has {len(vectors)} vectors for the {len(names)} names in token")
-        rows = range(len(vectors))
-        return [
-            Word(name, vectors[k : k + 1], label, None if outputs is None else outputs[k : k + 1])
-            for k, name in zip(rows, names, strict=True)
-        ]
+        of_words = [None] * len(names) if outputs is None else outputs[:, None]
+        return [Word(*one[:2], label, one[2]) for one in zip(names, vectors[:, None], of_words, strict=True)]
     if names is None and (key in _NAMELESS or key in _ENCODERS):
         raise ValueError(f"{label} does not say what its token is called ({key} is no name): pass token=")
     return [Word(key if names is None else names, vectors, label, outputs)]
@@ -304,8 +301,7 @@ def _check(words: Sequence[Word], tokenizer: CLIPTokenizer, encoder: Model) -> N
         if not all(one.to(encoder.dtype).isfinite().all() for one in given):
             raise ValueError(f"{word.label}: the vectors of {word.token!r} are not finite in {encoder.dtype}")
         needed = dict.fromkeys([*word.tokens, f"{word.token}_1"])
-        known = [token for token in needed if token in vocabulary or token in seen]
-        if known:
+        if known := [token for token in needed if token in vocabulary or token in seen]:
             raise ValueError(
                 f"the tokenizer knows {', '.join(map(repr, known))} already: pass another token=, or forget it with "
                 "unload_textual_inversion()"

@@ -3,6 +3,8 @@
 import argparse
 from pathlib import Path
 
+from minidiff.errors import printable
+
 
 def add_inspect(parser: argparse.ArgumentParser) -> None:
     """Describe the arguments of ``minidiff inspect``."""
@@ -19,7 +21,7 @@ def _inspect(args: argparse.Namespace) -> None:
     from minidiff.checkpoints.tools.inspect import keys, report, report_stranger
 
     if page := report_adapter(args.checkpoint) or report_stranger(args.checkpoint):
-        print(page)
+        print(printable(page))
         return
     checkpoint = open_checkpoint(args.checkpoint, config=args.config, variant=args.variant, ask=False)
-    print(keys(checkpoint) if args.keys else report(checkpoint))
+    print(printable(keys(checkpoint) if args.keys else report(checkpoint)))

@@ -13,7 +13,10 @@ from typing import NoReturn
 from minidiff.cli.convert import add_convert
 from minidiff.cli.generate import add_generate
 from minidiff.cli.inspect import add_inspect
+from minidiff.errors import printable
 from minidiff.registry import __version__
+
+LONGEST = 4000  # characters of an error
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -26,7 +29,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains at the end
         return 0
     except (ValueError, OSError) as error:
-        print(f"minidiff {args.command}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        text = printable(" ".join(str(error).split()))
+        text = text if len(text) <= LONGEST else f"{text[:LONGEST]}... ({len(text):,} characters)"
+        print(f"minidiff {args.command}: error: {text}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

@@ -22,7 +22,7 @@ from PIL import Image, ImageFilter
 from torch import Tensor
 
 from minidiff.config import Config
-from minidiff.errors import check_choice, check_count
+from minidiff.errors import LONGEST_SIDE, check_choice, check_count
 from minidiff.images import tensors as images
 from minidiff.images.regions import Region, crop_region, overlay, resized
 
@@ -329,7 +329,9 @@ class VaeImageProcessor:
         f = self.vae_scale_factor
         for name, side in (("height", height), ("width", width)):
             if side is not None:
-                check_count(name, side)
+                check_count(name, side, LONGEST_SIDE)
+        if not (H and W):
+            raise ValueError(f"an image or a mask has no pixels: its size is {(W, H)}")
         H, W = H if height is None else height, W if width is None else width
         if min(H, W) < f:
             raise ValueError(f"image should be at least {f} pixels wide and high, found {(W, H)}")

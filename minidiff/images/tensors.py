@@ -18,6 +18,7 @@ from torch import Tensor
 
 from minidiff.atomic import write_file
 
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # of files that are opened
 Images = list[Image.Image] | np.ndarray | Tensor  # what pipelines return, by their ``output_type``
 
 
@@ -67,7 +68,7 @@ def load_image(
     """Return a picture from a file or an http(s) address, or a copy of a PIL picture, upright and in RGB.
 
     Cameras write pictures as the sensor lies, with a note which side is up; that note is followed. ``convert_method``
-    replaces the conversion to RGB.
+    replaces the conversion to RGB. Formats are ``FORMATS``: for others, such as EPS, PIL may start a program.
 
     Raises:
         ValueError: if there is no such file, or it is no picture.
@@ -81,12 +82,20 @@ def load_image(
         source = io.BytesIO(_download(image)) if str(image).startswith(("http://", "https://")) else image
         if source is image and not os.path.isfile(image):
             raise ValueError(f"{image} is not a file, nor an address that begins with http:// or https://")
-        try:
-            with Image.open(source) as opened:
-                picture = ImageOps.exif_transpose(opened)
-        except OSError as error:
-            raise ValueError(f"{image} is not a picture that PIL can read: {error}") from error
+        picture = ImageOps.exif_transpose(_opened(source, image))
     return picture.convert("RGB") if convert_method is None else convert_method(picture)
+
+
+def _opened(source: str | Path | io.BytesIO, name: str | Path) -> Image.Image:
+    """Read a picture; what is called ``name`` in the error, if it is none."""
+    try:
+        with Image.open(source, formats=FORMATS) as picture:
+            picture.load()
+            return picture
+    except FileNotFoundError:
+        raise
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # a SyntaxError in the file
+        raise ValueError(f"{name} is not a picture that can be read ({', '.join(FORMATS)}): {error}") from error
 
 
 def _download(url: str) -> bytes:
@@ -132,8 +141,7 @@ def save_png(image: Image.Image, path: str | Path, metadata: Mapping[str, object
 
 def read_metadata(path: str | Path) -> dict[str, str]:
     """Return the text chunks of a PNG file by name. Raises ``ValueError`` if the file holds another format."""
-    with Image.open(path) as image:
-        if image.format != "PNG":
-            raise ValueError(f"{path} is a {image.format} file; metadata is written to PNG files only")
-        image.load()  # text may also stand behind the pixels
-        return dict(image.text)
+    image = _opened(path, path)
+    if image.format != "PNG":
+        raise ValueError(f"{path} is a {image.format} file; metadata is written to PNG files only")
+    return dict(image.text)

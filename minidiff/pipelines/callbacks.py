@@ -62,6 +62,7 @@ class OldCallback(NamedTuple):
             return None
         message = "callback and callback_steps are deprecated: use callback_on_step_end"
         warnings.warn(message, FutureWarning, stacklevel=5)  # whoever calls the pipeline
+        check_callable("callback", call)
         every = 1 if every is None else every
         check_count("callback_steps", every)
         return None if call is None else cls(call, every)
@@ -91,10 +92,19 @@ class OutputOptions:
         output_type, return_dict = asked.pop("output_type"), asked.pop("return_dict")
         check_choice("output_type", output_type, OUTPUT_TYPES)
         callback, tensors = asked.pop("callback_on_step_end"), asked.pop("callback_on_step_end_tensor_inputs")
+        check_callable("callback_on_step_end", callback)
         tensors = getattr(callback, "tensor_inputs", tensors) or ()
+        if not isinstance(tensors, list | tuple):
+            raise TypeError(f"callback_on_step_end_tensor_inputs should be a list of names, found {tensors!r}")
         for name in tensors:
             check_choice("callback_on_step_end_tensor_inputs", name, pipe._callback_tensor_inputs)
         return cls(output_type, return_dict, callback, tensors, old), asked
+
+
+def check_callable(name: str, call: Any) -> None:
+    """Raise if what is to be called at each step is no function; None is nothing to call."""
+    if call is not None and not callable(call):
+        raise TypeError(f"{name} should be a function, found {call!r}")
 
 
 class Callbacks:

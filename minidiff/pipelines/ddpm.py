@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from minidiff.errors import MOST
 from minidiff.networks.unet_unconditional import UNet2DModel
 from minidiff.noise import Generators, make_generators, randn
 from minidiff.outputs import Output
@@ -63,7 +64,7 @@ class PictureRequest:
 
     def __post_init__(self) -> None:
         as_python(self)
-        check_count("batch_size", self.batch_size)
+        check_count("batch_size", self.batch_size, MOST)
         check_number("eta", self.eta, 0, 1)
 
     @property

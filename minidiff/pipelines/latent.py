@@ -7,7 +7,7 @@ from torch import Tensor
 
 from minidiff.adapters.lora_loader import LoraLoader
 from minidiff.adapters.textual_inversion import TextualInversionLoader
-from minidiff.errors import ConfigError
+from minidiff.errors import LONGEST_SIDE, ConfigError
 from minidiff.networks.unet import UNet2DConditionModel
 from minidiff.networks.vae import AutoencoderKL, DiagonalGaussian
 from minidiff.networks.vae_tiny import AutoencoderTiny
@@ -148,7 +148,7 @@ class LatentPipeline(ByHand, LatentGeneration, LoraLoader, TextualInversionLoade
                 raise ValueError(f"{name} must be given: this UNet's config has no sample_size")
             if pixels is None:
                 pixels = latent * f
-            check_count(name, pixels)
+            check_count(name, pixels, LONGEST_SIDE)
             if pixels % f:
                 raise ValueError(f"{name} should be divisible by {f}, found {pixels}; {pixels - pixels % f} would do")
             sizes.append(pixels // f)

@@ -8,7 +8,7 @@ import numpy as np
 from torch import Tensor
 
 from minidiff.adapters.lora import scale_argument
-from minidiff.errors import check_choice, check_count, check_number
+from minidiff.errors import MOST, check_choice, check_count, check_number
 from minidiff.noise import Generators
 
 Prompt = str | list[str] | None
@@ -66,7 +66,7 @@ class Request:
 
     def __post_init__(self) -> None:
         as_python(self)
-        check_count("num_images_per_prompt", self.num_images_per_prompt)
+        check_count("num_images_per_prompt", self.num_images_per_prompt, MOST)
         check_number("guidance_scale", self.guidance_scale, 0)
         check_number("guidance_rescale", self.guidance_rescale, 0, 1)
         check_number("eta", self.eta, 0, 1)
@@ -77,6 +77,7 @@ class Request:
         self._check_one_each()
         self._check_texts()
         self._check_embeddings()
+        check_count("the number of prompts times num_images_per_prompt", self.count, MOST)
 
     @property
     def batch(self) -> int:
@@ -119,6 +120,8 @@ class Request:
     def _check_embeddings(self) -> None:
         for name in ("prompt_embeds", "negative_prompt_embeds"):
             embeds = getattr(self, name)
+            if embeds is not None and not isinstance(embeds, Tensor):
+                raise TypeError(f"{name} should be a tensor, found {type(embeds).__name__}")
             if embeds is not None and (embeds.ndim != 3 or len(embeds) != self.batch):
                 raise ValueError(f"{name} should be ({self.batch}, L, D), found {tuple(embeds.shape)}")
 

@@ -23,13 +23,14 @@ from contextlib import closing
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from minidiff.adapters.lora import lora_scaled
 from minidiff.noise import initial_latents, make_generators
 from minidiff.outputs import Output
 from minidiff.pipelines.callbacks import Callbacks, OutputOptions
 from minidiff.pipelines.foreign import core_of, encoding, first, overridden
+from minidiff.pipelines.not_finite import cause, first_layer, is_finite
 from minidiff.pipelines.request import Request
 from minidiff.pipelines.state import FACTS, Condition, Guidance, Run, Step
 from minidiff.pipelines.strength import steps_until
@@ -188,6 +189,9 @@ class LatentGeneration(Callbacks):
 
     def _pictures(self, run: Run, output_type: str) -> "Images":
         """Decode, and let ``run_safety_checker`` look at pixels in [-1, 1]; what it flags is black already."""
+        if not is_finite(run.latents):
+            networks = {name: part for name, part in self._parts().items() if isinstance(part, nn.Module)}
+            raise ValueError(f"the latents hold NaN or infinity: {cause(networks, run.tensors)}")
         checked = getattr(self, "safety_checker", None) is not None or overridden(self, "run_safety_checker")
         if output_type == "latent" or not checked:
             return self.decode(run.latents, output_type)
@@ -211,7 +215,13 @@ class LatentGeneration(Callbacks):
         if self.vae is None:
             raise ValueError("this pipeline has no vae: take the latents with output_type='latent'")
         vae = self._decoder()
-        return first(vae.decode(self._unscaled(latents.to(vae.dtype), vae)), "sample")
+        z = self._unscaled(latents.to(vae.dtype), vae)
+        image = first(vae.decode(z), "sample")
+        if is_finite(latents) and not is_finite(image):
+            layer = first_layer(vae, lambda: vae.decode(z))
+            why = cause({"vae": vae}, {}, f"layer {layer} overflows in {vae.dtype}")
+            raise ValueError(f"the decoded pictures hold NaN or infinity: {why}; try pipe.vae.to(torch.float32)")
+        return image
 
     # --- the two ways to ask -----------------------------------------------------------------------------------------
 

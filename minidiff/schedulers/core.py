@@ -27,6 +27,7 @@ from torch import Tensor
 from minidiff.configured import ConfigMixin
 from minidiff.noise import Generators, randn
 from minidiff.schedulers import noise_schedule
+from minidiff.schedulers.fields import check_fields
 from minidiff.schedulers.mixin import SchedulerMixin
 from minidiff.schedulers.prediction import Thresholding, predict_x0
 
@@ -89,6 +90,9 @@ class Core(SchedulerMixin, ConfigMixin):
         if "set_alpha_to_one" in config:
             self.final_alpha_cumprod = torch.tensor(1.0) if config.set_alpha_to_one else self.alphas_cumprod[0]
         self._tables: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+
+    def _check_fields(self, parameters: Mapping[str, inspect.Parameter], fields: Mapping[str, Any]) -> None:
+        check_fields(type(self).__name__, parameters, fields)
 
     @property
     def _predicts(self) -> str:

@@ -50,8 +50,7 @@ class EdmScheduler(SigmaSpaceScheduler):
         self._require("sigma_schedule", ("karras", "exponential"))
         self._require("prediction_type", self.prediction_types)
         self._require("final_sigmas_type", ("zero", "sigma_min"))
-        low, high = config.sigma_min or 0.0, config.sigma_max or 0.0  # None in the files of Euler, which has these too
-        if not (0 < low < high and config.sigma_data > 0 and config.rho > 0):
+        if not (0 < config.sigma_min < config.sigma_max and config.sigma_data > 0 and config.rho > 0):
             raise ConfigError(
                 f"{type(self).__name__} needs 0 < sigma_min < sigma_max, sigma_data > 0 and rho > 0; found "
                 f"sigma_min={config.sigma_min}, sigma_max={config.sigma_max}, sigma_data={config.sigma_data}, "

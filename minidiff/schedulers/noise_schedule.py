@@ -91,6 +91,8 @@ def training_betas(
         table = betas(schedule, beta_start, beta_end, steps)
     else:
         table = torch.as_tensor(trained_betas, dtype=torch.float32).clone()
+    if not (table.isfinite() & (table >= 0)).all():
+        raise ConfigError(f"betas should be finite and not negative, found {table.min():g} ... {table.max():g}")
     return rescale_zero_terminal_snr(table) if zero_snr else table
 
 

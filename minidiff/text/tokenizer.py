@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from tokenizers import AddedToken
 
-from minidiff.errors import CheckpointError, check_count
+from minidiff.errors import LONGEST_TEXT, CheckpointError, check_count
 from minidiff.text.bpe import END_OF_WORD, bpe, pairs
 from minidiff.text.tokenizer_files import NO_LIMIT, ROLES, read_fields, read_tokenizer, write_tokenizer
 from minidiff.text.tokens import TokenTable, special_tokens
@@ -304,6 +304,8 @@ class CLIPTokenizer(TokenTable):
         ``clean_up_tokenization_spaces`` has no effect, as in the reference, where byte-level BPE ignores it.
         """
         ids = token_ids.tolist() if hasattr(token_ids, "tolist") else token_ids
+        if isinstance(ids, str):
+            raise TypeError(f"token_ids should be integers, found the text {ids!r:.80}")
         ids = [ids] if isinstance(ids, int) else list(ids)
         if ids and not isinstance(ids[0], int):
             return [self.decode(row, skip_special_tokens) for row in ids]
@@ -330,6 +332,8 @@ def _checked_texts(text: str | Sequence[str]) -> list[str]:
     for n, one in enumerate(texts):
         if not isinstance(one, str):
             raise TypeError(f"prompt {n} is a {type(one).__name__}, not a str")
+        if len(one) > LONGEST_TEXT:
+            raise ValueError(f"prompt {n} has {len(one):,} characters; expected at most {LONGEST_TEXT:,}")
         try:
             one.encode()
         except UnicodeEncodeError as error:

@@ -139,9 +139,12 @@ def test_a_pipeline_leaves_the_words_of_others_alone(loaded: dict[str, Pipes]) -
     ours, theirs = loaded["sd"]
     another = minidiff.StableDiffusionPipeline(**ours.components | {"unet": copy.deepcopy(ours.unet)})
     lora = {key: one for key, one in peft(draw(theirs, only=every(4))).items() if key.startswith("unet.")}
-    ours.load_lora_weights(lora | bundled(ours, "<cat>"), "pet")
-    another.load_lora_weights(lora, "other")
-    another.delete_adapters("other")
+    assert ours.load_lora_weights(lora | bundled(ours, "<cat>")).adapter_name == "default_0"
+    with pytest.raises(ValueError, match="there is an adapter 'default_0' already"):
+        another.load_lora_weights(lora, "default_0")
+    for _ in range(2):
+        another.load_lora_weights(lora)
+    another.delete_adapters("default_1")
     another.unload_lora_weights()
     assert "<cat>" in ours.tokenizer.get_vocab()
     ours.unload_lora_weights()
@@ -239,6 +242,18 @@ def test_outputs_of_a_file_for_one_encoder(loaded: dict[str, Pipes], tmp_path: P
     ours.unload_textual_inversion()
 
 
+def test_outputs_of_two_files(loaded: dict[str, Pipes], tmp_path: Path) -> None:
+    """diffusers' names for the files of two encoders, with what OneTrainer trains in them."""
+    ours = loaded["xl"][0]
+    for end, (_, encoder) in zip(("", "_2"), pairs_of(ours), strict=True):
+        file = {f"emp_params{out}": torch.ones(1, encoder.config.hidden_size) for out in ("", "_out")}
+        save_file(file, tmp_path / f"learned_embeds{end}.safetensors")
+    ours.load_textual_inversion(tmp_path, token="<cat>")
+    assert [list(tokenizer.outputs) for tokenizer, _ in pairs_of(ours)] == [["<cat>"]] * 2
+    ours.unload_textual_inversion()
+    assert not any(tokenizer.outputs for tokenizer, _ in pairs_of(ours))
+
+
 # --- pivotal tuning --------------------------------------------------------------------------------------------------
 
 
@@ -295,6 +310,12 @@ def test_nothing_is_half_loaded(loaded: dict[str, Pipes], name: str) -> None:
         assert ours.text_encoder.token_embed.weight is before and ours.tokenizer.get_vocab() == vocabulary
         assert ours.get_list_adapters() == {} and not ours.tokenizer.owners
     ours.unload_textual_inversion()
+
+
+def test_words_without_a_text_encoder(loaded: dict[str, Pipes]) -> None:
+    alone = type(loaded["sd"][0])(**loaded["sd"][0].components | {"text_encoder": None, "tokenizer": None})
+    with pytest.raises(ValueError, match="the given state dict brings words, and this pipeline has no text encoder"):
+        alone.load_lora_weights({"unet.x.alpha": torch.tensor(1.0), "bundle_emb.<cat>.clip_l": torch.ones(1, 24)})
 
 
 def test_words_alone_and_exchanged(loaded: dict[str, Pipes]) -> None:

@@ -154,6 +154,8 @@ ASKED = {
         "peft_type = 'IA3': of PEFT's adapters minidiff reads only LORA",
     ),
     "another rank": ({"r": 3}, "has rank 2, but the file's header says r = 3"),
+    "a pattern": ({"alpha_pattern": {"to_q(": 4}}, r"unet.alpha_pattern: 'to_q\(' is no regular expression: missing"),
+    "no patterns": ({"rank_pattern": ["to_q"]}, r"unet.rank_pattern should be an object.*found \['to_q'\]"),
     "another network": (
         {"auto_mapping": {"base_model_class": "CLIPTextModel"}},
         "text_encoder.base_model.*for a layer 'text_model.down_blocks.*which text_encoder does not have",

@@ -185,9 +185,11 @@ def test_no_false_advice_about_variants(folder: Path) -> None:
 
 def test_config_problems(folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text("{")
-    with pytest.raises(ConfigError, match=r"config\.json is not valid JSON"):
-        AutoencoderKL.from_pretrained(folder)
+    deep, long = f'{{"a": {"[" * 100_000}{"]" * 100_000}}}', f'{{"a": {"1" * 10_000}}}'
+    for text in (b"{", b'{"a": "\xff"}', deep.encode(), long.encode()):
+        (folder / "config.json").write_bytes(text)
+        with pytest.raises(ConfigError, match=r"config\.json is not valid JSON"):
+            AutoencoderKL.from_pretrained(folder)
     (folder / "config.json").write_text(json.dumps({**config, "_class_name": "UNet2DConditionModel"}))
     with pytest.raises(ConfigError, match="describes a UNet2DConditionModel, not a AutoencoderKL; is subfolder= right"):
         AutoencoderKL.from_pretrained(folder)

@@ -10,7 +10,9 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 import minidiff
 from minidiff.cli import generate
@@ -355,3 +357,21 @@ def test_a_reader_that_has_seen_enough(tmp_path):
     line = f"set -o pipefail; {script} inspect --keys {shlex.quote(str(embedded_checkpoint()))} | head -n 1"
     run = subprocess.run(["bash", "-c", line], cwd=tmp_path, capture_output=True, text=True, timeout=100)
     assert run.returncode == 0 and run.stderr == "" and run.stdout.count("\n") == 1
+
+
+def test_files_do_not_write_to_the_terminal(tmp_path, capsys):
+    """Names of tensors come from whoever made the file: they may hold the codes that move the cursor."""
+    name = "lora_unet_\x1b[2J\x07\r\u202edown.weight"
+    save_file({name: torch.zeros(2, 2)}, tmp_path / "a.safetensors")
+    assert cli.main(["inspect", str(tmp_path / "a.safetensors")]) in (0, 2)
+    out, err = capsys.readouterr()
+    said = out + err
+    assert r"\x1b[2J\x07\r\u202edown" in said
+    assert all(character.isprintable() or character == "\n" for character in said)
+
+
+def test_a_long_error_is_cut(tmp_path, capsys):
+    save_file({"x" * 100_000: torch.zeros(2)}, tmp_path / "a.safetensors")
+    assert cli.main(["convert", str(tmp_path / "a.safetensors"), str(tmp_path / "b")]) == 2
+    err = capsys.readouterr().err
+    assert 4000 < len(err) < 4200 and re.search(r"\.\.\. \([\d,]+ characters\)\n$", err)

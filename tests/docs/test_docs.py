@@ -68,7 +68,7 @@ SCRIPTS = sorted(path for folder in ("benchmarks", "docs", "weights") for path i
 
 
 def test_scripts_import_what_there_is():
-    """Of minidiff and of each other: no test runs what draws figures.
+    """Of minidiff and of each other: no test runs all of what draws figures.
 
     In a process of its own: ``benchmarks.reference_tests.stand_in`` puts minidiff in the reference's place for all that
     is imported after it.

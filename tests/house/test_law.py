@@ -34,17 +34,17 @@ TOP = len(RANKS)
 
 # Lines of code of a room, signatures and all, docstrings not. Raise one only in a commit that says why.
 BUDGET = {
-    "adapters": 1450,
+    "adapters": 1456,
     "checkpoints": 2720,
-    "cli": 255,
+    "cli": 260,
     "compat": 802,
     "fast": 560,
-    "images": 600,
+    "images": 610,
     "networks": 2110,
-    "pipelines": 3233,
-    "schedulers": 2525,
-    "text": 650,
-    "top": 1061,
+    "pipelines": 3290,
+    "schedulers": 2570,
+    "text": 655,
+    "top": 1095,
 }
 
 

@@ -1,5 +1,6 @@
 """Pictures and masks that pipelines begin with, bit for bit as the reference prepares them."""
 
+import subprocess
 import warnings
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -15,6 +16,7 @@ from PIL import Image
 from minidiff import VaeImageProcessor, load_image
 from minidiff.images.processor import mask_tensor, to_tensor
 from minidiff.images.regions import RESIZE_MODES
+from minidiff.images.tensors import read_metadata
 from tests.theirs import diffusers
 
 RNG = np.random.default_rng(0)
@@ -285,3 +287,46 @@ def test_load_image(name: str, tmp_path: Path) -> None:
                 assert ours.mode == theirs.mode and np.array_equal(np.asarray(ours), np.asarray(theirs))
         server.shutdown()
     assert load_image(Path(path)).size == ((37, 45) if name == "turned.jpg" else (45, 37))
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM"])
+def test_formats_of_files(kind: str, tmp_path: Path) -> None:
+    picture().save(tmp_path / "picture", format=kind)
+    assert load_image(tmp_path / "picture").size == (45, 37)
+
+
+def test_no_program_is_started_for_a_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For EPS, whatever the file is called, PIL starts Ghostscript."""
+
+    def start(*arguments: Any, **options: Any) -> None:
+        raise AssertionError(f"a program was started: {arguments}")
+
+    picture().save(tmp_path / "picture.eps")
+    (tmp_path / "picture.eps").rename(tmp_path / "picture.png")
+    monkeypatch.setattr("PIL.EpsImagePlugin.has_ghostscript", lambda: True)
+    monkeypatch.setattr("PIL.EpsImagePlugin.gs_binary", "gs")
+    monkeypatch.setattr(subprocess, "check_call", start)
+    monkeypatch.setattr(subprocess, "Popen", start)
+    with pytest.raises(ValueError, match=r"picture\.png is not a picture that can be read \(PNG, JPEG, "):
+        load_image(tmp_path / "picture.png")
+    with pytest.raises(ValueError, match=r"picture\.png is not a picture that can be read \(PNG"):
+        read_metadata(tmp_path / "picture.png")
+
+
+@pytest.mark.parametrize("damage", ["cut", "bomb", "chunk", "empty", "text"])
+def test_broken_pictures(damage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "picture.png"
+    picture().save(path)
+    content = path.read_bytes()
+    if damage == "bomb":
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    else:
+        cut = {
+            "cut": content[:200],
+            "chunk": content[:60] + b"\0\xff" * 8 + content[76:],
+            "empty": b"",
+            "text": b"hello",
+        }
+        path.write_bytes(cut[damage])
+    with pytest.raises(ValueError, match=r"picture\.png is not a picture that can be read"):
+        load_image(path)

@@ -275,6 +275,8 @@ def test_the_old_callback_and_wrong_steps(shared: StableDiffusionPipeline) -> No
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         shared(**seeded(), callback=None, callback_steps=None)
+    with pytest.raises(TypeError, match="callback should be a function, found 3"), pytest.warns(FutureWarning):
+        shared(**seeded(), callback=3)
 
 
 def test_a_callback_may_name_its_tensors(shared: StableDiffusionPipeline) -> None:

@@ -301,6 +301,7 @@ def test_progress_bar(ours: DDPMPipeline, capsys: pytest.CaptureFixture[str]) ->
 
 REFUSED = {
     "batch_size": ({"batch_size": 0}, "batch_size should be at least 1, found 0"),
+    "memory": ({"batch_size": 10**9}, "batch_size should be at most 10,000, found 1,000,000,000"),
     "type": ({"batch_size": "2"}, "batch_size should be an integer, found '2'"),
     "steps": ({"num_inference_steps": 0}, "num_inference_steps should be a positive integer, found 0"),
     "many steps": ({"num_inference_steps": 1001}, "1001"),

@@ -117,6 +117,11 @@ INPAINTING: Wrong = {
     "a mask like latents": ({"mask_image": torch.zeros(1, 4, 8, 8)}, ValueError, "found 4 channels"),
     "NaN in the mask": ({"mask_image": MASK * float("nan")}, ValueError, "NaN or infinity"),
     "a mask of complex numbers": ({"mask_image": MASK + 0j}, ValueError, "floating, found torch.complex64"),
+    "a mask of no pixels": (
+        {"mask_image": Image.new("L", (64, 0))},
+        ValueError,
+        "has no pixels: its size is",
+    ),
     "a path": ({"mask_image": "mask.png"}, TypeError, "found str"),
     "masks that do not go round": (
         {"mask_image": MASK.repeat(2, 1, 1, 1), "num_images_per_prompt": 3},
@@ -248,7 +253,7 @@ FUNCTIONS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "two sizes": (lambda: overlay(WHITE, PIL, PIL.resize((8, 8))), ValueError, r"one size.*\(8, 8\)"),
     "no such file": (lambda: load_image("nowhere.png"), ValueError, "nowhere.png is not a file, nor an address"),
     "another protocol": (lambda: load_image("ftp://example.org/a.png"), ValueError, "http:// or https://"),
-    "not a picture": (lambda: load_image(__file__), ValueError, "is not a picture that PIL can read"),
+    "not a picture": (lambda: load_image(__file__), ValueError, "is not a picture that can be read"),
     "not a source": (lambda: load_image(3), ValueError, "found int"),
     "nobody there": (
         lambda: load_image("http://127.0.0.1:9/a.png"),

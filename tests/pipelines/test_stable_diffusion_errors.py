@@ -1,5 +1,7 @@
 """Every wrong argument of a generation is its own clear error, before anything is computed."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +56,26 @@ WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "too many steps": ({"num_inference_steps": 1001}, ValueError, "1001"),
     "steps of a wrong type": ({"num_inference_steps": "20"}, (ValueError, TypeError), "num_inference_steps.*'20'"),
     "timesteps and sigmas": ({"timesteps": [9], "sigmas": [1.0]}, ValueError, "not both"),
+    "a picture that fits into no memory": (
+        {"height": 8_000_000},
+        ValueError,
+        "height should be at most 65,536, found 8",
+    ),
+    "pictures without end": (
+        {"num_images_per_prompt": 2**63},
+        ValueError,
+        "num_images_per_prompt should be at most",
+    ),
+    "prompts without end": (
+        {"prompt": ["a"] * 10_001},
+        ValueError,
+        "prompts .* at most 10,000, found 10,001",
+    ),
+    "a prompt without end": (
+        {"prompt": "a" * 10**6},
+        ValueError,
+        "prompt 0 has 1,000,000 characters",
+    ),
     "no pictures": ({"num_images_per_prompt": 0}, ValueError, "num_images_per_prompt should be at least 1"),
     "guidance not a number": ({"guidance_scale": float("nan")}, ValueError, "guidance_scale.*nan"),
     "guidance of a wrong type": ({"guidance_scale": "7"}, TypeError, "guidance_scale should be a number"),
@@ -69,6 +91,26 @@ WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "generator of a wrong type": ({"generator": 7}, TypeError, "generator.*7"),
     "seed and generator": ({"seed": 1, "generator": torch.Generator()}, ValueError, "one of generator=, seed="),
     "too few seeds": ({"seeds": [1, 2]}, ValueError, "list of 1 integers"),
+    "seed too large": ({"seed": 2**70}, ValueError, r"a seed should be an integer from -2\^63 to .*71 bits"),
+    "seeds too large": ({"seeds": [2**64]}, ValueError, "65 bits"),
+    "guidance beyond floats": (
+        {"guidance_scale": 10**400},
+        ValueError,
+        "guidance_scale should be finite, .* bits",
+    ),
+    "latents that are text": ({"latents": "x"}, TypeError, "latents should be a tensor, found str"),
+    "embeddings that are text": (
+        {"prompt": None, "prompt_embeds": "x"},
+        TypeError,
+        "embeds should be a tensor, found str",
+    ),
+    "negative embeddings of lists": ({"negative_prompt_embeds": [[1.0]]}, TypeError, "a tensor, found list"),
+    "no function": ({"callback_on_step_end": 3}, TypeError, "callback_on_step_end should be a function, found 3"),
+    "no list of names": (
+        {"callback_on_step_end_tensor_inputs": "latents"},
+        TypeError,
+        "should be a list of names, found 'latents'",
+    ),
     "seed a float": ({"seed": 1.5}, TypeError, "seed should be an integer"),
     "clip_skip too large": ({"clip_skip": 4}, ValueError, "clip_skip.*0 to 3.*4"),
     "unknown output": ({"output_type": "jpeg"}, ValueError, "output_type.*jpeg"),
@@ -142,6 +184,44 @@ def test_components_that_are_absent(pipe: StableDiffusionPipeline) -> None:
 def test_a_picture_that_is_not_finite(pipe: StableDiffusionPipeline) -> None:
     with pytest.raises(ValueError, match="NaN or infinity"):
         pipe.decode(torch.full((1, 4, 8, 8), float("nan")))
+
+
+@contextmanager
+def refused(message: str, layer: torch.nn.Module, factor: float) -> Iterator[None]:
+    """Expect an error as long as the weights of a layer are so many times as large."""
+    before = layer.weight
+    layer.weight = torch.nn.Parameter(before.detach() * factor)
+    try:
+        with pytest.raises(ValueError, match=message):
+            yield
+    finally:
+        layer.weight = before
+
+
+@pytest.mark.parametrize("output_type", ["latent", "pil"])
+def test_where_values_that_are_not_finite_began(pipe: StableDiffusionPipeline, output_type: str) -> None:
+    """Float32 got the advice for float16, and latents were returned without a word."""
+    nan, options = float("nan"), {"num_inference_steps": 2, "output_type": output_type}
+    with refused(
+        r"latents hold NaN .*weight unet\.mid_block\S*conv1\.weight holds them", pipe.unet.mid.res[0].conv1, nan
+    ):
+        pipe(PROMPT, **options)
+    with refused(r"finite, so they began in a step: pipe\.steps\(\) shows in which$", pipe.unet.conv_out, 1e38):
+        pipe(PROMPT, **options)
+    with pytest.raises(ValueError, match="latents hold NaN .*prompt_embeds held them before the first step"):
+        pipe(prompt_embeds=EMBEDS * nan, **options)
+    for latents, found in ((torch.full((1, 4, 8, 8), nan), "NaN"), (torch.zeros(1, 4, 8, 8).cfloat(), "torch.comp")):
+        with pytest.raises(ValueError, match=f"latents should be finite floating-point numbers, found {found}"):
+            pipe(PROMPT, latents=latents, **options)
+
+
+def test_the_layer_in_which_a_decoder_overflows(pipe: StableDiffusionPipeline) -> None:
+    layer = pipe.vae.decoder.conv_in
+    with refused(r"hold NaN .*: layer decoder\.conv_in overflows in torch\.float32; try pipe\.vae\.to", layer, 1e38):
+        pipe.decode(torch.full((1, 4, 8, 8), 1e9))
+    with refused(r"pictures hold NaN .*the weight vae\.decoder\.conv_in\.weight holds them", layer, float("nan")):
+        pipe(PROMPT, num_inference_steps=1)
+    assert len(pipe(PROMPT, num_inference_steps=1).images) == 1 and not layer._forward_hooks
 
 
 def test_a_unet_that_does_not_know_its_size(pipe: StableDiffusionPipeline) -> None:

@@ -145,8 +145,12 @@ REFUSED = [
     (MULTI, {"solver_order": 4}, "solver_order=4"),
     (MULTI, {"algorithm_type": "sde-dpmsolver++", "solver_order": 3}, "solver_order=3"),
     (EULER, {"sigma_min": 0.0}, "needs 0 < sigma_min < sigma_max.*sigma_min=0.0"),
-    (EULER, {"sigma_min": None}, "sigma_min=None"),  # as a file of EulerDiscreteScheduler has it
-    (MULTI, {"sigma_max": None}, "sigma_max=None"),
+    (
+        EULER,
+        {"sigma_min": None},
+        "sigma_min should be a number, found None",
+    ),
+    (MULTI, {"sigma_max": None}, "sigma_max should be a number, found None"),
     (EULER, {"sigma_min": 90.0}, "sigma_min=90.0, sigma_max=80.0"),
     (MULTI, {"sigma_data": -1.0}, "sigma_data=-1.0"),
     (MULTI, {"rho": 0.0}, "rho=0.0"),

@@ -1,16 +1,21 @@
 """Bad input to a scheduler: each its own error, naming what was found and what to do."""
 
+import inspect
 import json
+import math
 
+import numpy as np
 import pytest
 import torch
 
 import minidiff
+from minidiff.configured import register_to_config
 from minidiff.errors import CheckpointNotFoundError, ConfigError
 from minidiff.noise import randn
 from tests.schedulers.runs import noise
 
 DDPM, PNDM, UNIPC = minidiff.DDPMScheduler, minidiff.PNDMScheduler, minidiff.UniPCMultistepScheduler
+SCHEDULERS = [name for name in minidiff.__all__ if name.endswith("Scheduler")]
 
 REFUSED = [  # class, options, words of the message
     (DDPM, {"beta_schedule": "cubic"}, "beta_schedule='cubic'.*'sigmoid'"),
@@ -216,3 +221,55 @@ def test_generators():
     scheduler.set_timesteps(5)
     with pytest.raises(TypeError, match="torch.Generator"):
         scheduler.step(noise(), 800, noise(), False)  # return_dict in the place of the generator
+
+
+WRONG = {  # field -> values that are not of its type
+    "num_train_timesteps": [0.5, "1000", None, True, 2 * 10**8, [1000], float("nan")],
+    "beta_start": ["x", None, False, [1.0], float("nan"), {}],
+    "beta_schedule": [None, 1, ["linear"]],
+    "trained_betas": ["abc", 0.1, [0.1, None], [0.1, float("nan")], [[0.1]], {"a": 1}],
+    "clip_sample": [None, 0, "false", []],
+    "clip_sample_range": [[1.0], None, "1"],
+    "use_karras_sigmas": [0, "no"],
+    "disable_corrector": [[0.5], "12", 1],
+    "shift_terminal": ["x", True],
+    "variance_type": [1, False],
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_fields_of_a_wrong_type(name):
+    """They failed at the first step, in a call of torch, or took 8 GB for their tables."""
+    kind = getattr(minidiff, name)
+    known = inspect.signature(kind).parameters
+    for field, values in WRONG.items():
+        for value in values if field in known else ():
+            with pytest.raises(ConfigError, match=f"^{name}: {field} should be "):
+                kind(**{field: value})
+    with pytest.raises(
+        ConfigError, match="num_train_timesteps should be .*; prediction_type should be a string, found 1"
+    ):
+        kind(num_train_timesteps="x", prediction_type=1)
+
+
+def test_numbers_of_other_libraries_are_numbers():
+    scheduler = UNIPC(beta_start=np.float32(1e-4), num_train_timesteps=np.int64(10), use_karras_sigmas=np.bool_(False))
+    for betas in (np.linspace(0.1, 0.2, 10), torch.linspace(0.1, 0.2, 10), tuple(np.linspace(0.1, 0.2, 10))):
+        assert torch.equal(UNIPC(num_train_timesteps=10, trained_betas=betas).betas, torch.linspace(0.1, 0.2, 10))
+    assert len(scheduler.betas) == 10
+    assert minidiff.DPMSolverMultistepScheduler(lambda_min_clipped=-math.inf).config.lambda_min_clipped == -math.inf
+
+
+@pytest.mark.parametrize("wrong", [{"beta_start": -1.0}, {"beta_end": math.inf}, {"trained_betas": [-0.1] * 1000}])
+def test_betas_of_which_nothing_comes(wrong):
+    with pytest.raises(ConfigError, match="betas should be finite and not negative, found|list of finite numbers"):
+        DDPM(**wrong)
+
+
+def test_a_scheduler_of_a_program_may_have_any_fields():
+    class Mine(DDPM):
+        @register_to_config
+        def __init__(self, num_train_timesteps=1000, anything: object = None, **others):
+            super().__init__(num_train_timesteps)
+
+    assert Mine(anything={"a": [1]}).config.anything == {"a": [1]}

@@ -44,6 +44,8 @@ WRONG = {
     "a (cat": r"'\(' is not closed; write \\\( if it is text \(at position 2 of the prompt 'a \(cat'\)",
     "a cat)": r"'\)' closes nothing; write \\\) .*position 5",
     "a cat]": r"'\]' closes nothing",
+    "(" * 101 + ")" * 101: "brackets are more than 100 deep here .at position 100 of the prompt '...\\(\\(",
+    "(a)" * 40_000: "the prompt has 120,000 characters; expected at most 100,000",
     "(a]": r"'\]' closes nothing.*position 2",
     "[a)": r"'\)' closes nothing",
     "a :1.3)": r"'\)' closes nothing.*position 6",

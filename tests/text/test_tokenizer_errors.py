@@ -376,3 +376,9 @@ def test_a_map_of_special_tokens_that_nobody_knows_of(
         said = run_with(hub, tmp_path / "cache", code, HF_HUB_OFFLINE="1")
         expected = "loaded" if whole else "NotCachedError: special_tokens_map.json of some/repo is not in"
         assert expected in said
+
+
+def test_a_text_is_no_list_of_ids(tokenizer: CLIPTokenizer) -> None:
+    for call in (lambda: tokenizer.decode("abc"), lambda: tokenizer.batch_decode(["abc"])):
+        with pytest.raises(TypeError, match="token_ids should be integers, found the text 'abc'"):
+            call()
