@@ -8,14 +8,14 @@ from importlib import import_module
 from typing import Any
 
 from minidiff.compat.paths import NAMES, PATHS
-from minidiff.registry import HOME, __version__, public
+from minidiff.registry import HOME, RENAMED, __version__, public
 
 __all__ = ["__version__", *HOME]
 
 
 def __getattr__(name: str) -> Any:
-    if name in HOME:
-        value = public(name)
+    if name in HOME or name in RENAMED:
+        value = public(RENAMED.get(name, name))
     elif name in PATHS:
         value = import_module(f"minidiff.{name}")
     elif name in NAMES:

@@ -42,6 +42,8 @@ HOME = {  # public name -> module that defines it
     "KDPM2DiscreteScheduler": "minidiff.schedulers.k_dpm_2",
     "LCMScheduler": "minidiff.schedulers.lcm",
     "LMSDiscreteScheduler": "minidiff.schedulers.lms",
+    "LatentConsistencyModelImg2ImgPipeline": "minidiff.pipelines.latent_consistency",
+    "LatentConsistencyModelPipeline": "minidiff.pipelines.latent_consistency",
     "ModelMixin": "minidiff.networks.own_model",
     "PNDMScheduler": "minidiff.schedulers.pndm",
     "SchedulerMixin": "minidiff.schedulers.mixin",
@@ -63,7 +65,10 @@ HOME = {  # public name -> module that defines it
     "make_image_grid": "minidiff.images.tensors",
 }
 
-RENAMED = {  # what versions of transformers write in model_index.json -> ours, which reads the same files
+RENAMED = {  # classes of transformers, in programs and in model_index.json -> ours, which reads the same files
+    "AutoFeatureExtractor": "CLIPImageProcessor",
+    "AutoImageProcessor": "CLIPImageProcessor",
+    "AutoTokenizer": "CLIPTokenizer",
     "CLIPFeatureExtractor": "CLIPImageProcessor",
     "CLIPImageProcessorFast": "CLIPImageProcessor",
     "CLIPImageProcessorPil": "CLIPImageProcessor",

@@ -39,6 +39,8 @@ FILES = (
     "others/test_config.py others/test_ema.py others/test_image_processor.py others/test_outputs.py "
     "others/test_training.py others/test_utils.py "
     "pipelines/ddim/test_ddim.py pipelines/ddpm/test_ddpm.py pipelines/test_pipelines.py "
+    "pipelines/latent_consistency_models/test_latent_consistency_models.py "
+    "pipelines/latent_consistency_models/test_latent_consistency_models_img2img.py "
     "pipelines/test_pipelines_auto.py pipelines/test_pipeline_utils.py "
     "pipelines/stable_diffusion/test_stable_diffusion.py pipelines/stable_diffusion/test_stable_diffusion_img2img.py "
     "pipelines/stable_diffusion/test_stable_diffusion_inpaint.py "

@@ -47,7 +47,7 @@ EXCLUDED: list[tuple[str, str, str]] = [  # (pattern of the file, pattern of Cla
     ("unet_2d.py", "TestNCSNpp", "NCSN++: skip blocks with FIR filters, and networks without group norm"),
     ("pipelines/", "IPAdapter::|ip_adapter", "image prompts (IP-Adapter) are not implemented"),
     (
-        "pipelines/stable_diffusion_xl",
+        "pipelines/(stable_diffusion_xl|latent_consistency)",
         "test_pipeline_signature",
         "asks for the arguments of IP-Adapter in the signature",
     ),

@@ -123,6 +123,14 @@ class AdaptedNetwork(AdapterControl):
             raise AttributeError("no adapter is loaded")
         return {name: Config(self._lora_config(name)) for name in adapters.names}
 
+    @peft_config.setter
+    def peft_config(self, config: Any) -> None:
+        raise NotImplementedError(
+            f"peft cannot put its layers into {type(self).__name__}: it fills them by names that are not those of the "
+            "modules here. To use an adapter call load_lora_adapter(folder), or load_lora_weights of the pipeline; to "
+            "train one is not implemented"
+        )
+
     def _lora_layers(self, name: str) -> list[LoraLayer]:
         return [layer for layer in adapters_of(self).layers.values() if name in layer.forms]
 

@@ -57,6 +57,34 @@ HARMLESS: dict[str, tuple[tuple[Any, ...], str]] = {
     "image_size": ((None, False), "give height= and width= to the call, or config= a folder or Hub id"),
     "num_in_channels": ((None, False), "it is read from the file; leave the argument out"),
 }
+
+
+class GGUFQuantizationConfig:
+    """What programs pass as ``quantization_config`` with a GGUF file, whose blocks are unpacked when it is loaded.
+
+    Args:
+        compute_dtype: has to be the ``torch_dtype`` of the call; default: float32.
+    """
+
+    def __init__(self, compute_dtype: torch.dtype | None = None) -> None:
+        self.compute_dtype = torch.float32 if compute_dtype is None else compute_dtype
+
+
+def take_gguf(arguments: dict[str, Any], dtype: torch.dtype, of_gguf: bool) -> dict[str, Any]:
+    """Return ``arguments`` without a ``GGUFQuantizationConfig``; raise ``TypeError`` if it asks for another dtype."""
+    config = arguments.get("quantization_config")
+    if not isinstance(config, GGUFQuantizationConfig):
+        return arguments
+    if not of_gguf:
+        raise TypeError("quantization_config=GGUFQuantizationConfig(...) is for .gguf files; leave it out")
+    if config.compute_dtype != dtype:
+        raise TypeError(
+            f"compute_dtype={config.compute_dtype} and torch_dtype={dtype} differ: a GGUF file is unpacked into one "
+            f"dtype, which computes too; pass torch_dtype={config.compute_dtype}"
+        )
+    return {name: value for name, value in arguments.items() if name != "quantization_config"}
+
+
 _SPREAD = ("auto", "balanced", "balanced_low_0", "sequential")  # over several devices, if there are
 
 

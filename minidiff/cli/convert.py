@@ -11,7 +11,7 @@ DTYPES = "float32 bfloat16 float16 float8_e4m3fn float8_e5m2"
 def add_convert(parser: argparse.ArgumentParser) -> None:
     """Describe the arguments of ``minidiff convert``."""
     add = parser.add_argument
-    add("source", metavar="IN", type=Path, help="a .safetensors file in the original spelling, or a folder")
+    add("source", metavar="IN", type=Path, help="a .safetensors or .gguf file, or a folder")
     add("target", metavar="OUT", type=Path, help="a file that ends in .safetensors, or a folder")
     add("--to", choices=["hub", "single-file"], help="layout of OUT (default: what its name says)")
     add("--dtype", choices=DTYPES.split(), help="(default: what is stored)")

@@ -116,6 +116,8 @@ def _needs_prompt(args: argparse.Namespace, call: Callable) -> bool:
     if "prompt" in inspect.signature(call).parameters:
         if args.prompt is None:
             raise ValueError(f'{kind}, which needs a prompt: minidiff generate "red apple"')
+        if args.negative is not None and "negative_prompt" not in inspect.signature(call).parameters:
+            raise ValueError(f"{kind}, which takes no negative prompt: leave out --negative")
         return True
     if given := [spelling for option, spelling in FOR_TEXT.items() if getattr(args, option) is not None]:
         raise ValueError(f"{kind}, which draws without a prompt and in one size: leave out {', '.join(given)}")

@@ -8,7 +8,7 @@ from minidiff.errors import printable
 
 def add_inspect(parser: argparse.ArgumentParser) -> None:
     """Describe the arguments of ``minidiff inspect``."""
-    parser.add_argument("checkpoint", type=Path, help="a .safetensors file, or a folder in Hub layout")
+    parser.add_argument("checkpoint", type=Path, help="a .safetensors or .gguf file, or a folder")
     parser.add_argument("--keys", action="store_true", help="list every tensor's name: ours, Hub, original")
     parser.add_argument("--config", metavar="FOLDER|ID", help="what describes the file, if not the published model")
     parser.add_argument("--variant", metavar="NAME", help="which weights of a folder, such as fp16")

@@ -31,9 +31,14 @@ PATHS: dict[str, Sequence[str]] = {
     "callbacks": ["callbacks"],
     "configuration_utils": ["configured", "compat.utils"],
     "hooks": ["checkpoints.casting"],
+    "hooks.layerwise_casting": ["checkpoints.casting"],
     "image_processor": ["images.processor", "compat.utils"],
     "loaders": ["adapters", "compat.utils"],
+    "loaders.lora_pipeline": ["adapters"],
     "loaders.peft": ["adapters.network"],
+    "loaders.single_file": ["pipelines.single_file"],
+    "loaders.single_file_model": ["checkpoints.original.single_file"],
+    "loaders.textual_inversion": ["adapters.textual_inversion"],
     "logging": ["compat.logging"],  # there an attribute of the package
     "models": [
         "networks.unet",
@@ -58,6 +63,7 @@ PATHS: dict[str, Sequence[str]] = {
     "models.unets.unet_2d_condition": ["networks.unet"],
     "pipelines": ["pipelines", "pipelines.ddpm"],
     "pipelines.auto_pipeline": ["pipelines.auto"],
+    "pipelines.latent_consistency_models": ["pipelines.latent_consistency"],
     "pipelines.pipeline_utils": ["pipelines.base", "pipelines.ddpm"],
     "pipelines.stable_diffusion": ["pipelines", "networks.safety_checker", "compat.utils"],
     "pipelines.stable_diffusion.pipeline_output": ["pipelines.stable_diffusion"],
@@ -65,6 +71,8 @@ PATHS: dict[str, Sequence[str]] = {
     "pipelines.stable_diffusion_xl": ["pipelines"],
     "pipelines.stable_diffusion_xl.pipeline_output": ["pipelines.stable_diffusion_xl"],
     "pipelines.stable_diffusion_xl.watermark": ["compat.utils"],
+    "quantizers": ["checkpoints.arguments"],
+    "quantizers.quantization_config": ["checkpoints.arguments"],
     "schedulers": ["schedulers", "schedulers.mixin"],
     "schedulers.scheduling_utils": ["schedulers.mixin"],
     "utils": ["images.tensors", "outputs", "compat.utils", "compat.logging"],
@@ -81,13 +89,20 @@ PATHS: dict[str, Sequence[str]] = {
         for family in ("stable_diffusion", "stable_diffusion_xl")
         for task in _TASKS
     },
+    **{
+        f"pipelines.latent_consistency_models.pipeline_latent_consistency_{task}": ["pipelines.latent_consistency"]
+        for task in ("text2img", "img2img")
+    },
     **{_scheduling(name): [HOME[name].removeprefix("minidiff.")] for name in HOME if name.endswith("Scheduler")},
 }
 
 NAMES: dict[str, tuple[str, str]] = {  # published name -> the module below minidiff and the name it has there
     "BaseOutput": ("outputs", "Output"),
+    "DiagonalGaussianDistribution": ("networks.vae", "DiagonalGaussian"),
+    "FromOriginalModelMixin": ("checkpoints.original.single_file", "SingleFileModel"),
     "FromSingleFileMixin": ("pipelines.single_file", "SingleFilePipeline"),
     "FrozenDict": ("config", "Config"),
+    "GGUFQuantizationConfig": ("checkpoints.arguments", "GGUFQuantizationConfig"),
     "ImagePipelineOutput": ("pipelines.ddpm", "ImagePipelineOutput"),
     "LoraLoaderMixin": ("adapters.lora_loader", "LoraLoader"),
     "StableDiffusionLoraLoaderMixin": ("adapters.lora_loader", "LoraLoader"),

@@ -31,6 +31,11 @@ logger = logging.getLogger("minidiff")
 CONCEPTS, SPECIAL = 17, 3  # how many there are
 
 
+def cosine_distance(image_embeds: Tensor, text_embeds: Tensor) -> Tensor:
+    """Return the cosine of each of the first (B, D) with each of the second (N, D): (B, N). The name is published."""
+    return F.normalize(image_embeds) @ F.normalize(text_embeds).T
+
+
 class StableDiffusionSafetyChecker(CLIPVisionModelWithProjection):
     """Flag pictures and make them black; see the head of this file.
 
@@ -63,8 +68,8 @@ class StableDiffusionSafetyChecker(CLIPVisionModelWithProjection):
     @torch.no_grad()
     def cosines(self, clip_input: Tensor) -> tuple[Tensor, Tensor]:
         """Return the cosines between pictures and the special concepts (B, 3), and all others (B, 17)."""
-        embeds = F.normalize(self.visual_projection(self.vision_model(clip_input).pooler_output))
-        return embeds @ F.normalize(self.special_care_embeds).T, embeds @ F.normalize(self.concept_embeds).T
+        embeds = self.visual_projection(self.vision_model(clip_input).pooler_output)
+        return cosine_distance(embeds, self.special_care_embeds), cosine_distance(embeds, self.concept_embeds)
 
     def forward(self, clip_input: Tensor, images: Any) -> tuple[Any, list[bool]]:
         """Look at pictures.

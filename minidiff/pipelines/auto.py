@@ -10,9 +10,9 @@ from typing import Any, ClassVar
 
 from minidiff.errors import ConfigError
 from minidiff.pipelines.base import DiffusionPipeline
-from minidiff.registry import public
+from minidiff.registry import HOME, public
 
-FAMILIES = ("StableDiffusion", "StableDiffusionXL")
+FAMILIES = ("StableDiffusion", "StableDiffusionXL", "LatentConsistencyModel")
 TASKS = ("Pipeline", "Img2ImgPipeline", "InpaintPipeline")  # how the names of a family's classes end
 
 
@@ -41,9 +41,10 @@ class AutoPipeline(DiffusionPipeline):
     def _of(cls, name: object) -> type[DiffusionPipeline]:
         """Return the class of this task in the family of the class with this name."""
         for family in FAMILIES:
-            if name in [family + task for task in TASKS]:
+            if name in [family + task for task in TASKS] and family + cls.task in HOME:
                 return public(family + cls.task)
-        raise ConfigError(f"{cls.__name__} knows the families {' and '.join(FAMILIES)}, found {name}")
+        known = [family for family in FAMILIES if family + cls.task in HOME]
+        raise ConfigError(f"{cls.__name__} knows the families {' and '.join(known)}, found {name}")
 
 
 class AutoPipelineForText2Image(AutoPipeline):

@@ -189,3 +189,11 @@ def test_folders_that_lack_something(sd: Pipes, tmp_path: Path) -> None:
     with pytest.raises(CheckpointNotFoundError, match="of_all/unet has no adapter_model.safetensors.*only safetensors"):
         ours.load_lora_weights(tmp_path / "of_all")
     assert ours.get_list_adapters() == {}
+
+
+def test_peft_is_told_what_to_call_instead(tmp_path: Path) -> None:
+    """It fills its layers by the names of modules, which are ours: they would keep their first, random values."""
+    pipe = minidiff.StableDiffusionPipeline.from_pretrained(save_tiny(tmp_path), safety_checker=None)
+    for network in (pipe.unet, pipe.text_encoder):
+        with pytest.raises(NotImplementedError, match=r"call load_lora_adapter\(folder\), or load_lora_weights"):
+            peft.get_peft_model(network, peft.LoraConfig(target_modules=["to_q", "q_proj"]))

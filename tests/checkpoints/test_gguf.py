@@ -111,6 +111,20 @@ def test_a_unet_in_every_spelling(
             assert torch.equal(mine[name], values(name, data).reshape(mine[name].shape).to(dtype)), name
 
 
+def test_the_reference_s_way_to_ask(unet: minidiff.UNet2DConditionModel, config: Path, tmp_path: Path) -> None:
+    """``GGUFQuantizationConfig`` asks for what is done anyway, if its dtype is that of the call."""
+    path = write(tmp_path / "unet.gguf", {n: packed(t, KINDS.Q8_0) for n, t in spelled(unet, "ldm").items()})
+    load, asked = minidiff.UNet2DConditionModel.from_single_file, minidiff.GGUFQuantizationConfig
+    plain = load(path, config=config, torch_dtype=torch.bfloat16)
+    found = load(path, config=config, torch_dtype=torch.bfloat16, quantization_config=asked(torch.bfloat16))
+    assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), found.parameters(), strict=True))
+    assert load(path, config=config, quantization_config=asked()).dtype == torch.float32
+    with pytest.raises(TypeError, match="pass torch_dtype=torch.bfloat16"):
+        load(path, config=config, quantization_config=asked(torch.bfloat16))
+    with pytest.raises(TypeError, match="is for .gguf files"):
+        load(tmp_path / "unet.safetensors", quantization_config=asked())
+
+
 def test_shapes_that_ggml_does_not_keep(unet: minidiff.UNet2DConditionModel, config: Path, tmp_path: Path) -> None:
     """ComfyUI-GGUF says the shape of kernels that it lays out in rows; stable-diffusion.cpp adds axes of length 1."""
     names = spelled(unet, "ldm")

@@ -27,8 +27,9 @@ class StandIn:
     def __init__(self) -> None:
         self.scheduler = minidiff.PNDMScheduler(beta_start=0.00085, beta_end=0.012, skip_prk_steps=True)
 
-    def __call__(self, prompt, *, width, height, seeds, **rest):
-        self.call = {"prompt": prompt, "width": width, "height": height, "seeds": seeds, **rest}
+    def __call__(self, prompt, *, negative_prompt, width, height, seeds, **rest):
+        self.call = {"prompt": prompt, "negative_prompt": negative_prompt, "seeds": seeds, **rest}
+        self.call |= {"width": width, "height": height}
         images = [Image.new("RGB", (width or 64, height or 64), (seed % 256,) * 3) for seed in seeds]
         return SimpleNamespace(images=images, seeds=seeds)
 
@@ -269,6 +270,14 @@ def test_an_embedded_checkpoint_by_name_and_a_folder_of_that_name_first(pipe, tm
 def test_the_kind_of_a_checkpoint_is_read_before_its_weights(tmp_path):
     (tmp_path / "model_index.json").write_text('{"_class_name": "DDIMPipeline"}')
     assert generate._pipeline_class(tmp_path) is minidiff.DDIMPipeline
+
+
+def test_a_negative_prompt_where_there_is_none_is_one_line(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model_index.json").write_text('{"_class_name": "LatentConsistencyModelPipeline"}')
+    assert cli.main(["generate", "x", "--model", ".", "--negative", "y"]) == 2
+    shown = capsys.readouterr().err
+    assert shown.count("\n") == 1 and "takes no negative prompt: leave out --negative" in shown
 
 
 def test_without_the_safety_checker(monkeypatch, tmp_path):

@@ -11,6 +11,7 @@ import pytest
 
 import minidiff
 from minidiff.compat.paths import NAMES, PATHS
+from minidiff.registry import RENAMED
 from tests.theirs import diffusers
 
 MODULES = [path for path in PATHS if path != "logging"]  # which is an attribute of the package there
@@ -58,6 +59,15 @@ IMPORTS = [
     "from minidiff.pipelines.stable_diffusion import StableDiffusionSafetyChecker",
     "from minidiff import StableDiffusionMixin, ImagePipelineOutput, logging; logging.set_verbosity_error()",
     "from minidiff.models import UNet2DConditionModel, AutoencoderKL",
+    "from minidiff.loaders.lora_pipeline import StableDiffusionLoraLoaderMixin, StableDiffusionXLLoraLoaderMixin",
+    "from minidiff.loaders.single_file import FromSingleFileMixin",
+    "from minidiff.loaders.single_file_model import FromOriginalModelMixin",
+    "from minidiff.loaders.textual_inversion import TextualInversionLoaderMixin",
+    "from minidiff.hooks.layerwise_casting import apply_layerwise_casting",
+    "from minidiff.quantizers.quantization_config import GGUFQuantizationConfig",
+    "from minidiff.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDistribution",
+    "from minidiff.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker, cosine_distance",
+    "from minidiff.pipelines.latent_consistency_models import LatentConsistencyModelPipeline",
     "import minidiff; minidiff.schedulers.scheduling_ddim.DDIMScheduler; minidiff.utils.BaseOutput",
 ]
 
@@ -110,3 +120,9 @@ def test_the_import_block_of_a_pipeline_of_the_reference_runs(file):
             exec(f"from {home} import {name}")
             found += 1
     assert found > 10
+
+
+@pytest.mark.parametrize("name", RENAMED)
+def test_names_of_transformers_that_mean_a_class_of_ours(name):
+    """Those of older versions too, which programs still import."""
+    assert getattr(minidiff, name) is getattr(minidiff, RENAMED[name])

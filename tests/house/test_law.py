@@ -34,14 +34,14 @@ TOP = len(RANKS)
 
 # Lines of code of a room, signatures and all, docstrings not. Raise one only in a commit that says why.
 BUDGET = {
-    "adapters": 1450,
+    "adapters": 1456,
     "checkpoints": 2720,
     "cli": 260,
-    "compat": 795,
+    "compat": 802,
     "fast": 560,
     "images": 605,
     "networks": 2085,
-    "pipelines": 3170,
+    "pipelines": 3295,
     "schedulers": 2570,
     "text": 655,
     "top": 1095,

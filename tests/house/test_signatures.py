@@ -15,6 +15,7 @@ import pytest
 import minidiff
 from minidiff.compat.paths import PATHS
 from minidiff.pipelines.latent import LatentPipeline
+from minidiff.pipelines.latent_consistency import ConsistencyImageRequest, ConsistencyRequest
 from minidiff.pipelines.request import Request
 from minidiff.pipelines.request_image import ImageRequest, InpaintRequest
 from minidiff.pipelines.request_xl import XLImageRequest, XLInpaintRequest, XLRequest
@@ -22,7 +23,8 @@ from minidiff.pipelines.stable_diffusion_instruct_pix2pix import EditRequest
 from minidiff.pipelines.stable_diffusion_xl_instruct_pix2pix import XLEditRequest
 from tests.theirs import diffusers, transformers
 
-NAMES = [name for name in minidiff.__all__ if name.startswith("StableDiffusion") and name.endswith("Pipeline")]
+FAMILIES = ("StableDiffusion", "LatentConsistency")
+NAMES = [name for name in minidiff.__all__ if name.startswith(FAMILIES) and name.endswith("Pipeline")]
 OURS = {"seed", "seeds", "long_prompt", "not_implemented"}  # beyond the reference
 REFUSED = {  # by name
     "ip_adapter_image",
@@ -60,6 +62,8 @@ def test_calls(name: str) -> None:
 
 
 REQUESTS = {
+    "LatentConsistencyModelPipeline": ConsistencyRequest,
+    "LatentConsistencyModelImg2ImgPipeline": ConsistencyImageRequest,
     "StableDiffusionPipeline": Request,
     "StableDiffusionImg2ImgPipeline": ImageRequest,
     "StableDiffusionInpaintPipeline": InpaintRequest,
@@ -222,6 +226,7 @@ OTHERS = {  # name -> arguments that differ
     "SDXLCFGCutoffCallback": CALLBACKS,
     "Decoder": {"spec", "in_channels", "z", "sample"},  # parts of our networks
     "Encoder": {"spec", "in_channels", "x", "sample"},
+    "DiagonalGaussianDistribution": {"moments", "parameters", "deterministic"},  # one that is no distribution
     "adjust_lora_scale_text_encoder": {"model", "weight", "text_encoder", "lora_scale"},  # is scale_lora_layers here
     "pt_to_pil": {"x", "images"},
 }

@@ -4,6 +4,7 @@ import json
 import logging
 import shutil
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -338,6 +339,28 @@ def test_inspect_and_convert(checked: Path, tmp_path: Path) -> None:
     index = index_of(tmp_path / "back")
     assert index["safety_checker"] == [None, None] and index["feature_extractor"][1].startswith("CLIPImageProcessor")
     assert minidiff.StableDiffusionPipeline.from_pretrained(tmp_path / "back").feature_extractor is not None
+
+
+def test_a_checker_of_ones_own_that_reads_the_scores(checked: Path) -> None:
+    """As programs with a threshold of their own are written: by the names of the reference's module."""
+    found = []
+    for library in (minidiff, diffusers):
+        module = import_module(f"{library.__name__}.pipelines.stable_diffusion.safety_checker")
+
+        class Tunable(module.StableDiffusionSafetyChecker):
+            cosine = staticmethod(module.cosine_distance)
+
+            def forward(self, clip_input: Tensor, images: Any) -> Any:
+                embeds = self.visual_projection(self.vision_model(clip_input)[1])
+                self.scores = self.cosine(embeds, self.concept_embeds) - self.concept_embeds_weights
+                return images, (self.scores > -1.9).any(dim=1).tolist()
+
+        pipe = load(library.StableDiffusionPipeline, checked)
+        pipe.safety_checker = Tunable.from_pretrained(checked, subfolder="safety_checker", torch_dtype=torch.float64)
+        out = pipe(**CALL, generator=seeded(1))
+        found.append((pipe.safety_checker.scores, out.nsfw_content_detected))
+    assert relative_error(found[0][0], found[1][0]) < 1e-10
+    assert found[0][1] == found[1][1]
 
 
 # --- Bad input ---------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, NoReturn
 
 import torch
 
-from minidiff.checkpoints.arguments import refuse_unless_harmless
+from minidiff.checkpoints.arguments import refuse_unless_harmless, take_gguf
 from minidiff.checkpoints.hub import PICKLES, WHY_NO_PICKLES, Repo
 from minidiff.checkpoints.load import OnMeta, as_dtype, fill, listed, paused_collector
 from minidiff.checkpoints.model import Model
@@ -173,8 +173,9 @@ class SingleFileModel:
             TypeError: naming an argument of the reference that is not implemented.
         """
         use_ema = bool(overrides.pop("extract_ema", False)) or use_ema  # the reference's name of it
-        overrides = refuse_unless_harmless(overrides)
         wanted = as_dtype(torch_dtype, dtype)
+        is_gguf = str(pretrained_model_link_or_path_or_dict).endswith(".gguf")
+        overrides = refuse_unless_harmless(take_gguf(overrides, wanted, is_gguf))
         where = {"cache_dir": cache_dir, "local_files_only": bool(local_files_only), "token": token}
         path = find(
             pretrained_model_link_or_path_or_dict, {**where, "revision": revision, "force_download": force_download}
