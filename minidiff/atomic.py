@@ -15,7 +15,7 @@ import shutil
 import stat
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from itertools import islice
 from pathlib import Path
@@ -32,6 +32,7 @@ except ImportError:  # Windows: nothing is locked, so savers do not wait, and no
 _PREFIX, _SUFFIX = ".minidiff-", ".tmp"
 _YOUNG = 3600  # seconds without a change in which a folder may be that of a process on another machine
 _swept: dict[Path, float] = {}  # folders that were searched for what was left behind, and when
+HEADS = ("model_index.json", "config.json", "vocab.json")  # of a pipeline, a network, a tokenizer: what is read first
 MOST_ENTRIES = 1000  # of a folder that is exchanged as a whole
 _KINDS = {
     stat.S_IFLNK: "a symbolic link",
@@ -103,26 +104,22 @@ def whole_folder(target: Path, head: str) -> Iterator[Path]:
         target.mkdir(parents=True, exist_ok=True)
         yield target
         return
-    with _alone(target):
-        known = _exchangeable(target)
-        if known is not None:
-            with workplace(target) as place:
-                made = place / target.name
-                if _link_all(known, target, made):
-                    yield made
-                    put_in_place(made, target, (head,), known)
-                    _move_arrivals(made, target, known)  # ``made`` is the old one now
-                    return
-        _refuse_other_than_files(target / head)
-        (target / head).unlink(missing_ok=True)
-        yield target
+    with _alone(target), _linked(target) as (made, known):
+        if made is None:
+            _refuse_other_than_files(target / head)
+            (target / head).unlink(missing_ok=True)
+            yield target
+            return
+        yield made
+        put_in_place(made, target, known)
+        _move_arrivals(made, target, known)  # ``made`` is the old one now
 
 
-def put_in_place(made: Path, target: Path, heads: Sequence[str] = (), known: Iterable[Path] = ()) -> None:
+def put_in_place(made: Path, target: Path, known: Iterable[Path] = ()) -> None:
     """Give a file or folder its name; a folder that had it gets the other's, where the system can at the same moment.
 
-    Where it cannot, the files are moved one by one, and those ``known`` that are no more are removed. Meanwhile there
-    are no ``heads``, the files that are read first, so that the folder does not load.
+    Where it cannot, the files are moved one by one, and those ``known`` that are no more are removed. Meanwhile the
+    files that are read first are not there (``HEADS``), so that nothing in the folder loads.
 
     Raises:
         FileExistsError: if something of another kind has the name.
@@ -140,18 +137,18 @@ def put_in_place(made: Path, target: Path, heads: Sequence[str] = (), known: Ite
         try:
             _exchange(made, target)
         except OSError:
-            _move_into(made, target, heads, known)
+            _move_into(made, target, set(known))
     _sync(target.parent)
 
 
-def _move_into(made: Path, target: Path, heads: Sequence[str], known: Iterable[Path]) -> None:
+def _move_into(made: Path, target: Path, known: set[Path]) -> None:
     new = {path.relative_to(made) for path in _entries(made)}
-    for name in heads:
-        (target / name).unlink(missing_ok=True)
-    for name in sorted(set(known) - new, reverse=True):
-        with suppress(OSError):  # it may be gone already, and a folder may not be empty
-            (target / name).rmdir() if kind_of(target / name) == "a folder" else (target / name).unlink()
-    for name in sorted(new, key=lambda name: (str(name) in heads, name)):
+    heads = {name for name in known | new if name.name in HEADS}
+    for name in sorted(known, key=lambda name: (name not in heads, -len(name.parts))):
+        if name in heads or name not in new:
+            with suppress(OSError):  # it may be gone already, and a folder may not be empty
+                (target / name).rmdir() if kind_of(target / name) == "a folder" else (target / name).unlink()
+    for name in [*sorted(new - heads), *sorted(new & heads, key=lambda name: -len(name.parts))]:
         if kind_of(made / name) == "a folder":
             (target / name).mkdir(exist_ok=True)
         else:
@@ -177,7 +174,8 @@ def _exchange(one: Path, other: Path) -> None:
 @contextmanager
 def workplace(target: Path) -> Iterator[Path]:
     """Yield a new folder beside ``target``, on the same disk, which is removed at the end with what is in it."""
-    _remove_stale(target.parent)
+    with suppress(OSError):  # a folder may be written to and not read
+        _remove_stale(target.parent)
     place = target.with_name(f"{_PREFIX}{uuid4().hex}{_SUFFIX}")
     try:
         place.mkdir()
@@ -254,13 +252,12 @@ def _remove_stale(folder: Path) -> None:
     if now - _swept.get(folder, -math.inf) < _YOUNG:  # it may hold 100,000 pictures, each written by itself
         return
     _swept[folder] = now
-    with suppress(OSError):
-        for place in [folder / name for name in os.listdir(folder) if _is_workplace(name)]:
-            with suppress(OSError):  # somebody else removed it, or has the lock
-                changed = max(path.lstat().st_mtime for path in (place, *_entries(place)))
-                if time.time() - changed > _YOUNG and (lock := _lock(place)) is not None:
-                    shutil.rmtree(place)
-                    _unlock(lock)
+    for place in (folder / name for name in os.listdir(folder) if _is_workplace(name)):
+        with suppress(OSError):  # somebody else removed it, or has the lock
+            changed = max(path.lstat().st_mtime for path in (place, *_entries(place)))
+            if time.time() - changed > _YOUNG and (lock := _lock(place)) is not None:
+                shutil.rmtree(place)
+                _unlock(lock)
 
 
 @contextmanager
@@ -357,6 +354,15 @@ def _exchangeable(target: Path) -> list[Path] | None:
     if len(entries) > MOST_ENTRIES or not os.access(target.parent, os.W_OK):
         return None
     return [path.relative_to(target) for path in entries if not _is_hidden(path)]
+
+
+@contextmanager
+def _linked(target: Path) -> Iterator[tuple[Path | None, list[Path]]]:
+    """Yield a folder that begins with hard links to what is in ``target``, and their names; None if that cannot be."""
+    known = _exchangeable(target)
+    with nullcontext() if known is None else workplace(target) as place:
+        made = None if place is None else place / target.name
+        yield (made, known) if made and _link_all(known, target, made) else (None, [])
 
 
 def _mount_points() -> Iterator[Path]:

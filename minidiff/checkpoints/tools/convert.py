@@ -77,7 +77,7 @@ def convert(
             write = _write_single_file if to == "single-file" else _write_folder
             write(checkpoint, made, dtype, progress)
         _check_target(source, target, force)  # it may have come to be, or have been changed, since
-        put_in_place(made, target, HEADS, [path.relative_to(target) for path in target.rglob("*")])
+        put_in_place(made, target, [path.relative_to(target) for path in target.rglob("*")])
     return checkpoint
 
 
