@@ -43,8 +43,8 @@ BUDGET = {
     "networks": 2110,
     "pipelines": 3115,
     "schedulers": 2525,
-    "text": 650,
-    "top": 1060,
+    "text": 652,
+    "top": 1146,
 }
 
 
