@@ -118,8 +118,9 @@ def whole_folder(target: Path, head: str) -> Iterator[Path]:
 def put_in_place(made: Path, target: Path, known: Iterable[Path] = ()) -> None:
     """Give a file or folder its name; a folder that had it gets the other's, where the system can at the same moment.
 
-    Where it cannot, the files are moved one by one, and those ``known`` that are no more are removed. Meanwhile the
-    files that are read first are not there (``HEADS``), so that nothing in the folder loads.
+    Where it cannot, there is no folder for a moment, the old one is beside it. Where not even that can be, the files
+    are moved one by one, and those ``known`` that are no more are removed. Meanwhile the files that are read first are
+    not there (``HEADS``), so that nothing in the folder loads.
 
     Raises:
         FileExistsError: if something of another kind has the name.
@@ -137,8 +138,23 @@ def put_in_place(made: Path, target: Path, known: Iterable[Path] = ()) -> None:
         try:
             _exchange(made, target)
         except OSError:
-            _move_into(made, target, set(known))
+            _replace(made, target, set(known))
     _sync(target.parent)
+
+
+def _replace(made: Path, target: Path, known: set[Path]) -> None:
+    aside = target.with_name(f"{target.name}.old-{uuid4().hex}")
+    try:
+        os.rename(target, aside)
+    except OSError:
+        _move_into(made, target, known)
+        return
+    try:
+        os.rename(made, target)
+    except OSError:
+        os.rename(aside, target)
+        raise
+    os.rename(aside, made)
 
 
 def _move_into(made: Path, target: Path, known: set[Path]) -> None:

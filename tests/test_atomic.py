@@ -291,8 +291,27 @@ def not_permitted(*arguments: object) -> None:
 def test_without_an_exchange_by_the_system(
     old: minidiff.StableDiffusionPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As over NFS: the files are moved one by one, between which the folder does not load."""
+    """As over NFS: the folders change names one after the other, and if the second cannot, the first gets its back."""
     monkeypatch.setattr(atomic, "_exchange", not_permitted)
+    folder, rename = tmp_path / "unet", os.rename
+    old.unet.save_pretrained(folder)
+    (folder / "mine.txt").write_text("mine")
+    before = folder.stat().st_ino
+    old.unet.save_pretrained(folder)
+    assert folder.stat().st_ino != before and (folder / "mine.txt").exists()
+    monkeypatch.setattr(os, "rename", lambda a, b: not_permitted() if ".minidiff" in str(a) else rename(a, b))
+    before = folder.stat().st_ino
+    with pytest.raises(PermissionError):
+        old.unet.save_pretrained(folder)
+    assert folder.stat().st_ino == before and [path.name for path in tmp_path.iterdir()] == ["unet"]
+
+
+def test_a_folder_that_cannot_be_renamed(
+    old: minidiff.StableDiffusionPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As one of a lower layer of a container: the files are moved one by one, and meanwhile nothing in it loads."""
+    monkeypatch.setattr(atomic, "_exchange", not_permitted)
+    monkeypatch.setattr(os, "rename", not_permitted)
     folder = tmp_path / "pipe"
     old.save_pretrained(folder, max_shard_size="20KB")
     (folder / "mine.txt").write_text("mine")
