@@ -33,7 +33,7 @@ _PREFIX, _SUFFIX = ".minidiff-", ".tmp"
 _YOUNG = 3600  # seconds without a change in which a folder may be that of a process on another machine
 _swept: dict[Path, float] = {}  # folders that were searched for what was left behind, and when
 HEADS = ("model_index.json", "config.json", "vocab.json")  # of a pipeline, a network, a tokenizer: what is read first
-MOST_ENTRIES = 1000  # of a folder that is exchanged as a whole
+MOST_ENTRIES = 5000  # of a folder that is exchanged as a whole: it takes about a second
 _KINDS = {
     stat.S_IFLNK: "a symbolic link",
     stat.S_IFDIR: "a folder",
@@ -110,9 +110,11 @@ def whole_folder(target: Path, head: str) -> Iterator[Path]:
             (target / head).unlink(missing_ok=True)
             yield target
             return
+        before = target.stat()
         yield made
         put_in_place(made, target, known)
-        _move_arrivals(made, target, known)  # ``made`` is the old one now
+        if kind_of(made) is not None and os.path.samestat(made.stat(), before):  # it is the old one, not another save
+            _move_arrivals(made, target, known)
 
 
 def put_in_place(made: Path, target: Path, known: Iterable[Path] = ()) -> None:
@@ -204,7 +206,8 @@ def workplace(target: Path) -> Iterator[Path]:
     except Exception as error:
         if not _is_full(error):
             raise
-        size = sum(path.stat().st_size for path in place.rglob("*") if path.is_file())
+        found = [path.lstat() for path in _entries(place)]
+        size = sum(status.st_size for status in found if stat.S_ISREG(status.st_mode) and status.st_nlink == 1)
         message = f"the disk of {target.parent} is full after {size:,} bytes of {target.name}; {target} is as it was"
         raise OSError(errno.ENOSPC, message) from error
     finally:
