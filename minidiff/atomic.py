@@ -350,13 +350,18 @@ def _is_full(error: Exception) -> bool:
 
 
 def _entries(folder: Path) -> Iterator[Path]:
-    """Yield what is in a folder and below, folders before their content. Raises ``OSError`` for one it cannot read."""
+    """Yield what is in a folder and below, folders before their content, but not what is made there at the moment.
+
+    Raises ``OSError`` for a folder that it cannot read.
+    """
 
     def stop(error: OSError) -> None:
-        raise error
+        if not isinstance(error, FileNotFoundError):  # it was removed meanwhile
+            raise error
 
     for where, folders, files in os.walk(folder, onerror=stop):  # does not follow links
         yield from (Path(where, name) for name in (*folders, *files))
+        folders[:] = (name for name in folders if not _is_workplace(name))
 
 
 def _exchangeable(target: Path) -> list[Path] | None:
@@ -394,18 +399,25 @@ def _link_all(names: Iterable[Path], source: Path, target: Path) -> bool:
     """Make ``target``, and in it what has these names in ``source``. Return whether the disk can."""
     target.mkdir()
     _give(target, source.stat())
-    try:
-        for name in names:
-            if kind_of(source / name) == "a folder":
-                (target / name).mkdir()
-                _give(target / name, (source / name).stat())
-            elif kind_of(source / name) == "a symbolic link":
-                (target / name).symlink_to(os.readlink(source / name))
-            else:
-                os.link(source / name, target / name)
-    except OSError:
-        return False
+    for name in names:
+        try:
+            _link(source / name, target / name)
+        except FileNotFoundError:  # it was removed meanwhile
+            continue
+        except OSError:
+            return False
     return True
+
+
+def _link(source: Path, target: Path) -> None:
+    kind = kind_of(source)
+    if kind == "a folder":
+        target.mkdir()
+        _give(target, source.stat())
+    elif kind == "a symbolic link":
+        target.symlink_to(os.readlink(source))
+    else:
+        os.link(source, target)
 
 
 def _move_arrivals(old: Path, target: Path, known: Iterable[Path]) -> None:
