@@ -420,9 +420,22 @@ def _link(source: Path, target: Path) -> None:
         os.link(source, target)
 
 
+def _is_in_use(place: Path) -> bool:
+    try:
+        lock = _lock(place)
+    except BlockingIOError:
+        return True
+    except FileNotFoundError:
+        return False
+    _unlock(lock)
+    return lock is None  # nobody knows
+
+
 def _move_arrivals(old: Path, target: Path, known: Iterable[Path]) -> None:
     """Keep what others have put into the old folder since its files were linked."""
     for name in sorted({path.relative_to(old) for path in _entries(old)} - set(known)):
+        if _is_workplace(name.name) and not _is_in_use(old / name):
+            continue
         if kind_of(old / name) is not None and kind_of(target / name) is None:  # not moved yet
             (target / name).parent.mkdir(parents=True, exist_ok=True)
             os.rename(old / name, target / name)

@@ -204,6 +204,19 @@ def test_what_is_replaced_keeps_its_mode_and_owner(tmp_path: Path, kind: str) ->
     assert (after.st_mode, after.st_uid, after.st_gid) == (before.st_mode, before.st_uid, before.st_gid)
 
 
+def test_a_part_that_is_being_written_comes_along(tmp_path: Path) -> None:
+    """Its writer has the lock; where nobody has, it was left behind."""
+    folder = tmp_path / "pipe"
+    folder.mkdir()
+    with atomic.workplace(folder / "unet") as used:
+        (used / "unet").mkdir()
+        (folder / ".minidiff-left.tmp").mkdir()
+        with atomic.whole_folder(folder, "model_index.json") as place:
+            atomic.write_text(place / "model_index.json", "new")
+        assert (used / "unet").is_dir()
+        assert {path.name for path in folder.iterdir()} == {"model_index.json", used.name}
+
+
 @pytest.mark.parametrize("locks", [True, False])
 def test_two_savers_of_one_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, locks: bool) -> None:
     """They wait for each other, and where there are no locks the last one is whole.
