@@ -23,11 +23,7 @@ from typing import Any
 from uuid import uuid4
 
 from minidiff.errors import CheckpointError
-
-try:
-    import fcntl
-except ImportError:  # Windows: nothing is locked, so savers do not wait, and nothing that was left behind is removed
-    fcntl = None  # type: ignore[assignment]
+from minidiff.locks import alone, is_in_use, lock, unlock
 
 _PREFIX, _SUFFIX = ".minidiff-", ".tmp"
 _YOUNG = 3600  # seconds without a change in which a folder may be that of a process on another machine
@@ -104,7 +100,7 @@ def whole_folder(target: Path, head: str) -> Iterator[Path]:
         target.mkdir(parents=True, exist_ok=True)
         yield target
         return
-    with _alone(target), _linked(target) as (made, known):
+    with alone(target), _linked(target) as (made, known):
         if made is None:
             _refuse_other_than_files(target / head)
             (target / head).unlink(missing_ok=True)
@@ -200,7 +196,7 @@ def workplace(target: Path) -> Iterator[Path]:
     except OSError as error:
         message = f"{target.name} cannot be written there: {error.strerror}"
         raise OSError(error.errno, message, str(target.parent)) from error
-    lock = _lock(place)
+    held = lock(place)
     try:
         yield place
     except Exception as error:
@@ -212,7 +208,7 @@ def workplace(target: Path) -> Iterator[Path]:
         raise OSError(errno.ENOSPC, message) from error
     finally:
         shutil.rmtree(place, ignore_errors=True)
-        _unlock(lock)
+        unlock(held)
 
 
 @contextmanager
@@ -274,54 +270,9 @@ def _remove_stale(folder: Path) -> None:
     for place in (folder / name for name in os.listdir(folder) if _is_workplace(name)):
         with suppress(OSError):  # somebody else removed it, or has the lock
             changed = max(path.lstat().st_mtime for path in (place, *_entries(place)))
-            if time.time() - changed > _YOUNG and (lock := _lock(place)) is not None:
+            if time.time() - changed > _YOUNG and (held := lock(place)) is not None:
                 shutil.rmtree(place)
-                _unlock(lock)
-
-
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Make a folder, if there is none, and let others of this machine who save to it wait for the end of the block."""
-    existed = folder.is_dir()
-    while True:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = None
-        with suppress(FileNotFoundError):
-            lock = _lock(folder, wait=True)
-            if lock is None or os.path.samestat(os.fstat(lock), folder.stat()):
-                break
-        _unlock(lock)  # whoever had it has exchanged the folder for another
-    try:
-        yield
-    finally:
-        if not existed:
-            with suppress(OSError):  # it is not empty: all went well
-                folder.rmdir()
-        _unlock(lock)
-
-
-def _lock(folder: Path, wait: bool = False) -> int | None:
-    """Lock a folder until the returned handle is unlocked; None where there are no locks.
-
-    Raises ``BlockingIOError`` if another has it and is not waited for.
-    """
-    if fcntl is None:
-        return None
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except BaseException as error:
-        os.close(handle)
-        if not isinstance(error, OSError) or isinstance(error, BlockingIOError):
-            raise
-        return None  # a file system that has none
-    return handle
-
-
-def _unlock(lock: int | None) -> None:
-    if lock is not None:
-        fcntl.flock(lock, fcntl.LOCK_UN)  # processes that were forked meanwhile have the handle too
-        os.close(lock)
+                unlock(held)
 
 
 def _give(made: Path, status: os.stat_result) -> None:
@@ -420,21 +371,10 @@ def _link(source: Path, target: Path) -> None:
         os.link(source, target)
 
 
-def _is_in_use(place: Path) -> bool:
-    try:
-        lock = _lock(place)
-    except BlockingIOError:
-        return True
-    except FileNotFoundError:
-        return False
-    _unlock(lock)
-    return lock is None  # nobody knows
-
-
 def _move_arrivals(old: Path, target: Path, known: Iterable[Path]) -> None:
     """Keep what others have put into the old folder since its files were linked."""
     for name in sorted({path.relative_to(old) for path in _entries(old)} - set(known)):
-        if _is_workplace(name.name) and not _is_in_use(old / name):
+        if _is_workplace(name.name) and not is_in_use(old / name):
             continue
         if kind_of(old / name) is not None and kind_of(target / name) is None:  # not moved yet
             (target / name).parent.mkdir(parents=True, exist_ok=True)

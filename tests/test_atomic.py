@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 import minidiff
-from minidiff import atomic
+from minidiff import atomic, locks
 from minidiff.checkpoints import load
 from minidiff.checkpoints.hub import Repo
 from minidiff.checkpoints.tools.convert import convert
@@ -217,21 +217,21 @@ def test_a_part_that_is_being_written_comes_along(tmp_path: Path) -> None:
         assert {path.name for path in folder.iterdir()} == {"model_index.json", used.name}
 
 
-@pytest.mark.parametrize("locks", [True, False])
-def test_two_savers_of_one_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, locks: bool) -> None:
+@pytest.mark.parametrize("with_locks", [True, False])
+def test_two_savers_of_one_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, with_locks: bool) -> None:
     """They wait for each other, and where there are no locks the last one is whole.
 
     What the first had written came back as an arrival, and was loaded instead of what the second wrote.
     """
     begun = threading.Event()
-    if not locks:
-        monkeypatch.setattr(atomic, "fcntl", None)
+    if not with_locks:
+        monkeypatch.setattr(locks, "fcntl", None)
 
     def save(index: bool) -> None:
         with atomic.whole_folder(tmp_path / "unet", "config.json") as place:
             (begun.set if index else begun.wait)()
             if not index:
-                (place / "index").unlink(missing_ok=not locks)
+                (place / "index").unlink(missing_ok=not with_locks)
             time.sleep(0.1 if index else 0.2)
             for name in ["index"] * index + ["config.json"]:
                 atomic.write_text(place / name, str(index))
@@ -251,11 +251,11 @@ def test_a_fork_does_not_keep_a_lock(tmp_path: Path) -> None:
         if (child := os.fork()) == 0:
             time.sleep(60)
             os._exit(0)
-    lock = atomic._lock(tmp_path / "unet")
+    held = locks.lock(tmp_path / "unet")
     os.kill(child, 9)
     os.waitpid(child, 0)
-    assert lock is not None
-    os.close(lock)
+    assert held is not None
+    os.close(held)
 
 
 @pytest.mark.parametrize("without", ["fcntl", "flock"])
@@ -266,9 +266,9 @@ def test_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, without:
         raise OSError(errno.ENOSYS, "Function not implemented")
 
     if without == "fcntl":
-        monkeypatch.setattr(atomic, "fcntl", None)
+        monkeypatch.setattr(locks, "fcntl", None)
     else:
-        monkeypatch.setattr(atomic.fcntl, "flock", missing)
+        monkeypatch.setattr(locks.fcntl, "flock", missing)
     for text in ("old", "new"):
         with atomic.whole_folder(tmp_path / "unet", "config.json") as place:
             atomic.write_text(place / "config.json", text)
