@@ -6,6 +6,8 @@ import random
 import shutil
 import socket
 import stat
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,13 +17,14 @@ import torch
 from PIL import Image
 
 import minidiff
-from minidiff import atomic
+from minidiff import atomic, locks
 from minidiff.checkpoints import load
 from minidiff.checkpoints.hub import Repo
 from minidiff.checkpoints.tools.convert import convert
 from minidiff.errors import CheckpointError
 from minidiff.images import tensors as images
 from minidiff.pipelines import base
+from minidiff.text import tokenizer_files
 from tests.kills import changes, kill_at
 from tests.tiny import save_tiny
 
@@ -128,15 +131,21 @@ def test_killed_writes_of_a_file(tmp_path: Path, kind: str) -> None:
     assert found == sorted(found, reverse=True) and set(found) == {0, 1}  # first the old, then the new, nothing else
 
 
-def test_what_a_killed_process_left_is_removed_by_the_next(tmp_path: Path) -> None:
+def test_what_a_killed_process_left_is_removed_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "a.txt"
-    kill_at(2, lambda: atomic.write_text(path, "new"), tmp_path)
+    monkeypatch.setattr(atomic, "_swept", {})
+    kill_at(4, lambda: atomic.write_text(path, "new"), tmp_path)
     (left,) = strays(tmp_path)
-    atomic.write_text(path, "young")
-    assert left.exists()  # it may not have its lock yet
+    (inside,) = left.iterdir()
     os.utime(left, (0, 0))
+    atomic.write_text(path, "young")
+    assert left.exists()  # something in it was just written: by another machine, whose locks are not seen
+    os.utime(inside, (0, 0))
+    atomic.write_text(path, "searched")
+    assert left.exists()  # not at each write: there may be many files
     with atomic.workplace(path) as place:
         os.utime(place, (0, 0))
+        atomic._swept.clear()
         atomic.write_text(path, "old")
         assert strays(tmp_path) == [place]  # in use, however old
     assert strays(tmp_path) == [] and path.read_text() == "old"
@@ -155,7 +164,121 @@ def test_other_files_of_a_folder_stay(old: minidiff.StableDiffusionPipeline, tmp
     assert read == {"mine.txt": "mine", "config.json": "new", "late.txt": "late"}
 
 
-@pytest.mark.parametrize("why", ["the current folder", "many files", "beside it is not ours"])
+def test_links_that_are_not_written_stay(old: minidiff.StableDiffusionPipeline, tmp_path: Path) -> None:
+    """A folder of training holds such as ``wandb/latest-run``: the last save was refused."""
+    (tmp_path / "out" / "wandb").mkdir(parents=True)
+    (tmp_path / "out" / "wandb" / "latest-run").symlink_to("run-1")
+    os.mkfifo(tmp_path / "out" / "pipe")
+    old.save_pretrained(tmp_path / "out")
+    old.save_pretrained(tmp_path / "out")
+    assert os.readlink(tmp_path / "out" / "wandb" / "latest-run") == "run-1"
+    assert atomic.kind_of(tmp_path / "out" / "pipe") == "a pipe"
+
+
+def test_a_folder_that_is_a_link_is_not_written_into(old: minidiff.StableDiffusionPipeline, tmp_path: Path) -> None:
+    """Such as the autoencoder that another pipeline has too."""
+    (tmp_path / "shared").mkdir()
+    (tmp_path / "pipe").mkdir()
+    (tmp_path / "pipe" / "vae").symlink_to(tmp_path / "shared")
+    with pytest.raises(FileExistsError, match=r"/pipe/vae is a symbolic link; expected a folder"):
+        old.save_pretrained(tmp_path / "pipe")
+    assert list((tmp_path / "shared").iterdir()) == [] and [p.name for p in (tmp_path / "pipe").iterdir()] == ["vae"]
+
+
+@pytest.mark.parametrize("kind", ["a file", "a folder"])
+def test_what_is_replaced_keeps_its_mode_and_owner(tmp_path: Path, kind: str) -> None:
+    """A private file became everybody's, and the folder of a group its saver's alone."""
+    path = tmp_path / "x"
+    path.mkdir() if kind == "a folder" else path.touch()
+    path.chmod(0o2770 if kind == "a folder" else 0o600)
+    if os.geteuid() == 0:
+        os.chown(path, 1234, 1235)
+    before = path.stat()
+    if kind == "a folder":
+        with atomic.whole_folder(path, "config.json") as place:
+            atomic.write_text(place / "config.json", "new")
+    else:
+        atomic.write_text(path, "new")
+    after = path.stat()
+    assert after.st_ino != before.st_ino
+    assert (after.st_mode, after.st_uid, after.st_gid) == (before.st_mode, before.st_uid, before.st_gid)
+
+
+def test_a_part_that_is_being_written_comes_along(tmp_path: Path) -> None:
+    """Its writer has the lock; where nobody has, it was left behind."""
+    folder = tmp_path / "pipe"
+    folder.mkdir()
+    with atomic.workplace(folder / "unet") as used:
+        (used / "unet").mkdir()
+        (folder / ".minidiff-left.tmp").mkdir()
+        with atomic.whole_folder(folder, "model_index.json") as place:
+            atomic.write_text(place / "model_index.json", "new")
+        assert (used / "unet").is_dir()
+        assert {path.name for path in folder.iterdir()} == {"model_index.json", used.name}
+
+
+@pytest.mark.parametrize("with_locks", [True, False])
+def test_two_savers_of_one_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, with_locks: bool) -> None:
+    """They wait for each other, and where there are no locks the last one is whole.
+
+    What the first had written came back as an arrival, and was loaded instead of what the second wrote.
+    """
+    begun = threading.Event()
+    if not with_locks:
+        monkeypatch.setattr(locks, "fcntl", None)
+
+    def save(index: bool) -> None:
+        with atomic.whole_folder(tmp_path / "unet", "config.json") as place:
+            (begun.set if index else begun.wait)()
+            if not index:
+                (place / "index").unlink(missing_ok=not with_locks)
+            time.sleep(0.1 if index else 0.2)
+            for name in ["index"] * index + ["config.json"]:
+                atomic.write_text(place / name, str(index))
+
+    first, second = (threading.Thread(target=save, args=(index,)) for index in (True, False))
+    first.start()
+    begun.wait()
+    second.start()
+    first.join()
+    second.join()
+    assert [(p.name, p.read_text()) for p in (tmp_path / "unet").iterdir()] == [("config.json", "False")]
+
+
+def test_a_fork_does_not_keep_a_lock(tmp_path: Path) -> None:
+    with atomic.whole_folder(tmp_path / "unet", "config.json") as place:
+        atomic.write_text(place / "config.json", "new")
+        if (child := os.fork()) == 0:
+            time.sleep(60)
+            os._exit(0)
+    held = locks.lock(tmp_path / "unet")
+    os.kill(child, 9)
+    os.waitpid(child, 0)
+    assert held is not None
+    os.close(held)
+
+
+@pytest.mark.parametrize("without", ["fcntl", "flock"])
+def test_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, without: str) -> None:
+    """As on Windows, and on some file systems of clusters, where nothing could be saved."""
+
+    def missing(handle: int, operation: int) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    if without == "fcntl":
+        monkeypatch.setattr(locks, "fcntl", None)
+    else:
+        monkeypatch.setattr(locks.fcntl, "flock", missing)
+    for text in ("old", "new"):
+        with atomic.whole_folder(tmp_path / "unet", "config.json") as place:
+            atomic.write_text(place / "config.json", text)
+    assert (tmp_path / "unet" / "config.json").read_text() == "new" and strays(tmp_path) == []
+
+
+WHYS = ["the current folder", "many files", "beside it is not ours", "no hard links", "a folder that cannot be read"]
+
+
+@pytest.mark.parametrize("why", [*WHYS, "a mount point"])
 def test_a_folder_that_cannot_be_exchanged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, why: str) -> None:
     """It is written into, and until it is whole it has not the file that is read first."""
     target = tmp_path / "pipe"
@@ -164,9 +287,15 @@ def test_a_folder_that_cannot_be_exchanged(tmp_path: Path, monkeypatch: pytest.M
     if why == "the current folder":
         monkeypatch.chdir(target)
     elif why == "many files":
-        monkeypatch.setattr(atomic, "MOST_ENTRIES", 1)
-    else:
+        monkeypatch.setattr(atomic, "MOST_ENTRIES", 0)
+    elif why == "beside it is not ours":
         monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)
+    elif why == "no hard links":
+        monkeypatch.setattr(os, "link", not_permitted)
+    elif why == "a folder that cannot be read":
+        monkeypatch.setattr(atomic, "_entries", not_permitted)
+    else:
+        monkeypatch.setattr(atomic, "_mount_points", lambda: [target])
     before = target.stat().st_ino
     with atomic.whole_folder(target, "model_index.json") as place:
         assert place == target and not (target / "model_index.json").exists()
@@ -174,17 +303,44 @@ def test_a_folder_that_cannot_be_exchanged(tmp_path: Path, monkeypatch: pytest.M
     assert target.stat().st_ino == before and (target / "model_index.json").read_text() == "new"
 
 
-def test_without_an_exchange_by_the_system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def missing(one: Path, other: Path) -> None:
-        raise OSError(errno.EINVAL, "the file system cannot")
+def not_permitted(*arguments: object) -> None:
+    raise PermissionError(errno.EPERM, "Operation not permitted")
 
-    monkeypatch.setattr(atomic, "_exchange", missing)
-    monkeypatch.setattr(os, "link", missing)
-    (tmp_path / "pipe").mkdir()
-    (tmp_path / "pipe" / "mine.txt").write_text("mine")
-    with atomic.whole_folder(tmp_path / "pipe", "model_index.json") as place:
-        atomic.write_text(place / "model_index.json", "new")
-    assert sorted(path.name for path in tmp_path.rglob("*")) == ["mine.txt", "model_index.json", "pipe"]
+
+def test_without_an_exchange_by_the_system(
+    old: minidiff.StableDiffusionPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As over NFS: the folders change names one after the other, and if the second cannot, the first gets its back."""
+    monkeypatch.setattr(atomic, "_exchange", not_permitted)
+    folder, rename = tmp_path / "unet", os.rename
+    old.unet.save_pretrained(folder)
+    (folder / "mine.txt").write_text("mine")
+    before = folder.stat().st_ino
+    old.unet.save_pretrained(folder)
+    assert folder.stat().st_ino != before and (folder / "mine.txt").exists()
+    monkeypatch.setattr(os, "rename", lambda a, b: not_permitted() if ".minidiff" in str(a) else rename(a, b))
+    before = folder.stat().st_ino
+    with pytest.raises(PermissionError):
+        old.unet.save_pretrained(folder)
+    assert folder.stat().st_ino == before and [path.name for path in tmp_path.iterdir()] == ["unet"]
+
+
+def test_a_folder_that_cannot_be_renamed(
+    old: minidiff.StableDiffusionPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As one of a lower layer of a container: the files are moved one by one, and meanwhile nothing in it loads."""
+    monkeypatch.setattr(atomic, "_exchange", not_permitted)
+    monkeypatch.setattr(os, "rename", not_permitted)
+    folder = tmp_path / "pipe"
+    old.save_pretrained(folder, max_shard_size="20KB")
+    (folder / "mine.txt").write_text("mine")
+    moved, replace = [], os.replace
+    monkeypatch.setattr(os, "replace", lambda one, other: (moved.append(Path(other).name), replace(one, other)))
+    before = folder.stat().st_ino
+    old.save_pretrained(folder)
+    assert moved[-1] == "model_index.json" and folder.stat().st_ino == before
+    assert not list(folder.rglob("*.index.json")) and (folder / "mine.txt").exists() and strays(tmp_path) == []
+    assert version_of(minidiff.StableDiffusionPipeline.from_pretrained(folder), old) >= {True}
 
 
 def irregular(path: Path, kind: str) -> None:
@@ -276,6 +432,21 @@ def test_convert_refuses_a_folder_with_foreign_files(
     assert (project / foreign).read_text() == '{"of": "mine"}'
 
 
+def test_convert_to_the_current_folder_and_a_broken_link(
+    old: minidiff.StableDiffusionPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first took the current folder away from the process and its shell, the second was a raw error."""
+    old.unet.save_pretrained(tmp_path / "unet")
+    old.unet.save_pretrained(tmp_path / "here")
+    (tmp_path / "link").symlink_to("nowhere")
+    monkeypatch.chdir(tmp_path / "here")
+    for target in (".", tmp_path / "here"):
+        with pytest.raises(FileExistsError, match="/here is the current folder"):
+            convert(tmp_path / "unet", target, force=True)
+    with pytest.raises(FileExistsError, match="/link is a symbolic link, not a folder"):
+        convert(tmp_path / "unet", tmp_path / "link", force=True)
+
+
 def test_convert_looks_again_before_it_replaces(old: minidiff.StableDiffusionPipeline, tmp_path: Path) -> None:
     old.unet.save_pretrained(tmp_path / "unet")
     with pytest.raises(FileExistsError, match="out exists; --force replaces it"):
@@ -364,6 +535,29 @@ def test_a_conversion_during_which_the_source_is_saved(
     with pytest.raises(CheckpointError, match=r"model_index.json was replaced while it and .* were read"):
         convert(tmp_path / "pipe", tmp_path / "out.safetensors", progress=save_once)
     assert [path.name for path in tmp_path.iterdir()] == ["pipe"]
+
+
+def test_a_save_while_a_tokenizer_is_read(
+    old: minidiff.StableDiffusionPipeline,
+    new: minidiff.StableDiffusionPipeline,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    old.tokenizer.save_pretrained(tmp_path / "tokenizer")
+
+    def save_then_read(path: Path) -> list[str]:
+        new.tokenizer.save_pretrained(tmp_path / "tokenizer")
+        return read(path)
+
+    read = tokenizer_files._read_merges
+    monkeypatch.setattr(tokenizer_files, "_read_merges", save_then_read)
+    with pytest.raises(CheckpointError, match=r"vocab.json was replaced while it and .* were read"):
+        minidiff.CLIPTokenizer.from_pretrained(tmp_path / "tokenizer")
+
+
+def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"x.json cannot be written there: .*: '.*/missing'"):
+        atomic.write_text(tmp_path / "missing" / "x.json", "new")
 
 
 @pytest.mark.parametrize("of", [OSError(errno.ENOSPC, "No space left"), ValueError("IO error (os error 28)")])

@@ -85,7 +85,8 @@ def apply_layerwise_casting(
             or that has values beyond the largest of ``storage_dtype``. Nothing is changed then.
         TypeError: if a dtype is none to store or compute in, or the patterns are no sequence of strings.
     """
-    if not (isinstance(storage_dtype, torch.dtype) and storage_dtype.is_floating_point):
+    is_floating = isinstance(storage_dtype, torch.dtype) and storage_dtype.is_floating_point
+    if not is_floating or storage_dtype == torch.float8_e8m0fnu:  # which has no sign: half of the weights became NaN
         raise TypeError(
             f"storage_dtype should be a floating torch.dtype such as torch.float8_e4m3fn, found {storage_dtype!r}"
         )

@@ -142,7 +142,12 @@ class Repo:
             return sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
         from huggingface_hub import HfApi
 
-        info = HfApi(token=self.token).model_info(str(self.source), revision=self.revision)
+        try:
+            info = HfApi(token=self.token).model_info(str(self.source), revision=self.revision)
+        except Exception as error:  # its own, and those of the transport
+            raise CheckpointNotFoundError(
+                f"{self} lacks a file that is needed, and the Hub did not say what it has instead: {error}"
+            ) from error
         folder = PurePosixPath(self.subfolder or "")
         paths = [PurePosixPath(sibling.rfilename) for sibling in info.siblings or []]
         return sorted(path.name for path in paths if path.parent == folder)
@@ -174,8 +179,10 @@ class Repo:
 
     def _shards(self, index_name: str, path: Path) -> Weights:
         index = read_json(path).get("weight_map")
-        if not isinstance(index, dict) or not all(isinstance(value, str) for value in index.values()):
-            raise CheckpointError(f"{path} should have a 'weight_map' from tensor names to file names")
+        if not isinstance(index, dict) or not index or not all(isinstance(value, str) for value in index.values()):
+            raise CheckpointError(
+                f"{path} should have a 'weight_map' from tensor names to file names, found {index!r:.50}"
+            )
         # An index may come from anywhere: a name with a folder in it could point outside the repository.
         strange = sorted(
             {name for name in index.values() if not name.endswith(".safetensors") or Path(name).name != name}

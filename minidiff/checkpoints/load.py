@@ -77,6 +77,8 @@ class SafetensorsFile(OpenFile):
             except SafetensorError as error:
                 what = what_is(path) or f"{error}; if it was cut short, download or save it again (force_download=True)"
                 raise CheckpointError(f"{path} is not a complete safetensors file: {what}") from error
+            except RuntimeError as error:  # of torch, which maps it
+                raise CheckpointError(f"{path} could not be opened: {error}") from error
             super().__init__(path)
 
     def header(self) -> tuple[dict[str, Any], int]:

@@ -13,7 +13,7 @@ from typing import Any
 
 from tokenizers import AddedToken
 
-from minidiff.atomic import whole_folder, write_text
+from minidiff.atomic import unchanged, whole_folder, write_text
 from minidiff.checkpoints.hub import MissingFileError, NotCachedError, Repo
 from minidiff.config import read_json
 from minidiff.errors import CheckpointError, ConfigError
@@ -21,6 +21,7 @@ from minidiff.sniff import what_is
 from minidiff.text.bpe import END_OF_WORD
 
 ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")
+_HEAD = "vocab.json"  # written last
 NO_LIMIT = int(1e30)  # the reference's model_max_length of a tokenizer whose files do not say
 
 _IMPLEMENTED = {  # fields that would change the tokens -> the values that describe what CLIPTokenizer does
@@ -41,7 +42,11 @@ def read_tokenizer(source: str | Path, **where: Any) -> dict[str, Any]:
 
     Raise ``CheckpointNotFoundError``, ``CheckpointError`` (a damaged file) or ``ConfigError`` (another kind).
     """
-    repo = Repo(source, **where)
+    with unchanged(Path(source, where.get("subfolder") or "", _HEAD)):  # of a local folder
+        return _read(Repo(source, **where))
+
+
+def _read(repo: Repo) -> dict[str, Any]:
     # The vocabulary comes last: a download that breaks off half-way then leaves no vocabulary in the cache, instead of
     # one that loads with the wrong pad token because the map is missing. For the same reason it is an error if nobody
     # knows, offline, whether there is a map; but not beside a tokenizer.json, as transformers 5 writes it without one.
@@ -60,7 +65,7 @@ def read_tokenizer(source: str | Path, **where: Any) -> dict[str, Any]:
         vocab, merges, more = _read_whole(whole)
         added += more
     else:
-        vocab, merges = read_json(repo.file("vocab.json")), _read_merges(repo.file("merges.txt"))
+        vocab, merges = read_json(repo.file(_HEAD)), _read_merges(repo.file("merges.txt"))
     return {"vocab": vocab, "merges": merges, **read_fields(config, special_map, added)}
 
 
@@ -75,11 +80,11 @@ def write_tokenizer(
     implemented = {name: values[0] for name, values in _IMPLEMENTED.items() if isinstance(values[0], bool | str)}
     decoder = {str(i): token.__getstate__() for i, token in sorted(added.items())}
     lines = ["#version: 0.2", *(f"{a} {b}" for a, b in merges), ""]
-    with whole_folder(folder, "vocab.json") as place:
+    with whole_folder(folder, _HEAD) as place:
         _write_json(place / "tokenizer_config.json", {**implemented, **fields, "added_tokens_decoder": decoder})
         _write_json(place / "special_tokens_map.json", {role: fields[role] for role in ROLES})
         write_text(place / "merges.txt", "\n".join(lines))
-        _write_json(place / "vocab.json", dict(sorted(vocab.items(), key=lambda item: item[1])))
+        _write_json(place / _HEAD, dict(sorted(vocab.items(), key=lambda item: item[1])))
 
 
 def _write_json(path: Path, value: Any) -> None:

@@ -279,6 +279,11 @@ def test_offloaded(pipe: minidiff.StableDiffusionPipeline, method: str, first: b
 
 WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "storage": ({"storage_dtype": torch.int8}, TypeError, "storage_dtype should be a floating torch.dtype.*int8"),
+    "no sign": (
+        {"storage_dtype": torch.float8_e8m0fnu},
+        TypeError,
+        "storage_dtype should be .*found torch.float8_e8m0",
+    ),
     "compute": ({"compute_dtype": E4M3}, TypeError, "compute_dtype=torch.float8_e4m3fn is not one of torch.float64"),
     "one pattern": ({"skip_modules_pattern": "norm"}, TypeError, "should be a sequence of patterns, found the string"),
     "too large": (

@@ -136,7 +136,8 @@ def test_index_that_points_elsewhere(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "content", ['{"metadata": {}}', '{"weight_map": ["a"]}', '{"weight_map": {"a": 1}}', "[]", "{"]
+    "content",
+    ['{"metadata": {}}', '{"weight_map": {}}', '{"weight_map": ["a"]}', '{"weight_map": {"a": 1}}', "[]", "{"],
 )
 def test_broken_index(tmp_path: Path, content: str) -> None:
     (tmp_path / "model.safetensors.index.json").write_text(content)
@@ -331,6 +332,14 @@ def test_hub_weights_download_only_what_is_loaded(hub: HubServer, tmp_path: Path
 def test_hub_weights_offline(hub: HubServer, tmp_path: Path) -> None:
     message = run(hub, tmp_path, 'Repo("some/repo", "unet").weights("model")', HF_HUB_OFFLINE="1")
     assert "NotCachedError" in message and "unet/model" in message
+
+
+def test_hub_that_cannot_be_asked_what_there_is_instead(hub: HubServer, tmp_path: Path) -> None:
+    """It was a raw error of huggingface_hub, offline with the marks of absence of an earlier try."""
+    code = 'Repo("some/repo", "unet").weights("absent")'
+    assert "some/repo/unet has only model.bin" in run(hub, tmp_path, code)
+    message = run(hub, tmp_path, code, HF_HUB_OFFLINE="1")
+    assert "CheckpointNotFoundError: some/repo/unet lacks a file" in message and "the Hub did not say" in message
 
 
 def test_local_folder_wins_over_the_hub(hub: HubServer, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 import minidiff
 from minidiff import AutoencoderKL
+from minidiff.checkpoints import load
 from minidiff.checkpoints.load import as_dtype
 from minidiff.checkpoints.save import parse_size, save_json, split
 from minidiff.errors import CheckpointError, CheckpointNotFoundError, ConfigError
@@ -45,6 +46,15 @@ def message(folder: Path, **arguments: Any) -> str:
     with pytest.raises(CheckpointError) as caught:
         AutoencoderKL.from_pretrained(folder, **arguments)
     return str(caught.value)
+
+
+def test_more_shards_than_files_may_be_open(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(path: Path, framework: str) -> None:
+        raise RuntimeError(f"unable to open file <{path}> in read-only mode: Too many open files (24)")
+
+    monkeypatch.setattr(load, "safe_open", refused)
+    found = message(folder)
+    assert f"{folder / WEIGHTS} could not be opened: " in found and "Too many open files" in found
 
 
 # --- tensors ---------------------------------------------------------------------------------------------------------

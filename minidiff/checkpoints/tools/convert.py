@@ -5,6 +5,7 @@ are read, converted and written a megabyte at a time; only a transposed matrix i
 incomplete has a temporary name.
 """
 
+import os
 from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
@@ -31,6 +32,7 @@ from minidiff.errors import CheckpointError, CheckpointNotFoundError, ConfigErro
 from minidiff.registry import RENAMED, public
 
 LAYOUTS = ("hub", "single-file")
+HEADS = ("model_index.json", "config.json")  # what is read first in a folder
 Progress = Callable[[int, int], None]  # bytes written now, bytes in all
 
 
@@ -62,10 +64,10 @@ def convert(
         FileExistsError: if ``target`` exists and ``force`` is not given.
         CheckpointError: if tensors are missing, unknown or misshapen, or the original spelling has no names for them.
     """
-    source, target = Path(source), Path(target)
+    source, target = Path(source), Path(os.path.abspath(target))  # "." has no name; a link is not followed
     to = _layout(target, to)
     _check_target(source, target, force)
-    heads = [source / name for name in ("model_index.json", "config.json") if (source / name).is_file()]
+    heads = [source / name for name in HEADS if (source / name).is_file()]
     with workplace(target) as place:
         made = place / target.name
         with unchanged(heads[0] if heads else source):
@@ -75,7 +77,7 @@ def convert(
             write = _write_single_file if to == "single-file" else _write_folder
             write(checkpoint, made, dtype, progress)
         _check_target(source, target, force)  # it may have come to be, or have been changed, since
-        put_in_place(made, target)
+        put_in_place(made, target, [path.relative_to(target) for path in target.rglob("*")])
     return checkpoint
 
 
@@ -96,10 +98,12 @@ def _check_target(source: Path, target: Path, force: bool) -> None:
         raise CheckpointNotFoundError(f"the folder {target.parent} of the output {target.name} does not exist")
     if kind_of(target) is None:
         return
-    if source.exists() and (target.samefile(source) or target.resolve() in source.resolve().parents):
+    if source.exists() and target.resolve() in (source.resolve(), *source.resolve().parents):
         raise FileExistsError(f"{target} is the input, or holds it; write to another place")
     if not force:
         raise FileExistsError(f"{target} exists; --force replaces it")
+    if target in (Path.cwd(), *Path.cwd().parents):
+        raise FileExistsError(f"{target} is the current folder, or holds it: it is not replaced; name another")
     _refuse_foreign(target, "a file" if target.suffix == ".safetensors" else "a folder")
 
 
@@ -114,7 +118,7 @@ def _refuse_foreign(target: Path, expected: str) -> None:
         for path in sorted(target.rglob("*"))
         if kind_of(path) != "a folder" and not (kind_of(path) == "a file" and _is_of_a_checkpoint(path))
     ]
-    if foreign or not any((target / name).is_file() for name in ("model_index.json", "config.json")):
+    if foreign or not any((target / name).is_file() for name in HEADS):
         what = "\n".join(["; it holds:", *(f"  {name}" for name in shortened(foreign))]) if foreign else ""
         raise FileExistsError(f"{target} is a folder, but no checkpoint: it is not replaced; name another{what}")
 
@@ -123,7 +127,7 @@ def _is_of_a_checkpoint(path: Path) -> bool:
     """Say whether a file is one that this library writes."""
     if any(variant_of(path.name, stem) is not None for stem in ("model", "diffusion_pytorch_model")):
         return True
-    if path.name in ("model_index.json", "config.json", "scheduler_config.json"):
+    if path.name in (*HEADS, "scheduler_config.json"):
         with suppress(ConfigError, CheckpointError):
             return bool({"_class_name", "architectures"} & read_json(path).keys())
     return path.name in (
