@@ -77,13 +77,17 @@ def make(name: str, dtype: torch.dtype = torch.float32) -> DiffusionPipeline:
         }
         width = TEXT["hidden_size"] * (2 if xl else 1)
         fields = UNET | {"in_channels": 4 * Z, "cross_attention_dim": width} | (added if xl else {})
+        lcm = name.startswith("LatentConsistency")
+        fields |= {"time_cond_proj_dim": 8} if lcm else {}
         tokenizer = minidiff.CLIPTokenizer.from_pretrained(embedded_checkpoint(), subfolder="tokenizer")
         parts = {
             "vae": minidiff.AutoencoderKL(**VAE),
             "text_encoder": minidiff.CLIPTextModel(TEXT),
             "tokenizer": tokenizer,
             "unet": minidiff.UNet2DConditionModel(**fields),
-            "scheduler": minidiff.EulerDiscreteScheduler(beta_schedule="scaled_linear"),
+            "scheduler": minidiff.LCMScheduler()
+            if lcm
+            else minidiff.EulerDiscreteScheduler(beta_schedule="scaled_linear"),
         }
         if xl:
             parts |= {"text_encoder_2": minidiff.CLIPTextModelWithProjection(TEXT), "tokenizer_2": tokenizer}
