@@ -18,6 +18,11 @@ XL_UNET = UNET | {
     "transformer_layers_per_block": [1, 2],
 }
 BASE_UNET = XL_UNET | {"cross_attention_dim": 24 + 16, "projection_class_embeddings_input_dim": POOLED + 6 * FEATURES}
+COARSE_UNET = XL_UNET | {  # with attention where SDXL has most of it; text of UNET's width, and 12 wide pooled
+    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
+    "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
+    "projection_class_embeddings_input_dim": 12 + 6 * FEATURES,
+}
 REFINER_UNET = XL_UNET | {"cross_attention_dim": 16, "projection_class_embeddings_input_dim": POOLED + 5 * FEATURES}
 
 

@@ -13,9 +13,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageOps
 from torch import Tensor
 
+from docs.figures.table import table
 from minidiff import StableDiffusionPipeline
 from minidiff.embedded import GUIDANCE, embedded_checkpoint
 
@@ -30,7 +31,7 @@ FORMS: dict[str, tuple[str, dict[str, Any]]] = {  # name -> configuration of pef
     "LoKr": ("LoKrConfig", {"alpha": RANK}),
 }
 WEIGHTS, DRAWN, BATCH, LEARNING_RATE = (1.0, 0.5), 160, 16, 2e-3
-TILE, GAP, LEFT = 64, 6, 124
+LEFT = 124
 
 
 def names() -> list[str]:
@@ -120,19 +121,6 @@ def rows(run: Path, steps: int) -> dict[str, list[Image.Image]]:
     return drawn
 
 
-def sheet(drawn: dict[str, list[Image.Image]]) -> Image.Image:
-    """Return the rows one below the other, labels at the left."""
-    size = LEFT + len(SHOWN) * (TILE + GAP), GAP + len(drawn) * (TILE + GAP)
-    table = Image.new("RGB", size, "white")
-    pen = ImageDraw.Draw(table)
-    for k, (label, images) in enumerate(drawn.items()):
-        y = GAP + k * (TILE + GAP)
-        pen.multiline_text((LEFT - 8, y + TILE / 2), label, fill="black", anchor="rm", align="right")
-        for column, image in enumerate(images):
-            table.paste(image, (LEFT + column * (TILE + GAP), y))
-    return table
-
-
 def main(arguments: list[str] | None = None) -> None:
     """Train what is missing, and draw the sheet."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -141,7 +129,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--to", type=Path, default=Path("docs/adapter_forms.webp"))
     options = parser.parse_args(arguments)
     train_missing(options.run, options.steps)
-    sheet(rows(options.run, 20)).save(options.to, quality=85)
+    table(rows(options.run, 20), LEFT).save(options.to, quality=85)
 
 
 if __name__ == "__main__":

@@ -7,9 +7,10 @@ import argparse
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image
 
 import minidiff
+from docs.figures.table import table
 from minidiff.embedded import GUIDANCE, embedded_checkpoint
 
 STEPS = (1, 2, 4, 8, 20)
@@ -23,7 +24,7 @@ ROWS = {
     "LCM": ("LCMScheduler", {}),
     "TCD, eta 0.3": ("TCDScheduler", {}),
 }
-TILE, GAP, LEFT, TOP = 64, 4, 124, 18
+LEFT = 124
 
 
 def draw(pipe: minidiff.StableDiffusionPipeline, row: str, steps: int, prompt: str, seed: int) -> Image.Image:
@@ -39,18 +40,8 @@ def draw(pipe: minidiff.StableDiffusionPipeline, row: str, steps: int, prompt: s
 def sheet(prompt: str, seed: int) -> Image.Image:
     """Return the table of pictures."""
     pipe = minidiff.StableDiffusionPipeline.from_pretrained(embedded_checkpoint())
-    size = (LEFT + len(STEPS) * (TILE + GAP), TOP + len(ROWS) * (TILE + GAP))
-    table = Image.new("RGB", size, "white")
-    pen = ImageDraw.Draw(table)
-    places = [LEFT + column * (TILE + GAP) for column in range(len(STEPS))]
-    for x, steps in zip(places, STEPS, strict=True):
-        pen.text((x + TILE / 2, 4), f"{steps} step{'s' * (steps > 1)}", fill="black", anchor="ma")
-    for k, row in enumerate(ROWS):
-        y = TOP + k * (TILE + GAP)
-        pen.text((LEFT - 8, y + TILE / 2), row, fill="black", anchor="rm")
-        for x, steps in zip(places, STEPS, strict=True):
-            table.paste(draw(pipe, row, steps, prompt, seed), (x, y))
-    return table
+    rows = {row: [draw(pipe, row, steps, prompt, seed) for steps in STEPS] for row in ROWS}
+    return table(rows, LEFT, [f"{steps} step{'s' * (steps > 1)}" for steps in STEPS])
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -7,14 +7,15 @@ import argparse
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image
 
+from docs.figures.table import table
 from minidiff import StableDiffusionPipeline
 from minidiff.embedded import GUIDANCE, embedded_checkpoint
 
 PROMPTS = ["red apple", "dog face", "pizza", "rocket", "hot beverage", "rainbow", "penguin", "bicycle"]
 STORED = {"float16": None, "e4m3fn": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
-TILE, GAP, LEFT, STEPS = 64, 6, 52, 20
+LEFT, STEPS = 56, 20
 
 
 def draw(storage: torch.dtype | None) -> list[Image.Image]:
@@ -32,15 +33,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("output", type=Path, nargs="?", default=Path("docs/float8.png"))
     output = parser.parse_args(arguments).output
-    size = LEFT + len(PROMPTS) * (TILE + GAP), GAP + len(STORED) * (TILE + GAP)
-    sheet = Image.new("RGB", size, "white")
-    pen = ImageDraw.Draw(sheet)
-    for row, (name, storage) in enumerate(STORED.items()):
-        y = GAP + row * (TILE + GAP)
-        pen.text((LEFT - GAP, y + TILE / 2), name, fill="black", anchor="rm")
-        for column, image in enumerate(draw(storage)):
-            sheet.paste(image, (LEFT + column * (TILE + GAP), y))
-    sheet.save(output, optimize=True)
+    table({name: draw(storage) for name, storage in STORED.items()}, LEFT).save(output, optimize=True)
 
 
 if __name__ == "__main__":

@@ -8,13 +8,14 @@ import argparse
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image
 
 import minidiff
+from docs.figures.table import table
 from minidiff.embedded import GUIDANCE, embedded_checkpoint
 
 STEPS = (2, 4, 8, 16, 25, 50)
-TILE, LEFT, TOP = 64, 172, 18
+LEFT = 172
 
 
 def draw(pipe: minidiff.StableDiffusionPipeline, kind: str, steps: int, prompt: str, seed: int) -> Image.Image:
@@ -39,17 +40,8 @@ def sheet(prompt: str, seed: int) -> Image.Image:
     """Return the table of pictures."""
     pipe = minidiff.StableDiffusionPipeline.from_pretrained(embedded_checkpoint())
     kinds = [name for name in minidiff.__all__ if name.endswith("Scheduler") and not name.startswith("EDM")]
-    table = Image.new("RGB", (LEFT + len(STEPS) * (TILE + 4), TOP + len(kinds) * (TILE + 4)), "white")
-    pen = ImageDraw.Draw(table)
-    places = [LEFT + column * (TILE + 4) for column in range(len(STEPS))]
-    for x, steps in zip(places, STEPS, strict=True):
-        pen.text((x + TILE / 2, 4), str(steps), fill="black", anchor="ma")
-    for row, kind in enumerate(kinds):
-        y = TOP + row * (TILE + 4)
-        pen.text((LEFT - 8, y + TILE / 2), kind.removesuffix("Scheduler"), fill="black", anchor="rm")
-        for x, steps in zip(places, STEPS, strict=True):
-            table.paste(draw(pipe, kind, steps, prompt, seed), (x, y))
-    return table
+    rows = {kind: [draw(pipe, kind, steps, prompt, seed) for steps in STEPS] for kind in kinds}
+    return table({kind.removesuffix("Scheduler"): row for kind, row in rows.items()}, LEFT, list(map(str, STEPS)))
 
 
 def main(arguments: list[str] | None = None) -> None:

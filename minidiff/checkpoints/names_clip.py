@@ -1,7 +1,7 @@
 """The name table of CLIP, continuing ``names``: encoders of texts and of pictures, and the safety checker."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from minidiff.checkpoints.names import layer_rows, tensor_row
 from minidiff.checkpoints.remap import SAME, STACKED, TRANSPOSED, Row
@@ -83,23 +83,21 @@ def canonical_clip_name(name: str, *, projection: bool = False) -> str | None:
 
     With ``projection`` the encoder has the projection to the space shared with pictures, and its tensor is kept.
     """
-    if projection and name == "text_projection.weight":
-        return name
-    if any(re.fullmatch(pattern, name) for pattern in CLIP_DROPPED):
-        return None
-    return name if name.startswith("text_model.") else f"text_model.{name}"  # transformers 5 writes no prefix
+    return _of_half("text", name, CLIP_DROPPED, projection)
 
 
 def canonical_vision_name(name: str, *, projection: bool = False) -> str | None:
-    """Return the modern Hub spelling of a vision encoder's tensor; None for what is not one of its weights.
+    """Return the same of a vision encoder's tensor; None for those in ``VISION_DROPPED``."""
+    return _of_half("visual", name, VISION_DROPPED, projection)
 
-    With ``projection`` the encoder has the projection to the space shared with texts, and its tensor is kept.
-    """
-    if projection and name == "visual_projection.weight":
+
+def _of_half(half: str, name: str, dropped: Iterable[str], projection: bool) -> str | None:
+    if projection and name == f"{half}_projection.weight":
         return name
-    if any(re.fullmatch(pattern, name) for pattern in VISION_DROPPED):
+    if any(re.fullmatch(pattern, name) for pattern in dropped):
         return None
-    return name if name.startswith("vision_model.") else f"vision_model.{name}"  # transformers 5 writes no prefix
+    own = {"text": "text_model.", "visual": "vision_model."}[half]
+    return name if name.startswith(own) else own + name  # transformers 5 writes no prefix
 
 
 def canonical_checker_name(name: str) -> str | None:

@@ -16,7 +16,7 @@ from minidiff.cli.inspect import add_inspect
 from minidiff.errors import printable
 from minidiff.registry import __version__
 
-LONGEST = 4000  # characters of an error
+MOST_CHARACTERS = 4000  # of an error
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     except (ValueError, OSError) as error:
         text = printable(" ".join(str(error).split()))
-        text = text if len(text) <= LONGEST else f"{text[:LONGEST]}... ({len(text):,} characters)"
+        text = text if len(text) <= MOST_CHARACTERS else f"{text[:MOST_CHARACTERS]}... ({len(text):,} characters)"
         print(f"minidiff {args.command}: error: {text}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -271,9 +271,7 @@ class DiffusionPipeline(MemorySavers, SingleFilePipeline):
         components, settings = cls._signature()
         entries = {name: value for name, value in index.items() if not name.startswith("_")}
         foreign = [name for name in entries if name not in [*components, *settings] and entries[name] != [None, None]]
-        builtin = (
-            public_class(cls.__name__) is cls
-        )  # whoever writes a pipeline says what it needs; other settings are none
+        builtin = public_class(cls.__name__) is cls
         if not builtin:  # whoever writes a pipeline says what it needs; other settings are none
             foreign = [name for name in foreign if is_component(entries[name])]
         if foreign:

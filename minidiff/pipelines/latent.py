@@ -110,7 +110,7 @@ class LatentPipeline(ByHand, LatentGeneration, LoraLoader, TextualInversionLoade
         vae = self._encoder()
         encoded = vae.encode(x.to(like).to(vae.dtype))
         if hasattr(encoded, "latents"):
-            return repeat_to_batch(vae.config.scaling_factor * encoded.latents.to(like), count)
+            return repeat_to_batch(self._scaled(encoded.latents.to(like), vae), count)
         posterior = first(encoded, "latent_dist")
         if isinstance(generator, (list, tuple)) and one_each:
             posterior = DiagonalGaussian(repeat_to_batch(posterior.parameters, count))

@@ -217,7 +217,7 @@ class LatentGeneration(Callbacks):
         vae = self._decoder()
         z = self._unscaled(latents.to(vae.dtype), vae)
         image = first(vae.decode(z), "sample")
-        if is_finite(latents) and not is_finite(image):
+        if not is_finite(image) and is_finite(latents):  # the first alone where all is well: each waits for the device
             layer = first_layer(vae, lambda: vae.decode(z))
             why = cause({"vae": vae}, {}, f"layer {layer} overflows in {vae.dtype}")
             raise ValueError(f"the decoded pictures hold NaN or infinity: {why}; try pipe.vae.to(torch.float32)")

@@ -1,7 +1,7 @@
 """LoRA against diffusers with peft, in float64: each spelling, each way to weigh, switch and fuse adapters."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,6 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-import minidiff
 from tests.loras import (
     BOUND,
     Matrices,
@@ -18,7 +17,6 @@ from tests.loras import (
     Tensors,
     assert_same,
     attention,
-    cleaned,
     draw,
     every,
     hub,
@@ -29,40 +27,7 @@ from tests.loras import (
     spell,
 )
 from tests.pictures import seeded
-from tests.theirs import diffusers, relative_error
-from tests.tiny import save_tiny
-from tests.tiny_xl import save_base
-
-KINDS = {"sd": "StableDiffusionPipeline", "xl": "StableDiffusionXLPipeline"}
-
-
-@pytest.fixture(scope="module")
-def loaded(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pipes]:
-    folders = {"sd": save_tiny(tmp_path_factory.mktemp("sd")), "xl": save_base(tmp_path_factory.mktemp("xl"))}
-    found = {}
-    for kind, name in KINDS.items():
-        pair = [getattr(library, name).from_pretrained(folders[kind]) for library in (minidiff, diffusers)]
-        for pipe in pair:
-            pipe.to(torch.float64)
-            pipe.set_progress_bar_config(disable=True)
-        found[kind] = tuple(pair)
-    return found
-
-
-@pytest.fixture(params=KINDS)
-def pipes(request: pytest.FixtureRequest, loaded: dict[str, Pipes]) -> Iterator[Pipes]:
-    """Ours and theirs, without adapters."""
-    yield from cleaned(loaded[request.param])
-
-
-@pytest.fixture
-def sd(loaded: dict[str, Pipes]) -> Iterator[Pipes]:
-    yield from cleaned(loaded["sd"])
-
-
-@pytest.fixture
-def xl(loaded: dict[str, Pipes]) -> Iterator[Pipes]:
-    yield from cleaned(loaded["xl"])
+from tests.theirs import relative_error
 
 
 def assert_differ(ours: list[Tensor], theirs: list[Tensor]) -> None:

@@ -2,7 +2,6 @@
 
 import copy
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +14,11 @@ import minidiff
 from minidiff.adapters.source import read_adapter
 from minidiff.errors import CheckpointError, CheckpointNotFoundError
 from tests.hub_server import HubServer, Repository, run_with
-from tests.loras import Pipes, assert_same, cleaned, outputs
+from tests.loras import Pipes, assert_same, outputs
 from tests.pictures import seeded
-from tests.theirs import diffusers, peft, relative_error
+from tests.theirs import peft, relative_error
 from tests.tiny import save_tiny
-from tests.tiny_xl import save_base
 
-KINDS = {"sd": (save_tiny, "StableDiffusionPipeline"), "xl": (save_base, "StableDiffusionXLPipeline")}
 TARGETS = ("to_q", "to_v", "to_out.0", "q_proj", "v_proj", "fc1")
 SETTINGS: dict[str, dict[str, Any]] = {
     "alpha": {"lora_alpha": 6},
@@ -36,31 +33,6 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "alpha_pattern": {"to_v": 7, "mid_block.*to_q": 1, "v_proj": 5, "^encoder.layers.1.mlp.fc1": 9},
     },
 }
-
-
-@pytest.fixture(scope="module")
-def loaded(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pipes]:
-    found = {}
-    for kind, (save, name) in KINDS.items():
-        folder = save(tmp_path_factory.mktemp(kind))
-        pair = [getattr(library, name).from_pretrained(folder) for library in (minidiff, diffusers)]
-        found[kind] = tuple(pipe.to(torch.float64) for pipe in pair)
-    return found
-
-
-@pytest.fixture(params=KINDS)
-def pipes(request: pytest.FixtureRequest, loaded: dict[str, Pipes]) -> Iterator[Pipes]:
-    yield from cleaned(loaded[request.param])
-
-
-@pytest.fixture
-def sd(loaded: dict[str, Pipes]) -> Iterator[Pipes]:
-    yield from cleaned(loaded["sd"])
-
-
-@pytest.fixture
-def xl(loaded: dict[str, Pipes]) -> Iterator[Pipes]:
-    yield from cleaned(loaded["xl"])
 
 
 def parts_of(pipe: Any) -> list[str]:

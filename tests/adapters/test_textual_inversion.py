@@ -11,12 +11,9 @@ from torch import Tensor
 
 import minidiff
 from tests.theirs import diffusers, relative_error
-from tests.tiny import save_tiny
-from tests.tiny_xl import save_base
 
 Pipes = tuple[Any, Any]
 BOUND = 1e-10  # measured: at most 3.5e-15 everywhere below
-KINDS = {"sd": "StableDiffusionPipeline", "xl": "StableDiffusionXLPipeline"}
 PROMPTS = ["a <cat> and a red heart", "<cat>", "two cats, <dog> <cat>, sky <dog>", "no new word"]
 
 
@@ -24,12 +21,6 @@ def load(library: Any, name: str, folder: Path) -> Any:
     pipe = getattr(library, name).from_pretrained(folder, torch_dtype=torch.float64).to(torch.float64)
     pipe.set_progress_bar_config(disable=True)
     return pipe
-
-
-@pytest.fixture(scope="module")
-def loaded(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pipes]:
-    folders = {"sd": save_tiny(tmp_path_factory.mktemp("sd")), "xl": save_base(tmp_path_factory.mktemp("xl"))}
-    return {kind: tuple(load(one, KINDS[kind], folders[kind]) for one in (minidiff, diffusers)) for kind in KINDS}
 
 
 def cleaned(pipes: Pipes) -> Iterator[Pipes]:
@@ -160,9 +151,9 @@ def test_saved_with_new_words(sd: Pipes, tmp_path: Path) -> None:
     sd[0].load_textual_inversion({"<cat>": vectors(2, 24)})
     expected = sd[0].encode_prompt(PROMPTS[0], "cpu", 1, False)[0]
     sd[0].save_pretrained(tmp_path)
-    for pipe in (load(one, KINDS["sd"], tmp_path) for one in (minidiff, diffusers)):
+    for pipe in (load(one, "StableDiffusionPipeline", tmp_path) for one in (minidiff, diffusers)):
         assert relative_error(pipe.encode_prompt(PROMPTS[0], "cpu", 1, False)[0], expected) < BOUND
-    ours, plain = load(minidiff, KINDS["sd"], tmp_path), sd[0].text_encoder._untaught
+    ours, plain = load(minidiff, "StableDiffusionPipeline", tmp_path), sd[0].text_encoder._untaught
     assert ours.text_encoder.config.eos_token_id == ours.tokenizer.eos_token_id != 2
     ours.unload_textual_inversion()
     assert torch.equal(ours.text_encoder.token_embed.weight, plain.weight) and len(ours.tokenizer) == 540

@@ -16,17 +16,9 @@ from tests.pictures import quiet, seeded
 from tests.single_files import draw, states_equal
 from tests.theirs import carry_over, diffusers, randomize, relative_error
 from tests.tiny import UNET, VAE
+from tests.tiny_xl import COARSE_UNET
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
-XL = UNET | {
-    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
-    "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
-    "transformer_layers_per_block": [1, 2],
-    "use_linear_projection": True,
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 8,
-    "projection_class_embeddings_input_dim": 60,
-}
 DDPM = {
     "sample_size": 8,
     "block_out_channels": [8, 16],
@@ -39,7 +31,7 @@ DDPM = {
 NETWORKS: dict[str, tuple[str, dict[str, Any]]] = {
     "SD 1.x": ("UNet2DConditionModel", UNET),
     "SD 2.x": ("UNet2DConditionModel", UNET | {"use_linear_projection": True}),
-    "SDXL": ("UNet2DConditionModel", XL),
+    "SDXL": ("UNet2DConditionModel", COARSE_UNET),
     "DDPM": ("UNet2DModel", DDPM),
     "VAE": ("AutoencoderKL", VAE),
     "tiny VAE": ("AutoencoderTiny", small(levels=2)),

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from docs.figures import adapter_forms, clip_image, edm_levels, few_steps_sheet, pruned_unets, scheduler_sheet
+from docs.figures.table import table
 
 ROOT = Path(__file__).parents[2]
 
@@ -100,4 +101,4 @@ def test_adapter_forms(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plain, _, *others = (np.stack([np.asarray(image, int) for image in images]) for images in drawn.values())
     for whole, half in zip(others[::2], others[1::2], strict=True):
         assert np.abs(whole - plain).mean() > np.abs(half - plain).mean() > 0.05
-    assert adapter_forms.sheet(drawn).width == adapter_forms.LEFT + 2 * (64 + 6)
+    assert table(drawn, adapter_forms.LEFT).size == (adapter_forms.LEFT + 2 * (64 + 4), 4 + len(drawn) * (64 + 4))

@@ -14,7 +14,7 @@ from minidiff.networks.freeu import FreeU
 from tests.pictures import assert_same, load_both, seeded
 from tests.theirs import carry_over, diffusers, randomize, relative_error
 from tests.tiny import UNET
-from tests.tiny_xl import save_base
+from tests.tiny_xl import COARSE_UNET, save_base
 
 VALUES = {"s1": 0.9, "s2": 0.2, "b1": 1.5, "b2": 1.6}
 SIZES = [(8, 8), (9, 7), (16, 6), (1, 1), (1, 4), (2, 3)]
@@ -49,20 +49,10 @@ LEVELS = {
     "down_block_types": ["CrossAttnDownBlock2D"] * 2 + ["DownBlock2D"],
     "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 2,
 }
-XL = {
-    **UNET,
-    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
-    "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
-    "transformer_layers_per_block": [1, 2],
-    "use_linear_projection": True,
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 8,
-    "projection_class_embeddings_input_dim": 60,
-}
 NETWORKS: dict[str, dict[str, Any]] = {
     "SD 1.x": UNET | LEVELS,
     "SD 2.x": UNET | LEVELS | {"use_linear_projection": True, "attention_head_dim": [2, 2, 4]},
-    "SDXL": XL,
+    "SDXL": COARSE_UNET,
     "no middle": UNET | LEVELS | {"mid_block_type": None},
 }
 
